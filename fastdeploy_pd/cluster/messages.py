@@ -1,0 +1,192 @@
+"""What front ends, decode and prefill instances say to each other: one frozen dataclass a message.
+
+Every message may be lost, late or repeated; the machines in `engine/` are built for that. Who resends what until which answer
+is said in each class. `links.py` puts them on the wire (MessagePack, with PROTOCOL_VERSION). Requests travel in their wire form
+(`Request.to_wire`). An attempt is named by (request_id, attempt); a hand-over by its grant_id, unique for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdeploy_pd.request import TokenChunk, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """How to reach an instance: part of its member record."""
+
+    instance_id: str
+    address: str  #: ZeroMQ endpoint of its links socket
+
+
+# front end -> decode (or mixed)
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Take this request. Resent until Reserved, Refused or Tokens comes, or the link ends. Idempotent by (request_id, attempt)."""
+
+    request: dict[str, Any]
+    prefill: Peer | None  #: who computes the prompt; None: the receiver itself
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop this attempt (and all earlier ones) and free its blocks. No answer."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """No news for a while: send what there is from next_index on. Answered by Progress (and Tokens), or Unknown."""
+
+    request_id: str
+    attempt: int
+    next_index: int
+
+
+# decode (or mixed) -> front end
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Blocks are held, the request will be served."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not served here; place it elsewhere. Nothing is held."""
+
+    request_id: str
+    attempt: int
+    reason: str
+    code: str = "overloaded"
+    is_final: bool = False  #: no other instance would take it either (an invalid request)
+    retry_after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Answer to Query: the attempt lives; its phase, for the waiting front end."""
+
+    request_id: str
+    attempt: int
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Answer to Query: no such attempt here (any more)."""
+
+    request_id: str
+    attempt: int
+
+
+# any engine -> front end
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All new tokens of one step for one front end. Front ends order and deduplicate them by index."""
+
+    chunks: tuple[TokenChunk, ...]
+
+
+# decode -> prefill
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOrder:
+    """Compute this prompt and write its blocks to mine. Resent until OrderAccepted, OrderRefused or HandOver comes; executed at most once."""
+
+    grant_id: str
+    nonce: int  #: seed of the checksums, 63 bits; differs for every grant
+    request: dict[str, Any]
+    first_block: int  #: index in the block table of the first block wanted (earlier ones are in decode's prefix cache)
+    block_ids: tuple[int, ...]  #: decode's blocks for table positions first_block, first_block + 1, ...
+    decode_id: str
+    transfers: dict[str, dict[str, Any]]  #: decode's transfer descriptors by backend name
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOrder:
+    """Stop this grant: send no more of it. Resent until OrderEnded comes, where decode waits for it."""
+
+    grant_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderQuery:
+    """Is this grant known and alive? Answered by OrderAccepted, HandOver or OrderEnded."""
+
+    grant_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverAck:
+    """Decode has taken (or given up) this hand-over; prefill may free its blocks."""
+
+    grant_id: str
+    is_good: bool
+
+
+# prefill -> decode
+
+
+@dataclass(frozen=True, slots=True)
+class OrderAccepted:
+    """The order is queued or being computed."""
+
+    grant_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderEnded:
+    """This grant is over without a hand-over: refused, failed, cancelled or unknown. No write of it is in flight or will follow."""
+
+    grant_id: str
+    reason: str
+    was_cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Every block of the grant was written. Resent until HandOverAck."""
+
+    grant_id: str
+    token_id: int  #: output token that follows the prompt; prefill has sent it to the front end as well
+    digests: tuple[int, ...]  #: checksum of each block in block_ids order, as computed at the source
+    num_bytes: int
+    backend: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+    stage_s: tuple[tuple[str, float], ...] = ()
+
+
+# everyone -> everyone connected
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life: `counter` moves when the sender's main loop does. Dead = unchanged for too long on the observer's clock."""
+
+    counter: int
+    outstanding_tokens: int = 0
+    longest_step_s: float = 0.0
+    is_draining: bool = False
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+Message = (
+    Reserve | Abort | Query | Reserved | Refused | Progress | Unknown | Tokens | PrefillOrder | CancelOrder | OrderQuery
+    | HandOverAck | OrderAccepted | OrderEnded | HandOver | Beat
+)

@@ -1,0 +1,249 @@
+"""A request's whole life: what it asks, where it is, and the only table by which it may move on.
+
+The same class travels through every module: the front end makes it (ARRIVED), placement chooses instances (PLACED), decode
+reserves blocks (RESERVED), prefill computes (PREFILLING), KV moves (TRANSFERRING), decode generates (DECODING), and it ends
+in exactly one of FINISHED, ABORTED, FAILED. `Request.to_wire` is what crosses processes; `Request.local` stays at home.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fastdeploy_pd.errors import IllegalTransition, InvalidRequest
+
+
+class Phase(enum.Enum):
+    """Where a request is in its life."""
+
+    ARRIVED = "arrived"  #: validated and tokenised, not placed yet
+    PLACED = "placed"  #: instances chosen, decode asked
+    RESERVED = "reserved"  #: decode holds blocks for it (or it waits to be scheduled)
+    PREFILLING = "prefilling"  #: its prompt's KV is being computed
+    TRANSFERRING = "transferring"  #: computed; its last blocks are on their way to decode
+    DECODING = "decoding"  #: output tokens are being generated
+    FINISHED = "finished"  #: ended by itself
+    ABORTED = "aborted"  #: ended by its client
+    FAILED = "failed"  #: ended by an error
+
+
+TERMINAL_PHASES = frozenset({Phase.FINISHED, Phase.ABORTED, Phase.FAILED})
+
+_ENDS = (Phase.ABORTED, Phase.FAILED)
+
+#: from -> allowed next phases. Going back to ARRIVED is a new attempt at the front end; back to RESERVED is a preemption
+#: (blocks given up, computed again later) or a hand-over that failed and is prefilled again.
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.ARRIVED: frozenset({Phase.PLACED, *_ENDS}),
+    Phase.PLACED: frozenset({Phase.RESERVED, Phase.ARRIVED, *_ENDS}),
+    Phase.RESERVED: frozenset({Phase.PREFILLING, Phase.ARRIVED, *_ENDS}),
+    Phase.PREFILLING: frozenset(
+        {Phase.TRANSFERRING, Phase.DECODING, Phase.RESERVED, Phase.ARRIVED, Phase.FINISHED, *_ENDS}
+    ),
+    Phase.TRANSFERRING: frozenset({Phase.DECODING, Phase.RESERVED, Phase.ARRIVED, Phase.FINISHED, *_ENDS}),
+    Phase.DECODING: frozenset({Phase.RESERVED, Phase.ARRIVED, Phase.FINISHED, *_ENDS}),
+    Phase.FINISHED: frozenset(),
+    Phase.ABORTED: frozenset(),
+    Phase.FAILED: frozenset(),
+}
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended; the values are OpenAI's words."""
+
+    STOP = "stop"  #: end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  #: max_tokens or the context's end
+    ABORT = "abort"  #: the client went away or asked for it
+    ERROR = "error"  #: see the chunk's error
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. Checked when made."""
+
+    max_tokens: int = 16  #: most output tokens, >= 1
+    min_tokens: int = 0  #: no end of sequence before so many output tokens
+    temperature: float = 1.0  #: 0 is greedy
+    top_p: float = 1.0  #: (0, 1]
+    top_k: int = 0  #: 0 keeps all tokens
+    min_p: float = 0.0  #: [0, 1], relative to the likeliest token
+    seed: int = 0  #: random numbers are a function of (seed, position)
+    repetition_penalty: float = 1.0  #: > 0, over prompt and output
+    presence_penalty: float = 0.0  #: [-2, 2], over output
+    frequency_penalty: float = 0.0  #: [-2, 2], over output
+    logit_bias: dict[int, float] = field(default_factory=dict)  #: token id -> added to its logit
+    stop: tuple[str, ...] = ()  #: strings that end generation; matched at the front end, where text is made
+    stop_token_ids: tuple[int, ...] = ()  #: token ids that end generation
+    ignore_eos: bool = False  #: go on past the end-of-sequence token
+    logprobs: int | None = None  #: so many likeliest alternatives a token; 0 is the sampled token alone; None is off
+    prompt_logprobs: int | None = None  #: the same for the prompt's tokens
+
+    def __post_init__(self) -> None:
+        """Raises: InvalidRequest: a field is outside its range; names field, value and range."""
+        self._check("max_tokens", self.max_tokens >= 1, ">= 1")
+        self._check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens ({self.max_tokens})")
+        self._check("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2")
+        self._check("top_p", 0.0 <= self.top_p <= 1.0, "between 0 and 1")
+        self._check("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        self._check("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer")
+        self._check("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0 and at most 10")
+        self._check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2")
+        self._check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2")
+        self._check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
+        self._check("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20")
+
+    def _check(self, name: str, is_valid: bool, allowed: str) -> None:
+        if not is_valid:
+            raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be {allowed}.", param=name, code="invalid_value")
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When a request first entered each phase, in seconds on this process's monotonic clock."""
+
+    stamps: dict[Phase, float] = field(default_factory=dict)
+
+    def stamp(self, phase: Phase, now_s: float) -> None:
+        """Record the first entry into a phase; later entries (after a preemption) don't move it."""
+        self.stamps.setdefault(phase, now_s)
+
+    def seconds_between(self, start: Phase, stop: Phase) -> float | None:
+        """Returns: seconds from the first entry into `start` to that into `stop`; None if either never happened."""
+        if start not in self.stamps or stop not in self.stamps:
+            return None
+        return self.stamps[stop] - self.stamps[start]
+
+
+@dataclass(slots=True)
+class Local:
+    """What one instance knows of a request; never sent."""
+
+    block_table: list[int] = field(default_factory=list)  #: block ids in token order
+    num_computed_tokens: int = 0  #: tokens whose KV is in the pool
+    num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
+    num_preemptions: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)  #: chain hashes of the full blocks so far
+
+
+@dataclass(slots=True)
+class Request:
+    """One sequence to generate: `num_computed_tokens` chases `num_tokens` until it ends."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""  #: prefix-cache entries are shared only under the same salt
+    priority: int = 0  #: lower is served first where the policy looks at it
+    attempt: int = 1  #: raised by the front end each time the request is placed again
+    output_token_ids: list[int] = field(default_factory=list)  #: what the client has, then what is generated
+    front_end_id: str = ""  #: who owns the request and receives its tokens
+    phase: Phase = Phase.ARRIVED
+    timeline: Timeline = field(default_factory=Timeline)
+    local: Local = field(default_factory=Local)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the request has had its terminal answer."""
+        return self.phase in TERMINAL_PHASES
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Returns: token ids at positions [start, stop) of prompt + output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def advance(self, phase: Phase, now_s: float) -> None:
+        """Enter a phase; the only way to change it.
+
+        Raises: IllegalTransition: the table does not allow it. Nothing has changed then.
+        """
+        if phase not in TRANSITIONS[self.phase]:
+            raise IllegalTransition(f"request {self.request_id} cannot go from {self.phase.name} to {phase.name}")
+        self.phase = phase
+        self.timeline.stamp(phase, now_s)
+
+    def finish_reason_after(self, token_id: int, max_model_len: int) -> FinishReason | None:
+        """Whether `token_id`, already appended to the output, ends the request.
+
+        Args:
+            token_id: the newest output token.
+            max_model_len: most tokens a sequence may have.
+        Returns: the reason, or None to go on.
+        """
+        sampling = self.sampling
+        num_output = len(self.output_token_ids)
+        if num_output >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+        if num_output >= sampling.max_tokens or self.num_tokens >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Returns: plain values for MessagePack: everything but phase, timeline and local."""
+        wire = {name: getattr(self, name) for name in _WIRE_FIELDS}
+        wire["sampling"] = {**asdict(self.sampling), "logit_bias": list(self.sampling.logit_bias.items())}
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Request:
+        """Raises: InvalidRequest: a field is missing, unknown or out of range."""
+        values = dict(wire)
+        try:
+            sampling = dict(values.pop("sampling"))
+            sampling["logit_bias"] = {int(k): float(v) for k, v in sampling.get("logit_bias", ())}
+            sampling["stop"] = tuple(sampling.get("stop", ()))
+            sampling["stop_token_ids"] = tuple(sampling.get("stop_token_ids", ()))
+            values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+            values["prompt_token_ids"] = list(values["prompt_token_ids"])
+            values["output_token_ids"] = list(values.get("output_token_ids", ()))
+            unknown = set(values) - set(_WIRE_FIELDS)
+            if unknown:
+                raise InvalidRequest(f"unknown request fields {sorted(unknown)}")
+            return cls(sampling=SamplingParams(**sampling), **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"not a request: {error}") from error
+
+
+_WIRE_FIELDS = tuple(f.name for f in fields(Request) if f.name not in ("phase", "timeline", "local"))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of one token and of the likeliest alternatives at its position."""
+
+    token_id: int
+    logprob: float  #: natural logarithm, after temperature 1 (raw model distribution)
+    top: tuple[tuple[int, float], ...] = ()  #: (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Some consecutive output tokens of one request; idempotent by (request_id, attempt, index)."""
+
+    request_id: str
+    attempt: int
+    index: int  #: position of the first token among the request's output tokens
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None  #: set on the last chunk only
+    logprobs: tuple[TokenLogprobs, ...] = ()  #: one a token where asked for
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  #: one a prompt token (the first is None), with index 0 only
+    num_cached_tokens: int = 0  #: prompt tokens found in the prefix cache
+    error: str = ""  #: with FinishReason.ERROR: what happened
+    error_code: str = ""
+    served_by: str = ""  #: instance that computed these tokens
+    stage_s: tuple[tuple[str, float], ...] = ()  #: (stage, seconds) measured by the sender, for metrics and traces
+    num_kv_bytes: int = 0  #: KV bytes that were moved for this request, with its first decode chunk
