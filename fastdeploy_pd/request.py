@@ -124,10 +124,12 @@ class Local:
     num_computed_tokens: int = 0  #: tokens whose KV is in the pool
     num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
     num_preemptions: int = 0
-    block_hashes: list[bytes] = field(default_factory=list)  #: chain hashes of the full blocks so far
+    is_preemptible: bool = True  #: False while a transfer reads its blocks as they are computed
+    block_hashes: list[bytes] = field(default_factory=list)  #: chain hashes of the first full blocks
+    num_findable_blocks: int = 0  #: of block_table, how many are in the prefix cache (or were when they were added)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence to generate: `num_computed_tokens` chases `num_tokens` until it ends."""
 

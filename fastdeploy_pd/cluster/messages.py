@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdeploy_pd.request import TokenChunk, TokenLogprobs
+from fastdeploy_pd.request import TokenChunk
 
 PROTOCOL_VERSION = 1
 
@@ -163,12 +163,10 @@ class HandOver:
     """Every block of the grant was written. Resent until HandOverAck."""
 
     grant_id: str
-    token_id: int  #: output token that follows the prompt; prefill has sent it to the front end as well
+    chunk: TokenChunk  #: the output token that follows the prompt, exactly as prefill has sent it to the front end
     digests: tuple[int, ...]  #: checksum of each block in block_ids order, as computed at the source
     num_bytes: int
     backend: str
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    num_cached_tokens: int = 0
     stage_s: tuple[tuple[str, float], ...] = ()
 
 

@@ -1,0 +1,158 @@
+"""The KV blocks of one instance: who holds which, which full ones can be found again by their content, which go first.
+
+A block is free (nobody holds it; its content may still be findable), or held `ref_count` times: by requests that share it as a
+prefix and by transfers that still read or may write it. Free blocks are reused in the order in which they became free, so
+findable content stays as long as possible. A full block's hash covers the hash of the block before it, so equal hashes mean equal
+whole prefixes; the chain starts with the salt, so requests with different salts never share blocks.
+Source: Kwon et al., SOSP 2023, PagedAttention; chained hashes as in vLLM's automatic prefix caching.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from fastdeploy_pd.errors import OutOfBlocks
+
+HASH_BYTES = 16  # 128 bits: no two prefixes of a cluster's life collide (birthday bound 2^64)
+
+
+def root_hash(salt: str) -> bytes:
+    """Returns: [HASH_BYTES] the hash every chain of this salt starts from."""
+    return blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"fd-prefix").digest()
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Returns: [HASH_BYTES] hash of a full block with these tokens after the prefix whose hash is `parent`."""
+    return blake2b(parent + array("I", token_ids).tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, salt: str) -> None:
+    """Append the hashes of the full blocks that `hashes` lacks.
+
+    Args:
+        hashes: hashes of the first len(hashes) blocks; extended in place.
+        token_ids: the request's tokens from position 0.
+        block_size: tokens a block.
+        salt: start of the chain.
+    """
+    for index in range(len(hashes), len(token_ids) // block_size):
+        parent = hashes[-1] if hashes else root_hash(salt)
+        hashes.append(chain_hash(parent, token_ids[index * block_size : (index + 1) * block_size]))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """How many blocks are in which state; free + held is always the pool's size."""
+
+    free: int  #: nobody holds them (cached ones included)
+    held: int  #: held by a request or a transfer
+    cached: int  #: findable by hash, free or held
+
+
+class BlockPool:
+    """Allocates, shares, finds and evicts the blocks of one pool."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """Raises: ValueError: a size is not positive."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks} and block_size={block_size} must be positive")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._ref_counts = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` could hand out now."""
+        return len(self._free)
+
+    def counts(self) -> BlockCounts:
+        """Returns: the numbers behind the metrics and the leak tests."""
+        return BlockCounts(free=len(self._free), held=self.num_blocks - len(self._free), cached=len(self._hash_of))
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Returns: blocks that num_tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Take free blocks, the longest unused first; what they held can't be found any more.
+
+        Returns: [num_blocks] block ids, each held once.
+        Raises: OutOfBlocks: fewer are free; nothing has changed then.
+        """
+        if num_blocks > len(self._free):
+            raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {len(self._free)} of {self.num_blocks} are free")
+        taken = []
+        for _ in range(num_blocks):
+            block_id, _ = self._free.popitem(last=False)
+            self._forget(block_id)
+            self._ref_counts[block_id] = 1
+            taken.append(block_id)
+        return taken
+
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """Hold blocks once more: a further request shares them, or a transfer reads them.
+
+        Raises: ValueError: one of them is free and its content not findable, so nobody can know what it holds.
+        """
+        for block_id in block_ids:
+            if self._ref_counts[block_id] == 0:
+                if block_id not in self._hash_of:
+                    raise ValueError(f"block {block_id} is free")
+                del self._free[block_id]
+            self._ref_counts[block_id] += 1
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Give up one hold of each block. The last of a table becomes reusable first: prefixes outlive their continuations.
+
+        Raises: ValueError: a block was not held.
+        """
+        for block_id in reversed(block_ids):
+            if self._ref_counts[block_id] == 0:
+                raise ValueError(f"block {block_id} was released more often than held")
+            self._ref_counts[block_id] -= 1
+            if self._ref_counts[block_id] == 0:
+                self._free[block_id] = None
+                if block_id not in self._hash_of:
+                    self._free.move_to_end(block_id, last=False)
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+        """Returns: block ids of the longest findable run of `hashes` from the first on. Holds nothing: see `hold`."""
+        found = []
+        for block_hash in hashes:
+            block_id = self._block_of.get(block_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_free_among(self, block_ids: Iterable[int]) -> int:
+        """Returns: how many of these blocks are free, i.e. how many free ones `hold` would take."""
+        return sum(1 for block_id in block_ids if self._ref_counts[block_id] == 0)
+
+    def make_findable(self, block_id: int, block_hash: bytes) -> None:
+        """Let a full, computed (and, if it was received, verified) block be found. The first block with a hash keeps it.
+
+        Raises: ValueError: nobody holds the block.
+        """
+        if self._ref_counts[block_id] == 0:
+            raise ValueError(f"block {block_id} is free")
+        if block_hash not in self._block_of and block_id not in self._hash_of:
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
+
+    def forget_all(self) -> None:
+        """Make no block findable any more."""
+        self._hash_of.clear()
+        self._block_of.clear()
+
+    def _forget(self, block_id: int) -> None:
+        block_hash = self._hash_of.pop(block_id, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]

@@ -1,0 +1,97 @@
+"""Which instances serve a request: decided by each front end from its latest view of the members, without a network call.
+
+Fewest outstanding tokens wins. Front ends decide at the same time from the same view, so the minimum alone would send everybody to
+the same instance: among those within a blur of the minimum the choice is random.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+BLUR_TOKENS = 64  # differences below one block are noise: loads are reported every quarter second
+BLUR_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An instance as placement sees it."""
+
+    instance_id: str
+    can_prefill: bool  #: takes prefill orders
+    can_decode: bool  #: takes requests
+    outstanding_tokens: int = 0  #: reported, plus what this front end has placed there since the report
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who computes the prompt and who generates."""
+
+    prefill_id: str | None  #: None: decode computes the prompt itself
+    decode_id: str
+
+
+class PlacementPolicy(Protocol):
+    """What a scheduling policy implements."""
+
+    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+        """Choose instances for a request of num_tokens known tokens.
+
+        Returns: the placement, or None if no candidate can decode.
+        """
+        ...
+
+
+class FewestTokens:
+    """Balances outstanding tokens over prefill, decode and mixed instances."""
+
+    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+        """See `PlacementPolicy.place`. An instance that can do both serves alone; with no prefill instance, decode prefills."""
+        decoder = pick((c for c in candidates if c.can_decode and not c.can_prefill), rng)
+        prefiller = pick((c for c in candidates if c.can_prefill and not c.can_decode), rng)
+        both = pick((c for c in candidates if c.can_prefill and c.can_decode), rng)
+        if decoder is None and both is None:
+            return None
+        if decoder is None:
+            return self._with_mixed_decode(prefiller, both, rng)
+        if prefiller is None:
+            return self._without_prefill(decoder, both, rng)
+        is_mixed_better = both is not None and is_lighter(both.outstanding_tokens, prefiller.outstanding_tokens, rng)
+        if is_mixed_better and both is not None:
+            return Placement(None, both.instance_id)
+        return Placement(prefiller.instance_id, decoder.instance_id)
+
+    def _with_mixed_decode(self, prefiller: Candidate | None, both: Candidate | None, rng: random.Random) -> Placement | None:
+        if both is None:
+            return None
+        if prefiller is None or is_lighter(both.outstanding_tokens, prefiller.outstanding_tokens, rng):
+            return Placement(None, both.instance_id)
+        return Placement(prefiller.instance_id, both.instance_id)
+
+    def _without_prefill(self, decoder: Candidate, both: Candidate | None, rng: random.Random) -> Placement:
+        if both is None or is_lighter(decoder.outstanding_tokens, both.outstanding_tokens, rng):
+            return Placement(None, decoder.instance_id)
+        return Placement(None, both.instance_id)
+
+
+def blur(minimum: int) -> float:
+    """Returns: how many tokens above the minimum still count as equal."""
+    return max(BLUR_TOKENS, minimum * BLUR_FRACTION)
+
+
+def pick(candidates: Iterable[Candidate], rng: random.Random) -> Candidate | None:
+    """Returns: one of the least loaded candidates, at random among those within the blur; None if there is none."""
+    pool = sorted(candidates, key=lambda c: (c.outstanding_tokens, c.instance_id))
+    if not pool:
+        return None
+    limit = pool[0].outstanding_tokens + blur(pool[0].outstanding_tokens)
+    return rng.choice([c for c in pool if c.outstanding_tokens <= limit])
+
+
+def is_lighter(tokens: int, other_tokens: int, rng: random.Random) -> bool:
+    """Returns: whether the first load is smaller; a coin decides within the blur."""
+    if abs(tokens - other_tokens) <= blur(min(tokens, other_tokens)):
+        return rng.random() < 0.5
+    return tokens < other_tokens

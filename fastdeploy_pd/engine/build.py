@@ -1,0 +1,194 @@
+"""Builds one instance's engine from its configuration: model, KV pool, transfers, scheduler, member record."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
+from fastdeploy_pd.cluster.registry import MemberRecord
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
+from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
+from fastdeploy_pd.model.runner import ModelRunner
+from fastdeploy_pd.transfer.base import Transfer
+from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.select import build as build_transfer
+
+#: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
+DEFAULT_MEMORY_FRACTION = 0.25
+#: a hung peer is noticed after this; a CPU step of a long prompt takes seconds on a busy machine
+CPU_PEER_TIMEOUT_S = 10.0
+#: full-length sequences a pool is made for, above max_num_seqs, when memory allows: prefixes stay cached
+SPARE_SEQUENCES = 8
+
+
+@dataclass(slots=True)
+class BuiltEngine:
+    """An engine and what its shell needs to run and announce it."""
+
+    engine: Engine
+    instance_id: str
+    pool: KVPool
+    transfers: Mapping[str, Transfer]
+    fingerprint: str
+    layout: KVLayout
+    max_model_len: int
+
+    def member_record(self, config: InstanceConfig, http_address: str, links_address: str) -> MemberRecord:
+        """Returns: how the instance is announced, with its present load."""
+        engine = self.engine
+        pool = engine.context.scheduler.pool
+        return MemberRecord(
+            instance_id=self.instance_id,
+            role=engine.role.value,
+            http_address=http_address,
+            links_address=links_address,
+            transfers={name: dict(t.descriptor()) for name, t in self.transfers.items()},
+            model_name=config.model.served_model_name[0],
+            fingerprint=self.fingerprint,
+            kv_layout=self.layout.to_wire(),
+            protocol_version=PROTOCOL_VERSION,
+            max_model_len=self.max_model_len,
+            outstanding_tokens=engine.outstanding_tokens(),
+            num_requests=len(engine.context.scheduler.running) + len(engine.context.scheduler.waiting),
+            free_blocks=pool.num_free,
+            is_draining=engine.is_draining,
+        )
+
+
+def free_memory_bytes() -> int:
+    """Returns: memory the machine could give us now (MemAvailable), in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable line; give --num-gpu-blocks-override")
+
+
+def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int) -> int:
+    """How many blocks the pool gets.
+
+    Args:
+        layout: with any num_blocks; the rest is used.
+        max_model_len: tokens one sequence may have; the pool holds at least one such sequence.
+    Raises: ConfigError: the memory, or the override, does not suffice for one sequence; says the numbers.
+    """
+    per_sequence = -(-max_model_len // layout.block_size)
+    block_bytes = layout.num_layers * layout.block_bytes
+    if config.cache.num_gpu_blocks_override is not None:
+        num_blocks, why = config.cache.num_gpu_blocks_override, "--num-gpu-blocks-override"
+    else:
+        fraction = config.cache.gpu_memory_utilization
+        budget = int(free_memory_bytes() * (DEFAULT_MEMORY_FRACTION if fraction is None else fraction))
+        num_blocks, why = budget // block_bytes, f"{budget / 2**20:.0f} MiB of free memory"
+        if fraction is None:
+            num_blocks = min(num_blocks, (config.scheduling.max_num_seqs + SPARE_SEQUENCES) * per_sequence)
+    if num_blocks < per_sequence:
+        raise ConfigError(
+            f"{why} gives {num_blocks} KV blocks of {block_bytes} bytes; one sequence of --max-model-len {max_model_len} "
+            f"needs {per_sequence}. Allow more, or lower --max-model-len."
+        )
+    return num_blocks
+
+
+def resolve_max_model_len(config: InstanceConfig, model: ModelConfig) -> int:
+    """Returns: --max-model-len, or what the model was made for. Raises: ConfigError: more than that is asked for."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len is {wanted}; this model's config.json allows max_position_embeddings = {model.max_position_embeddings}"
+        )
+    return wanted if wanted is not None else model.max_position_embeddings
+
+
+def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: bytes | None) -> BuiltEngine:
+    """Load the model and put an engine together.
+
+    Raises: ConfigError, ModelLoadError: what is wrong, with flag or file and field.
+    """
+    directory = Path(config.model.model)
+    model = ModelConfig.from_directory(directory)
+    max_model_len = resolve_max_model_len(config, model)
+    if not config.scheduling.enable_chunked_prefill and config.scheduling.max_num_batched_tokens < max_model_len:
+        raise ConfigError(
+            f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
+            f"--max-model-len ({max_model_len})"
+        )
+    layout = ModelRunner.kv_layout(model, num_blocks=1, block_size=config.cache.block_size, dtype=config.model.dtype)
+    layout = ModelRunner.kv_layout(
+        model, num_pool_blocks(config, layout, max_model_len), config.cache.block_size, config.model.dtype
+    )
+    pool = KVPool(layout)
+    model_fingerprint = fingerprint(directory)
+    transfers = build_transfers(config, pool, layout, model_fingerprint, secret)
+    runner = ModelRunner(directory, config.model.ops, pool.array, layout, dtype=config.model.dtype)
+    instance_id = f"{config.cluster.splitwise_role}-{uuid.uuid4().hex[:12]}"
+    scheduler = Scheduler(
+        BlockPool(layout.num_blocks, layout.block_size),
+        SchedulerOptions(
+            config.scheduling.max_num_seqs,
+            config.scheduling.max_num_batched_tokens,
+            max_model_len,
+            config.scheduling.enable_chunked_prefill,
+            config.cache.enable_prefix_caching,
+        ),
+    )
+    context = EngineContext(
+        instance_id,
+        scheduler,
+        transfers,
+        EngineOptions(peer_timeout_s=CPU_PEER_TIMEOUT_S),
+        observer=observer,
+        new_id=lambda: uuid.uuid4().hex,
+        new_nonce=lambda: secrets.randbits(63),
+    )
+    engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
+    return BuiltEngine(engine, instance_id, pool, transfers, model_fingerprint, layout, max_model_len)
+
+
+def build_transfers(
+    config: InstanceConfig, pool: KVPool, layout: KVLayout, model_fingerprint: str, secret: bytes | None
+) -> dict[str, Transfer]:
+    """Returns: the backends of --cache-transfer-protocol by name, in its order; none where there is nobody to exchange with."""
+    if config.cluster.scheduler_name == "local":
+        return {}
+    return {
+        name: build_transfer(
+            name,
+            pool=pool,
+            layout=layout,
+            fingerprint=model_fingerprint,
+            host=config.cluster.advertise_host,
+            port=config.cache.cache_queue_port or 0,
+            secret=secret,
+        )
+        for name in config.cache.cache_transfer_protocol
+    }
+
+
+def warm_up(built: BuiltEngine) -> None:
+    """Compute one token for nobody, so that the first request does not pay for lazy initialisation."""
+    from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+    from fastdeploy_pd.request import Request
+
+    request = Request("warm-up", [0])
+    blocks = built.engine.context.scheduler.pool.allocate(1)
+    request.local.block_table = blocks
+    built.engine.runner.execute(Batch([ScheduledSequence(request, 0, 1)], built.layout.block_size))
+    built.engine.context.scheduler.pool.release(blocks)
+
+
+def process_name(config: InstanceConfig) -> str:
+    """Returns: what log lines call this process."""
+    return f"{config.cluster.splitwise_role}-engine-{os.getpid()}"

@@ -1,0 +1,137 @@
+"""The front end's shell: runs the `FrontEnd` machine in an API process's event loop, between links, members and HTTP handlers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from typing import Protocol
+
+from fastdeploy_pd.clock import Clock
+from fastdeploy_pd.cluster.links import AsyncLinks, PeerLost, PeerUp
+from fastdeploy_pd.engine.client_api import HealthReport
+from fastdeploy_pd.engine.frontend import Failed, FrontEnd, Instance
+from fastdeploy_pd.engine.outbox import Connect
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.request import Request, TokenChunk
+
+TICK_S = 0.02
+
+
+class FrontEndObserver(Protocol):
+    """Receives what the front end's metrics are made of."""
+
+    def retried(self, reason: str) -> None:
+        """A request was placed again."""
+        ...
+
+
+class _Mailbox:
+    """The chunks of one request that its handler has not taken yet; bounded by the request's max_tokens."""
+
+    def __init__(self) -> None:
+        self.chunks: deque[TokenChunk] = deque()
+        self.error: FastDeployPDError | None = None
+        self.arrived = asyncio.Event()
+
+
+class ClusterClient:
+    """Implements `EngineClient` over the instances of a topic. Everything runs in one event loop."""
+
+    def __init__(self, front_end: FrontEnd, links: AsyncLinks, clock: Clock, max_model_len: int) -> None:
+        self.front_end = front_end
+        self.max_model_len = max_model_len
+        self._links = links
+        self._clock = clock
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._connected: dict[str, str] = {}  # peer id -> address
+        self.detail: dict[str, object] = {}
+
+    async def start(self) -> None:
+        """Begin to receive and to tick."""
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._tick())]
+
+    async def stop(self) -> None:
+        """Stop; requests that are still running are aborted."""
+        for request_id in list(self._mailboxes):
+            self.front_end.abort(request_id, self._clock.now_s())
+        self._flush()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def set_members(self, members: Iterable[Instance]) -> None:
+        """Take the newest members of the topic; call it in the event loop."""
+        members = list(members)
+        present = {m.instance_id for m in members}
+        self.front_end.set_members(members, self._clock.now_s())
+        self._flush()
+        served = {t.decode_id for t in self.front_end.requests.values()}
+        for peer_id in [p for p in self._connected if p not in present and p not in served]:
+            self._links.disconnect(peer_id)
+            del self._connected[peer_id]
+
+    async def health(self) -> HealthReport:
+        """Returns: ready when a request submitted now would find an instance."""
+        instances = [i.instance_id for i in self.front_end.live_instances()]
+        return HealthReport(self.front_end.is_serving_possible(), {"instances": instances, **self.detail})
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
+        """Yield the request's chunks in order, each token once; closing the iterator early aborts the request.
+
+        Raises: FastDeployPDError: the terminal answer is an error.
+        """
+        mailbox = self._mailboxes[request.request_id] = _Mailbox()
+        try:
+            self.front_end.submit(request, self._clock.now_s())
+            self._flush()
+            while True:
+                while mailbox.chunks:
+                    chunk = mailbox.chunks.popleft()
+                    yield chunk
+                    if chunk.finish_reason is not None:
+                        return
+                if mailbox.error is not None:
+                    raise mailbox.error
+                mailbox.arrived.clear()
+                await mailbox.arrived.wait()
+        finally:
+            del self._mailboxes[request.request_id]
+            self.front_end.abort(request.request_id, self._clock.now_s())
+            self._flush()
+
+    async def _receive(self) -> None:
+        while True:
+            for sender_id, item in await self._links.receive():
+                now_s = self._clock.now_s()
+                if isinstance(item, PeerLost):
+                    self._connected.pop(sender_id, None)
+                    self.front_end.peer_lost(sender_id, now_s)
+                elif not isinstance(item, PeerUp):
+                    self.front_end.receive(sender_id, item, now_s)
+            self._flush()
+
+    async def _tick(self) -> None:
+        while True:
+            self.front_end.tick(self._clock.now_s())
+            self._flush()
+            await asyncio.sleep(TICK_S)
+
+    def _flush(self) -> None:
+        """Send what the machine wants sent, deliver what it has for clients."""
+        for action in self.front_end.outbox.take():
+            if isinstance(action, Connect):
+                self._links.connect(action.peer.instance_id, action.peer.address)
+                self._connected[action.peer.instance_id] = action.peer.address
+            else:
+                self._links.send(action.peer_id, action.message)
+        for event in self.front_end.take_events():
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is None:
+                continue
+            if isinstance(event, Failed):
+                mailbox.error = event.error
+            else:
+                mailbox.chunks.append(event.chunk)
+            mailbox.arrived.set()

@@ -1,0 +1,86 @@
+"""What the parts of one engine share: scheduler, pool, transfers, outbox, counters and the options of the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.scheduler import Scheduler
+from fastdeploy_pd.engine.outbox import Outbox
+from fastdeploy_pd.request import TokenLogprobs
+from fastdeploy_pd.transfer.base import Transfer
+
+
+class StepOutput(Protocol):
+    """What a step yields for one sequence."""
+
+    token_id: int | None  #: sampled iff the sequence reached its last known token
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
+
+
+class Runner(Protocol):
+    """Computes batches; see `model/runner.py`."""
+
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
+        """Returns: one output a sequence. Calls on_layer(layer) when that layer's K and V of the whole batch are in the pool."""
+        ...
+
+
+class HandOverObserver(Protocol):
+    """Receives what happens at hand-overs, for the metrics."""
+
+    def handover(self, stages: Mapping[str, float], num_bytes: int, backend: str) -> None:
+        """A hand-over was verified."""
+        ...
+
+    def handover_failed(self, reason: str) -> None:
+        """A hand-over ended without success; `reason` is one of a few words."""
+        ...
+
+
+class NoObserver:
+    """Observes nothing."""
+
+    def handover(self, stages: Mapping[str, float], num_bytes: int, backend: str) -> None:
+        """See HandOverObserver."""
+
+    def handover_failed(self, reason: str) -> None:
+        """See HandOverObserver."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The protocol's times, in seconds, and bounds."""
+
+    resend_s: float = 1.0  #: an unanswered message is sent again
+    query_s: float = 2.0  #: an accepted order that says nothing is asked after
+    arrival_s: float = 30.0  #: a hand-over whose bytes don't come is given up
+    beat_s: float = 0.25
+    peer_timeout_s: float = 3.0  #: a prefill instance whose step counter stands still is lost
+    front_end_timeout_s: float = 7.0  #: a silent front end's requests are aborted
+    record_s: float = 60.0  #: ended requests and grants are remembered so long, for repeated messages
+    max_records: int = 20_000
+    max_queued_tokens: int = 1_000_000  #: more is refused: back-pressure starts here
+    max_queued_requests: int = 4_096
+
+
+@dataclass(slots=True)
+class EngineContext:
+    """Shared by the engine's parts; single-threaded."""
+
+    instance_id: str
+    scheduler: Scheduler
+    transfers: Mapping[str, Transfer]  #: by name, in order of preference
+    options: EngineOptions = field(default_factory=EngineOptions)
+    outbox: Outbox = field(default_factory=Outbox)
+    observer: HandOverObserver = field(default_factory=NoObserver)
+    new_id: Callable[[], str] = field(kw_only=True)  #: makes ids that are unique for ever
+    new_nonce: Callable[[], int] = field(kw_only=True)  #: makes 63-bit random numbers
+
+    def revoke(self, epoch: str) -> None:
+        """After it returns no write of the epoch lands, whatever the backend."""
+        for transfer in self.transfers.values():
+            transfer.revoke(epoch)

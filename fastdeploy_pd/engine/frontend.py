@@ -1,0 +1,409 @@
+"""The front end's side: it owns each request from arrival to its one terminal answer.
+
+It places a request, watches the attempt, orders and deduplicates its tokens by index, and places it again (attempt + 1, with the
+tokens so far) when the attempt is refused or its instance is lost. The client's tokens are therefore exactly one sequence, whatever
+happens to instances and messages. Like the engine it is a function of (state, messages, time).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from fastdeploy_pd.cluster.liveness import Liveness
+from fastdeploy_pd.cluster.messages import (
+    Abort,
+    Beat,
+    Message,
+    Peer,
+    Progress,
+    Query,
+    Refused,
+    Reserve,
+    Reserved,
+    Tokens,
+    Unknown,
+)
+from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy
+from fastdeploy_pd.engine.outbox import Outbox
+from fastdeploy_pd.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    FastDeployPDError,
+    InvalidRequest,
+    NoCapacity,
+    Overloaded,
+)
+from fastdeploy_pd.request import FinishReason, Phase, Request, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A member of the topic that fits this front end's model."""
+
+    peer: Peer
+    can_prefill: bool
+    can_decode: bool
+    outstanding_tokens: int = 0
+    is_draining: bool = False
+
+    @property
+    def instance_id(self) -> str:
+        """Its id."""
+        return self.peer.instance_id
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndOptions:
+    """Times in seconds, and limits."""
+
+    resend_s: float = 1.0  #: an unanswered Reserve is sent again
+    quiet_s: float = 2.0  #: a silent attempt is asked after
+    beat_s: float = 1.0
+    instance_timeout_s: float = 3.0  #: an instance whose counter stands still is lost
+    placement_timeout_s: float = 30.0  #: a request that no instance can take fails
+    deadline_s: float = 900.0  #: every request has ended by then
+    max_lost_instances: int = 6  #: a request that has seen so many die is suspected of killing them
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """New tokens for the client, in order, each once."""
+
+    request_id: str
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The terminal answer is an error."""
+
+    request_id: str
+    error: FastDeployPDError
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """One request and its current attempt."""
+
+    request: Request
+    submitted_s: float
+    unplaced_since_s: float | None
+    placement: Placement | None = None
+    decode_id: str = ""
+    sent_s: float = 0.0
+    heard_s: float = 0.0
+    asked_s: float = 0.0
+    early: dict[int, TokenChunk] = field(default_factory=dict)  # chunks whose turn has not come, by index
+    avoid: dict[str, str] = field(default_factory=dict)  # instance id -> why not there again
+    num_lost: int = 0
+
+
+@dataclass(slots=True)
+class _View:
+    """What this front end knows of an instance."""
+
+    instance: Instance
+    reported_tokens: int = 0
+    added_tokens: int = 0
+    is_lost: bool = False
+    is_draining: bool = False
+    connected_s: float = 0.0
+
+
+class FrontEnd:
+    """All requests of one API process."""
+
+    def __init__(
+        self,
+        front_end_id: str,
+        rng: random.Random,
+        options: FrontEndOptions | None = None,
+        policy: PlacementPolicy | None = None,
+    ) -> None:
+        self.front_end_id = front_end_id
+        self.options = options or FrontEndOptions()
+        self.policy = policy or FewestTokens()
+        self.outbox = Outbox()
+        self.requests: dict[str, Tracked] = {}
+        self.num_retries: dict[str, int] = {}  # by reason
+        self._rng = rng
+        self._views: dict[str, _View] = {}
+        self._events: list[Delivered | Failed] = []
+        self._liveness = Liveness(self.options.instance_timeout_s)
+        self._counter = 0
+        self._next_beat_s = 0.0
+
+    # what the shell sees
+
+    def take_events(self) -> list[Delivered | Failed]:
+        """Returns: tokens and errors since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def is_serving_possible(self) -> bool:
+        """Whether a request submitted now would find an instance."""
+        return any(c.can_decode for c in self._candidates({}))
+
+    def live_instances(self) -> list[Instance]:
+        """Returns: members that are reachable."""
+        return [v.instance for v in self._views.values() if not v.is_lost]
+
+    # membership
+
+    def set_members(self, members: Iterable[Instance], now_s: float) -> None:
+        """Take the newest snapshot. Who left it is not used for new requests; what runs there goes on while its link lives."""
+        members = {m.instance_id: m for m in members}
+        for instance_id in [i for i in self._views if i not in members]:
+            if not any(t.decode_id == instance_id for t in self.requests.values()):
+                del self._views[instance_id]
+                self._liveness.forget(instance_id)
+            else:
+                self._views[instance_id].is_draining = True
+        for instance_id, member in members.items():
+            view = self._views.get(instance_id)
+            if view is None:
+                self._views[instance_id] = _View(
+                    member, member.outstanding_tokens, is_draining=member.is_draining, connected_s=now_s
+                )
+                self._liveness.seen(instance_id, now_s)
+                self.outbox.connect(member.peer)
+                self.outbox.send(instance_id, Beat(self._counter))
+            else:
+                view.instance, view.is_draining = member, member.is_draining
+
+    def peer_lost(self, peer_id: str, now_s: float) -> None:
+        """A link ended or an instance went silent: what it served is placed again."""
+        view = self._views.get(peer_id)
+        if view is not None:
+            view.is_lost = True
+        self._liveness.forget(peer_id)
+        for tracked in [t for t in self.requests.values() if t.decode_id == peer_id]:
+            tracked.num_lost += 1
+            if tracked.num_lost >= self.options.max_lost_instances:
+                self._fail(
+                    tracked,
+                    FastDeployPDError(f"{tracked.num_lost} instances were lost while serving this request", code="poison"),
+                    now_s,
+                )
+                continue
+            self._place_again(tracked, "decode_lost", now_s)
+
+    # requests
+
+    def submit(self, request: Request, now_s: float) -> None:
+        """Serve a request from now on. Its output_token_ids, if any, are what the client has already."""
+        request.front_end_id = self.front_end_id
+        tracked = Tracked(request, now_s, now_s)
+        self.requests[request.request_id] = tracked
+        self._place(tracked, now_s)
+
+    def abort(self, request_id: str, now_s: float) -> None:
+        """The client doesn't want it any more. Does nothing if it has ended."""
+        tracked = self.requests.pop(request_id, None)
+        if tracked is not None:
+            self._tell_abort(tracked)
+            tracked.request.advance(Phase.ABORTED, now_s)
+
+    def receive(self, sender_id: str, message: Message, now_s: float) -> None:
+        """Take one message from an instance."""
+        match message:
+            case Beat():
+                self._on_beat(sender_id, message, now_s)
+            case Tokens():
+                for chunk in message.chunks:
+                    self._on_chunk(chunk, now_s)
+            case Reserved():
+                tracked = self._current(message.request_id, message.attempt, now_s)
+                if tracked is not None and tracked.request.phase is Phase.PLACED:
+                    tracked.request.advance(Phase.RESERVED, now_s)
+            case Refused():
+                self._on_refused(sender_id, message, now_s)
+            case Progress():
+                self._current(message.request_id, message.attempt, now_s)
+            case Unknown():
+                tracked = self._current(message.request_id, message.attempt, now_s)
+                # Before its first answer an attempt may be unknown because Reserve is still under way: it is resent.
+                if tracked is not None and tracked.request.phase is not Phase.PLACED:
+                    self._place_again(tracked, "attempt_unknown", now_s)
+            case _:
+                pass  # engines' messages to each other are none of ours
+
+    def tick(self, now_s: float) -> None:
+        """Resend, ask, give up, beat. Call it every few ten milliseconds."""
+        for instance_id in self._liveness.lost(now_s):
+            self.peer_lost(instance_id, now_s)
+        for tracked in list(self.requests.values()):
+            self._tick_request(tracked, now_s)
+        if now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + self.options.beat_s
+            self._counter += 1
+            for instance_id, view in self._views.items():
+                if view.is_lost:
+                    self.outbox.connect(view.instance.peer)
+                self.outbox.send(instance_id, Beat(self._counter))
+
+    # inside
+
+    def _candidates(self, avoid: dict[str, str]) -> list[Candidate]:
+        return [
+            Candidate(
+                instance_id,
+                view.instance.can_prefill,
+                view.instance.can_decode,
+                view.reported_tokens + view.added_tokens,
+            )
+            for instance_id, view in self._views.items()
+            if not view.is_lost and not view.is_draining and instance_id not in avoid
+        ]
+
+    def _place(self, tracked: Tracked, now_s: float) -> None:
+        """Choose instances and ask decode; without one, wait until the placement deadline."""
+        request = tracked.request
+        placement = self.policy.place(request.num_tokens, self._candidates(tracked.avoid), self._rng)
+        if placement is None:
+            self._on_no_candidate(tracked, now_s)
+            return
+        tracked.placement, tracked.decode_id, tracked.unplaced_since_s = placement, placement.decode_id, None
+        request.advance(Phase.PLACED, now_s)
+        for instance_id in {placement.prefill_id, placement.decode_id} - {None}:
+            self._views[instance_id].added_tokens += request.num_tokens
+        tracked.heard_s = now_s
+        self._send_reserve(tracked, now_s)
+
+    def _send_reserve(self, tracked: Tracked, now_s: float) -> None:
+        tracked.sent_s = now_s
+        placement = tracked.placement
+        if placement is None:
+            return
+        view = self._views.get(placement.prefill_id or "")
+        self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(), view.instance.peer if view else None))
+
+    def _place_again(self, tracked: Tracked, reason: str, now_s: float) -> None:
+        """Begin the next attempt: the tokens so far become part of what is prefilled."""
+        request = tracked.request
+        self.num_retries[reason] = self.num_retries.get(reason, 0) + 1
+        self._tell_abort(tracked)
+        request.advance(Phase.ARRIVED, now_s)
+        request.attempt += 1
+        tracked.early.clear()
+        tracked.decode_id, tracked.placement, tracked.unplaced_since_s = "", None, now_s
+        self._place(tracked, now_s)
+
+    def _on_no_candidate(self, tracked: Tracked, now_s: float) -> None:
+        if tracked.avoid and self._candidates({}):
+            if all(reason == "overloaded" for reason in tracked.avoid.values()):
+                self._fail(tracked, Overloaded("Every instance's queue is full; try again later."), now_s)
+                return
+            tracked.avoid.clear()  # somebody is there: what it was avoided for may have passed
+            return
+        since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
+        tracked.unplaced_since_s = since_s
+        if now_s - since_s >= self.options.placement_timeout_s:
+            self._fail(tracked, NoCapacity("No decode or mixed instance is alive in this topic."), now_s)
+
+    def _tick_request(self, tracked: Tracked, now_s: float) -> None:
+        options, request = self.options, tracked.request
+        if now_s - tracked.submitted_s >= options.deadline_s:
+            self._fail(tracked, DeadlineExceeded(f"The request did not end within {options.deadline_s:g} s."), now_s)
+        elif tracked.placement is None:
+            self._place(tracked, now_s)
+        elif request.phase is Phase.PLACED:
+            if now_s - tracked.sent_s >= options.resend_s:
+                self._send_reserve(tracked, now_s)
+        elif now_s - max(tracked.heard_s, tracked.asked_s) >= options.quiet_s:
+            tracked.asked_s = now_s
+            self.outbox.send(tracked.decode_id, Query(request.request_id, request.attempt, len(request.output_token_ids)))
+
+    def _current(self, request_id: str, attempt: int, now_s: float) -> Tracked | None:
+        """Returns: the request if this attempt is its current one."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.request.attempt != attempt:
+            return None
+        tracked.heard_s = now_s
+        return tracked
+
+    def _on_chunk(self, chunk: TokenChunk, now_s: float) -> None:
+        tracked = self.requests.get(chunk.request_id)
+        if tracked is None or tracked.request.attempt != chunk.attempt:
+            return
+        request = tracked.request
+        expected = len(request.output_token_ids)
+        if chunk.index > expected:
+            # Early: prefill's token 0 and decode's token 1 come over different links. Not heard_s: if the gap stays, we ask.
+            tracked.early[chunk.index] = chunk
+            return
+        self._deliver(tracked, chunk, now_s)
+        while not request.is_done and len(request.output_token_ids) in tracked.early:
+            self._deliver(tracked, tracked.early.pop(len(request.output_token_ids)), now_s)
+
+    def _deliver(self, tracked: Tracked, chunk: TokenChunk, now_s: float) -> None:
+        request = tracked.request
+        num_known = len(request.output_token_ids) - chunk.index
+        if num_known > 0:
+            if num_known >= len(chunk.token_ids) and chunk.finish_reason is None:
+                return
+            if num_known > len(chunk.token_ids):
+                return
+            chunk = replace(
+                chunk,
+                index=chunk.index + num_known,
+                token_ids=chunk.token_ids[num_known:],
+                logprobs=chunk.logprobs[num_known:],
+                prompt_logprobs=(),
+            )
+        tracked.heard_s = now_s
+        self._enter_decoding(request, now_s)
+        request.output_token_ids.extend(chunk.token_ids)
+        if chunk.finish_reason is FinishReason.ERROR:
+            self._fail(tracked, FastDeployPDError(chunk.error, code=chunk.error_code or None), now_s)
+            return
+        self._events.append(Delivered(request.request_id, chunk))
+        if chunk.finish_reason is not None:
+            request.advance(Phase.FINISHED, now_s)
+            del self.requests[request.request_id]
+
+    def _enter_decoding(self, request: Request, now_s: float) -> None:
+        """Tokens may overtake Reserved: step through the phases that were not seen."""
+        for before, after in (
+            (Phase.PLACED, Phase.RESERVED),
+            (Phase.RESERVED, Phase.PREFILLING),
+            (Phase.PREFILLING, Phase.DECODING),
+        ):
+            if request.phase is before:
+                request.advance(after, now_s)
+
+    def _on_refused(self, sender_id: str, message: Refused, now_s: float) -> None:
+        tracked = self._current(message.request_id, message.attempt, now_s)
+        if tracked is None:
+            return
+        if message.is_final:
+            error_type = ContextLengthExceeded if message.code == "context_length_exceeded" else InvalidRequest
+            self._fail(tracked, error_type(message.reason, code=message.code), now_s)
+            return
+        prefill_id = tracked.placement.prefill_id if tracked.placement else None
+        if message.code in ("prefill_lost", "prefill_failed", "transfer_failed", "transfer_timeout") and prefill_id:
+            tracked.avoid[prefill_id] = message.code
+        elif message.code != "checksum_mismatch":
+            tracked.avoid[sender_id] = message.code
+        self._place_again(tracked, message.code, now_s)
+
+    def _on_beat(self, sender_id: str, beat: Beat, now_s: float) -> None:
+        view = self._views.get(sender_id)
+        if view is None:
+            return
+        view.is_lost = False
+        view.is_draining = view.is_draining or beat.is_draining
+        view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
+        self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
+
+    def _tell_abort(self, tracked: Tracked) -> None:
+        if tracked.decode_id:
+            self.outbox.send(tracked.decode_id, Abort(tracked.request.request_id, tracked.request.attempt))
+
+    def _fail(self, tracked: Tracked, error: FastDeployPDError, now_s: float) -> None:
+        self._tell_abort(tracked)
+        tracked.request.advance(Phase.FAILED, now_s)
+        self.requests.pop(tracked.request.request_id, None)
+        self._events.append(Failed(tracked.request.request_id, error))

@@ -1,0 +1,243 @@
+"""One engine step: receive, schedule, run, hand over, emit.
+
+The engine is a function of (state, messages, time): it owns no socket and no thread. The shell (`engine/process.py`, or a test with
+a virtual clock) feeds it messages and sends what it puts into the outbox.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdeploy_pd.clock import Clock
+from fastdeploy_pd.cluster.liveness import Liveness
+from fastdeploy_pd.cluster.messages import (
+    Abort,
+    Beat,
+    CancelOrder,
+    HandOver,
+    HandOverAck,
+    Message,
+    OrderAccepted,
+    OrderEnded,
+    OrderQuery,
+    PrefillOrder,
+    Query,
+    Refused,
+    Reserve,
+)
+from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.engine.context import EngineContext, Runner, StepOutput
+from fastdeploy_pd.engine.decode import DecodeSide
+from fastdeploy_pd.engine.outbox import Action, Connect
+from fastdeploy_pd.engine.prefill import PrefillSide
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.request import Request, TokenChunk, TokenLogprobs
+
+TICK_S = 0.05
+LONGEST_STEP_MEMORY = 0.9  # the longest step fades by this factor a beat, so that one slow step is not remembered for ever
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What a step did, for the metrics."""
+
+    num_tokens: int = 0
+    step_s: float = 0.0
+
+
+class Engine:
+    """Serves requests on one instance, in whatever role."""
+
+    def __init__(self, role: Role, context: EngineContext, runner: Runner, clock: Clock) -> None:
+        self.role = role
+        self.context = context
+        self.runner = runner
+        self.clock = clock
+        self.prefill = PrefillSide(context)
+        self.decode = DecodeSide(context)
+        self.counter = 0
+        self.is_draining = False
+        self._longest_step_s = 0.0
+        self._next_tick_s = 0.0
+        self._next_beat_s = 0.0
+        self._served_peers: set[str] = set()  # prefill instances we have connected to
+        self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
+        self._liveness = Liveness(context.options.peer_timeout_s)
+        self._caller_liveness = Liveness(context.options.front_end_timeout_s)
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+
+    # in
+
+    def receive(self, sender_id: str, message: Message) -> None:
+        """Take one message from a peer."""
+        now_s = self.clock.now_s()
+        match message:
+            case Beat():
+                self._on_beat(sender_id, message, now_s)
+            case Reserve():
+                self._hear(sender_id, now_s)
+                self._on_reserve(sender_id, message, now_s)
+            case Abort():
+                self.decode.on_abort(message, now_s)
+            case Query():
+                self.decode.on_query(sender_id, message)
+            case PrefillOrder():
+                self._hear(sender_id, now_s)
+                self._on_order(sender_id, message, now_s)
+            case CancelOrder():
+                self.prefill.on_cancel(sender_id, message, now_s)
+            case OrderQuery():
+                self.prefill.on_query(sender_id, message, now_s)
+            case HandOverAck():
+                self.prefill.on_ack(message, now_s)
+            case OrderAccepted():
+                self.decode.on_accepted(message, now_s)
+            case OrderEnded():
+                self.decode.on_order_ended(message, now_s)
+            case HandOver():
+                self.decode.on_hand_over(sender_id, message, now_s)
+            case _:
+                pass  # Reserved, Tokens, ... are for front ends; a peer that mixes us up does no harm
+
+    def peer_lost(self, peer_id: str) -> None:
+        """A link ended, or a peer has been silent for too long."""
+        now_s = self.clock.now_s()
+        self._liveness.forget(peer_id)
+        self._caller_liveness.forget(peer_id)
+        self._served_peers.discard(peer_id)
+        self._callers.discard(peer_id)
+        self.decode.on_peer_lost(peer_id, now_s)
+        self.decode.on_front_end_lost(peer_id, now_s)
+        self.prefill.on_peer_lost(peer_id, now_s)
+
+    # out
+
+    def take_actions(self) -> list[Action]:
+        """Returns: what the shell must send and connect now."""
+        actions = self.context.outbox.take()
+        for action in actions:
+            if isinstance(action, Connect):
+                self._served_peers.add(action.peer.instance_id)
+                self._liveness.seen(action.peer.instance_id, self.clock.now_s())
+        return actions
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the next step would compute something."""
+        return not self.context.scheduler.is_idle
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing is being served or handed over any more."""
+        return self.is_draining and not self.decode.active() and not self.prefill.num_active
+
+    def outstanding_tokens(self) -> int:
+        """Returns: the load that placement balances."""
+        return self.context.scheduler.outstanding_tokens() + self.decode.outstanding_tokens()
+
+    # the step
+
+    def step(self) -> StepReport:
+        """Do what there is to do once: transfers, timers, one batch."""
+        now_s = self.clock.now_s()
+        self.counter += 1
+        for transfer in self.context.transfers.values():
+            for event in transfer.poll():
+                self.prefill.on_transfer(event, now_s)
+                self.decode.on_transfer(event, now_s)
+        if now_s >= self._next_tick_s:
+            self._next_tick_s = now_s + TICK_S
+            self._tick(now_s)
+        batch = self.context.scheduler.schedule(now_s)
+        if not batch:
+            return StepReport()
+        self.prefill.on_scheduled(batch, now_s)
+        self._run(batch)
+        step_s = self.clock.now_s() - now_s
+        self._longest_step_s = max(self._longest_step_s, step_s)
+        return StepReport(batch.num_tokens, step_s)
+
+    # inside
+
+    def _run(self, batch: Batch) -> None:
+        try:
+            outputs = self.runner.execute(batch, self.prefill.layer_hook(batch))
+        except FastDeployPDError as error:
+            for sequence in batch.sequences:
+                self._fail(sequence.request, error.message)
+            return
+        self.context.scheduler.computed(batch)
+        now_s = self.clock.now_s()
+        for sequence, output in zip(batch.sequences, outputs, strict=True):
+            request = sequence.request
+            if output.prompt_logprobs:
+                self._prompt_logprobs.setdefault(id(request), []).extend(output.prompt_logprobs)
+            if output.token_id is not None:
+                self._on_token(request, output, now_s)
+
+    def _on_token(self, request: Request, output: StepOutput, now_s: float) -> None:
+        token_id = output.token_id
+        if token_id is None:
+            return
+        index = len(request.output_token_ids)
+        request.output_token_ids.append(token_id)
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            index=index,
+            token_ids=(token_id,),
+            finish_reason=request.finish_reason_after(token_id, self.context.scheduler.options.max_model_len),
+            logprobs=(output.logprobs,) if output.logprobs is not None else (),
+            prompt_logprobs=tuple(self._prompt_logprobs.pop(id(request), ())) if index == 0 else (),
+            num_cached_tokens=request.local.num_cached_tokens,
+            served_by=self.context.instance_id,
+        )
+        self._prompt_logprobs.pop(id(request), None)
+        side = self.prefill if self.prefill.owns(request) else self.decode
+        side.on_token(request, chunk, now_s)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        self._prompt_logprobs.pop(id(request), None)
+        side = self.prefill if self.prefill.owns(request) else self.decode
+        side.on_error(request, reason, self.clock.now_s())
+
+    def _on_reserve(self, sender_id: str, message: Reserve, now_s: float) -> None:
+        request_id, attempt = str(message.request.get("request_id", "")), int(message.request.get("attempt", 1))
+        is_known = (request_id, attempt) in self.decode.served
+        if not is_known and (self.is_draining or not self.role.can_decode):
+            reason = "draining" if self.is_draining else f"a {self.role.value} instance takes no requests"
+            self.context.outbox.send(sender_id, Refused(request_id, attempt, reason, "not_served_here"))
+            return
+        self.decode.on_reserve(sender_id, message, now_s)
+
+    def _on_order(self, sender_id: str, message: PrefillOrder, now_s: float) -> None:
+        is_known = message.grant_id in self.prefill.orders
+        if not is_known and (self.is_draining or not self.role.can_prefill):
+            reason = "draining" if self.is_draining else f"a {self.role.value} instance takes no prefill orders"
+            self.context.outbox.send(sender_id, OrderEnded(message.grant_id, reason))
+            return
+        self.prefill.on_order(message, now_s)
+
+    def _hear(self, sender_id: str, now_s: float) -> None:
+        if sender_id not in self._callers:
+            self._callers.add(sender_id)
+            self._caller_liveness.seen(sender_id, now_s)
+
+    def _on_beat(self, sender_id: str, message: Beat, now_s: float) -> None:
+        if sender_id in self._served_peers:
+            self._liveness.beat(sender_id, message.counter, now_s, message.longest_step_s)
+        self._callers.add(sender_id)
+        self._caller_liveness.beat(sender_id, message.counter, now_s, message.longest_step_s)
+
+    def _tick(self, now_s: float) -> None:
+        self.decode.tick(now_s)
+        self.prefill.tick(now_s)
+        for peer_id in (*self._liveness.lost(now_s), *self._caller_liveness.lost(now_s)):
+            self.peer_lost(peer_id)
+        if now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + self.context.options.beat_s
+            beat = Beat(self.counter, self.outstanding_tokens(), self._longest_step_s, self.is_draining)
+            self._longest_step_s *= LONGEST_STEP_MEMORY
+            for peer_id in self._served_peers | self._callers:
+                self.context.outbox.send(peer_id, beat)

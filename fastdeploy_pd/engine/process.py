@@ -1,0 +1,185 @@
+"""The engine's process: owns sockets, signals and the lease; feeds the `Engine` machine and sends what it wants sent.
+
+Started by the API server as `python -m fastdeploy_pd.engine.process FLAGS` with the instance's own flags and, in the environment,
+the instance's run directory (FD_RUN_DIR) and HTTP address (FD_HTTP_ADDRESS). When it is ready it writes `engine.json` there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
+from fastdeploy_pd.cluster.redis_connection import redis_options_from
+from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, RedisRegistry
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine.build import BuiltEngine, build_engine, warm_up
+from fastdeploy_pd.engine.outbox import Connect
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.launch.child import die_with_parent
+from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
+
+log = logging.getLogger("fastdeploy_pd.engine")
+
+IDLE_WAIT_S = 0.02  #: nothing to compute and nothing on the wire
+ACTIVE_WAIT_S = 0.0005  #: a transfer may end at any moment
+HUNG_STEP_S = 20.0  #: a step that takes longer stops the lease
+DRAIN_S = 30.0  #: how long SIGTERM waits for requests to end
+
+
+class EngineShell:
+    """Runs one engine until it is told to stop."""
+
+    def __init__(self, config: InstanceConfig, built: BuiltEngine, links: Links, metrics: EngineMetrics) -> None:
+        self.config = config
+        self.built = built
+        self.engine = built.engine
+        self.links = links
+        self.metrics = metrics
+        self.stop_at_s: float | None = None
+        self._clock = built.engine.clock
+        self._last_turn_s = self._clock.now_s()
+        self._record: MemberRecord | None = None
+        self._record_s = 0.0
+
+    def request_stop(self, is_gentle: bool) -> None:
+        """Stop: at once, or when what is being served has ended (at most DRAIN_S later)."""
+        self.engine.is_draining = True
+        self.stop_at_s = self._clock.now_s() + (DRAIN_S if is_gentle else 0.0)
+        self._refresh_record()
+
+    def record(self) -> MemberRecord | None:
+        """The member record as of the last turn, for the heartbeat thread; None when the loop stands still: no lease for the hung."""
+        if self._clock.now_s() - self._last_turn_s > HUNG_STEP_S:
+            return None
+        return self._record
+
+    def run(self) -> None:
+        """Turn until stopped."""
+        self._refresh_record()
+        while not self._is_over():
+            self._turn()
+
+    def _is_over(self) -> bool:
+        if self.stop_at_s is None:
+            return False
+        return self.engine.is_drained or self._clock.now_s() >= self.stop_at_s
+
+    def _turn(self) -> None:
+        engine = self.engine
+        for sender_id, item in self.links.receive(self._wait_s()):
+            if isinstance(item, PeerLost):
+                log.info("link to %s ended", sender_id)
+                engine.peer_lost(sender_id)
+            elif not isinstance(item, PeerUp):
+                engine.receive(sender_id, item)
+        report = engine.step()
+        for action in engine.take_actions():
+            if isinstance(action, Connect):
+                self.links.connect(action.peer.instance_id, action.peer.address)
+            else:
+                self.links.send(action.peer_id, action.message)
+        now_s = self._clock.now_s()
+        self._last_turn_s = now_s
+        if now_s - self._record_s > 0.1:
+            self._refresh_record()
+        if report.num_tokens:
+            self._observe(report.num_tokens, report.step_s)
+
+    def _wait_s(self) -> float:
+        if self.engine.has_work:
+            return 0.0
+        if self.engine.decode.num_ordered or self.engine.prefill.num_active:
+            return ACTIVE_WAIT_S
+        return IDLE_WAIT_S
+
+    def _observe(self, num_tokens: int, step_s: float) -> None:
+        scheduler = self.engine.context.scheduler
+        self.metrics.observe_step(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(self.engine.decode.queued),
+            num_tokens=num_tokens,
+            step_s=step_s,
+            blocks=scheduler.pool.counts(),
+            scheduler=scheduler,
+        )
+
+    def _refresh_record(self) -> None:
+        self._record_s = self._clock.now_s()
+        self._record = self.built.member_record(
+            self.config, os.environ.get("FD_HTTP_ADDRESS", ""), self.links.addresses[0]
+        )
+
+
+def bind_endpoints(config: InstanceConfig, run_dir: Path) -> list[str]:
+    """Returns: the endpoints of the links socket: TCP first (it is announced), unless the instance serves nobody else."""
+    if config.cluster.scheduler_name == "local":
+        port = config.cluster.engine_worker_queue_port
+        return [f"tcp://127.0.0.1:{port}"] if port else [f"ipc://{run_dir}/engine.sock"]
+    return [f"tcp://{config.cluster.advertise_host}:{config.cluster.pd_comm_port or '*'}"]
+
+
+def announce(run_dir: Path, built: BuiltEngine, links: Links) -> None:
+    """Tell the API processes, which wait for this file."""
+    facts = {
+        "instance_id": built.instance_id,
+        "links_address": links.addresses[0],
+        "max_model_len": built.max_model_len,
+        "fingerprint": built.fingerprint,
+        "num_blocks": built.layout.num_blocks,
+        "pid": os.getpid(),
+    }
+    part = run_dir / "engine.json.part"
+    part.write_text(json.dumps(facts))
+    part.replace(run_dir / "engine.json")
+
+
+def serve(config: InstanceConfig, run_dir: Path) -> None:
+    """Build the engine, announce it, run it, leave."""
+    secret = config.cluster.secret
+    metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
+    built = build_engine(config, metrics, secret)
+    warm_up(built)
+    links = Links(built.instance_id, bind_endpoints(config, run_dir), secret=secret)
+    shell = EngineShell(config, built, links, metrics)
+    signal.signal(signal.SIGTERM, lambda *_: shell.request_stop(is_gentle=True))
+    signal.signal(signal.SIGINT, lambda *_: shell.request_stop(is_gentle=False))
+    heartbeat = None
+    if config.cluster.scheduler_name != "local":
+        shell._refresh_record()
+        heartbeat = HeartbeatThread(RedisRegistry(redis_options_from(config.cluster)), shell.record)
+        heartbeat.start()
+    announce(run_dir, built, links)
+    log.info("%s serves %s with %d KV blocks", built.instance_id, config.model.model, built.layout.num_blocks)
+    try:
+        shell.run()
+    finally:
+        if heartbeat is not None:
+            heartbeat.stop()
+        links.close()
+        for transfer in built.transfers.values():
+            transfer.close()
+
+
+def main() -> int:
+    """Returns: the process's exit status."""
+    die_with_parent()
+    run_dir = Path(os.environ["FD_RUN_DIR"])
+    enable_multiprocess(run_dir / "metrics")
+    try:
+        config = InstanceConfig.from_args(sys.argv[1:], dict(os.environ))
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(message)s")
+        serve(config, run_dir)
+    except FastDeployPDError as error:
+        (run_dir / "engine.error").write_text(error.message)
+        sys.stderr.write(f"error: {error.message}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""A whole cluster in one thread: real front ends, engines, schedulers, pools and checksums; simulated network, clock and model.
+
+The model's KV is a function of the tokens, and each token is a function of the KV bytes in the pool: a stale, foreign or missing
+block changes the tokens. Every message may be dropped, delayed, repeated; instances die and come back under new ids.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from fastdeploy_pd.clock import VirtualClock
+from fastdeploy_pd.cluster.messages import Message, Peer
+from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.engine.context import EngineContext, EngineOptions
+from fastdeploy_pd.engine.frontend import Delivered, Failed, FrontEnd, FrontEndOptions, Instance
+from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.outbox import Action, Connect
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.request import Request, SamplingParams, TokenLogprobs
+from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
+
+BLOCK_SIZE = 4
+VOCAB = 997
+STEP_S = 0.02
+TOKEN_BYTES = 16  # K and V of one token in one layer
+NUM_LAYERS = 2
+
+
+def kv_of(token_id: int, position: int, layer: int) -> bytes:
+    """The KV bytes the model writes for a token."""
+    return blake2b(f"{token_id}:{position}:{layer}".encode(), digest_size=TOKEN_BYTES).digest()
+
+
+def token_after(kv: Iterable[bytes]) -> int:
+    """The token the model samples after these KV bytes."""
+    digest = blake2b(b"".join(kv), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What any correct cluster must answer."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        kv = [kv_of(t, p, layer) for layer in range(NUM_LAYERS) for p, t in enumerate(tokens)]
+        tokens.append(token_after(kv))
+    return tokens[len(prompt) :]
+
+
+@dataclass(slots=True)
+class SimulatedOutput:
+    """See engine.context.StepOutput."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+class SimulatedRunner:
+    """Writes kv_of into the pool and samples token_after what it finds there."""
+
+    def __init__(self, pool: KVPool, clock: VirtualClock) -> None:
+        self.pool = pool
+        self.clock = clock
+
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[SimulatedOutput]:
+        """See engine.context.Runner."""
+        for layer in range(NUM_LAYERS):
+            for sequence in batch.sequences:
+                for position, token_id in zip(range(sequence.start, sequence.stop), sequence.token_ids, strict=True):
+                    self._slot(sequence.request, layer, position)[:] = kv_of(token_id, position, layer)
+            if on_layer is not None:
+                on_layer(layer)
+        return [SimulatedOutput(self._sample(s.request, s.stop) if s.needs_sample else None) for s in batch.sequences]
+
+    def _slot(self, request: Request, layer: int, position: int) -> memoryview:
+        block = self.pool.block(layer, request.local.block_table[position // BLOCK_SIZE])
+        offset = position % BLOCK_SIZE * TOKEN_BYTES
+        return block[offset : offset + TOKEN_BYTES]
+
+    def _sample(self, request: Request, stop: int) -> int:
+        return token_after(bytes(self._slot(request, layer, p)) for layer in range(NUM_LAYERS) for p in range(stop))
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What may go wrong, as probabilities a message and mean seconds between events."""
+
+    drop: float = 0.0
+    repeat: float = 0.0
+    late: float = 0.0  #: share of messages that take up to 3 s
+    kill_every_s: float = 0.0  #: 0 never
+    corrupt: float = 0.0  #: share of blocks written with a wrong byte
+    until_s: float = 60.0  #: faults stop; then everything must finish
+
+
+@dataclass(slots=True)
+class Node:
+    """One engine process."""
+
+    instance: Instance
+    engine: Engine
+    pool: KVPool
+    is_up: bool = True
+
+
+@dataclass(slots=True)
+class Client:
+    """What one client has received."""
+
+    prompt: list[int]
+    max_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    num_terminal: int = 0
+    error: FastDeployPDError | None = None
+    was_aborted: bool = False
+
+
+class SimulatedCluster:
+    """Runs front ends and engines until everything has ended."""
+
+    def __init__(self, seed: int, roles: Sequence[Role], faults: Faults, num_blocks: int = 24, num_front_ends: int = 2) -> None:
+        self.rng = random.Random(seed)
+        self.faults = faults
+        self.num_blocks = num_blocks
+        self.clock = VirtualClock()
+        self.network = LoopbackNetwork(seed=seed)
+        self.layout = KVLayout(NUM_LAYERS, num_blocks, 1, BLOCK_SIZE, TOKEN_BYTES // 8, "float32")
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.num_events = 0
+        self.num_kills = 0
+        self.nodes: dict[str, Node] = {}
+        self.dead: list[Node] = []
+        self.clients: dict[str, Client] = {}
+        self.front_ends = {
+            f"front-{i}": FrontEnd(f"front-{i}", random.Random(f"{seed}-{i}"), FrontEndOptions(placement_timeout_s=600, max_lost_instances=10**6))
+            for i in range(num_front_ends)
+        }
+        for role in roles:
+            self.start(role)
+        for name in self.front_ends:
+            self.at(self.rng.uniform(0, STEP_S), lambda name=name: self.run_front_end(name))
+        if faults.kill_every_s:
+            self.at(self.rng.expovariate(1 / faults.kill_every_s), self.kill_one)
+
+    # time
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Do something later."""
+        self.num_events += 1
+        heapq.heappush(self.events, (self.clock.now_s() + delay_s, self.num_events, action))
+
+    def run(self, limit_s: float) -> None:
+        """Run until every client has its terminal answer and the engines are idle, or the limit is reached."""
+        while self.events and self.clock.now_s() < limit_s:
+            when_s, _, action = heapq.heappop(self.events)
+            self.clock.advance_to(when_s)
+            self.network.run_until(when_s)
+            action()
+            if self.clock.now_s() > self.faults.until_s and all(c.num_terminal for c in self.clients.values()):
+                if self.is_quiet():
+                    return
+
+    def is_quiet(self) -> bool:
+        """Whether no engine holds a block."""
+        return all(n.engine.context.scheduler.pool.counts().held == 0 for n in self.nodes.values())
+
+    # nodes
+
+    def start(self, role: Role) -> None:
+        """Start an instance under a new id."""
+        instance_id = f"{role.value}-{self.num_events}-{len(self.nodes) + len(self.dead)}"
+        pool = KVPool(self.layout)
+        options = SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
+        counter = iter(range(10**9))
+        context = EngineContext(
+            instance_id,
+            Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), options),
+            {"loopback": LoopbackTransfer(instance_id, pool, self.layout, self.network)},
+            EngineOptions(),
+            new_id=lambda: f"{instance_id}:{next(counter)}",
+            new_nonce=lambda: self.rng.getrandbits(63),
+        )
+        engine = Engine(role, context, SimulatedRunner(pool, self.clock), self.clock)
+        instance = Instance(Peer(instance_id, f"sim://{instance_id}"), role.can_prefill, role.can_decode)
+        self.nodes[instance_id] = Node(instance, engine, pool)
+        self.at(self.rng.uniform(0, STEP_S), lambda: self.run_engine(instance_id))
+        self.publish()
+
+    def publish(self) -> None:
+        """Every front end sees the new members a little later."""
+        members = [n.instance for n in self.nodes.values()]
+        for front_end in self.front_ends.values():
+            self.at(self.rng.uniform(0, 0.2), lambda f=front_end: f.set_members(members, self.clock.now_s()))
+
+    def kill_one(self) -> None:
+        """Kill a random instance; a new one of its role starts soon after."""
+        if self.clock.now_s() > self.faults.until_s:
+            return
+        instance_id = self.rng.choice(sorted(self.nodes))
+        node = self.nodes.pop(instance_id)
+        node.is_up = False
+        node.engine.context.transfers["loopback"].close()
+        self.dead.append(node)
+        self.num_kills += 1
+        for other in (*self.front_ends, *self.nodes):
+            self.at(self.rng.uniform(0, 0.1), lambda o=other: self.tell_lost(o, instance_id))
+        self.publish()
+        self.at(self.rng.uniform(0.5, 3), lambda: self.start(node.engine.role))
+        self.at(self.rng.expovariate(1 / self.faults.kill_every_s), self.kill_one)
+
+    def tell_lost(self, observer_id: str, instance_id: str) -> None:
+        """The observer's link to a dead instance ends."""
+        if observer_id in self.front_ends:
+            self.front_ends[observer_id].peer_lost(instance_id, self.clock.now_s())
+        elif observer_id in self.nodes:
+            self.nodes[observer_id].engine.peer_lost(instance_id)
+
+    def run_engine(self, instance_id: str) -> None:
+        """One step of one engine."""
+        node = self.nodes.get(instance_id)
+        if node is None:
+            return
+        node.engine.step()
+        self.carry(instance_id, node.engine.take_actions())
+        self.at(STEP_S * self.rng.uniform(0.5, 2), lambda: self.run_engine(instance_id))
+
+    def run_front_end(self, name: str) -> None:
+        """One turn of one front end."""
+        front_end = self.front_ends[name]
+        front_end.tick(self.clock.now_s())
+        self.carry(name, front_end.outbox.take())
+        for event in front_end.take_events():
+            self.on_event(event)
+        self.at(STEP_S, lambda: self.run_front_end(name))
+
+    def on_event(self, event: Delivered | Failed) -> None:
+        """What a client sees."""
+        client = self.clients[event.request_id]
+        if client.was_aborted:
+            return  # made before the client left, picked up after
+        assert client.num_terminal == 0, f"{event.request_id} heard something after its terminal answer"
+        if isinstance(event, Failed):
+            client.error = event.error
+            client.num_terminal += 1
+            return
+        assert event.chunk.index == len(client.tokens), f"{event.request_id}: index {event.chunk.index}, have {len(client.tokens)}"
+        client.tokens.extend(event.chunk.token_ids)
+        client.num_terminal += event.chunk.finish_reason is not None
+
+    # messages
+
+    def carry(self, sender_id: str, actions: list[Action]) -> None:
+        """Send messages through the faulty network."""
+        for action in actions:
+            if isinstance(action, Connect):
+                continue
+            faulty = self.clock.now_s() < self.faults.until_s
+            if faulty and self.rng.random() < self.faults.drop:
+                continue
+            for _ in range(2 if faulty and self.rng.random() < self.faults.repeat else 1):
+                late = faulty and self.rng.random() < self.faults.late
+                delay_s = self.rng.uniform(0, 3) if late else self.rng.uniform(0.0005, 0.01)
+                self.at(delay_s, lambda a=action: self.arrive(sender_id, a.peer_id, a.message))
+
+    def arrive(self, sender_id: str, peer_id: str, message: Message) -> None:
+        """A message reaches its receiver, if that still lives."""
+        if peer_id in self.front_ends:
+            self.front_ends[peer_id].receive(sender_id, message, self.clock.now_s())
+        elif peer_id in self.nodes:
+            self.nodes[peer_id].engine.receive(sender_id, message)
+
+    # clients
+
+    def submit(self, request_id: str, prompt: list[int], max_tokens: int, delay_s: float, salt: str = "") -> None:
+        """A client asks."""
+        self.clients[request_id] = Client(prompt, max_tokens)
+        front_end = self.rng.choice(sorted(self.front_ends))
+        request = Request(request_id, list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0), cache_salt=salt)
+        self.at(delay_s, lambda: self.front_ends[front_end].submit(request, self.clock.now_s()))
+
+    def abort(self, request_id: str, delay_s: float) -> None:
+        """A client goes away."""
+
+        def go() -> None:
+            client = self.clients[request_id]
+            if client.num_terminal == 0:
+                client.was_aborted, client.num_terminal = True, 1
+                for front_end in self.front_ends.values():
+                    front_end.abort(request_id, self.clock.now_s())
+
+        self.at(delay_s, go)
