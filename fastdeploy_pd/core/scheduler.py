@@ -94,7 +94,7 @@ class Scheduler:
                 break
             # A request that got no room must not be overtaken by one that would take the blocks it waits for; one that
             # holds its blocks already takes none, and may be the one whose end frees some.
-            if (is_blocked and not request.local.block_table) or not self._admit(request, budget):
+            if (is_blocked and not request.local.block_table) or not self._admit(request, budget, now_s):
                 is_blocked = True
                 continue
             self.waiting.remove(request)
@@ -160,8 +160,10 @@ class Scheduler:
         start = request.local.num_computed_tokens
         return ScheduledSequence(request, start, start + num_new)
 
-    def _admit(self, request: Request, budget: int) -> bool:
+    def _admit(self, request: Request, budget: int, now_s: float) -> bool:
         """Whether a waiting request can start in this step; reserves its blocks if so."""
+        if request.local.block_table and not self._complete_table(request, now_s):
+            return False
         if not request.local.block_table and not self.reserve(request, num_spare_blocks=len(self.running)):
             # Alone, a request may take the last block: nobody is there to need it.
             if self.running or not self.reserve(request):
@@ -170,6 +172,21 @@ class Scheduler:
         if self.options.enable_chunked_prefill or num_left <= budget:
             return True
         return budget == self.options.max_num_batched_tokens  # longer than any budget: it must be cut all the same
+
+    def _complete_table(self, request: Request, now_s: float) -> bool:
+        """Extend the table of a request that came with blocks to its newest token.
+
+        With nobody running there is nobody to wait for: it gives its blocks up instead and is computed again.
+        Returns: whether it can go on, with a full table or with none.
+        """
+        num_missing = self.pool.num_blocks_for(request.num_tokens) - len(request.local.block_table)
+        if num_missing <= self.pool.num_free:
+            request.local.block_table.extend(self.pool.allocate(num_missing))
+            return True
+        if self.running:
+            return False
+        self._give_up_blocks(request, now_s)
+        return True
 
     def _ensure_blocks(self, request: Request, num_tokens: int, now_s: float) -> bool:
         """Extend a running request's table to num_tokens, preempting the youngest where needed.
@@ -190,11 +207,14 @@ class Scheduler:
 
     def _preempt(self, request: Request, now_s: float) -> None:
         self.running.remove(request)
+        self._give_up_blocks(request, now_s)
+        self.waiting.appendleft(request)
+
+    def _give_up_blocks(self, request: Request, now_s: float) -> None:
         self.release_blocks(request)
         request.local.num_preemptions += 1
         self.num_preemptions += 1
         request.advance(Phase.RESERVED, now_s)
-        self.waiting.appendleft(request)
 
     def _drop_preempted(self, sequences: list[ScheduledSequence]) -> None:
         """A later request's need may have preempted one that was scheduled before it in this very step."""

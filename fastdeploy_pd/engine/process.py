@@ -20,7 +20,7 @@ from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, warm_up
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.launch.child import die_with_parent
+from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 
 log = logging.getLogger("fastdeploy_pd.engine")

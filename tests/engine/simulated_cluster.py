@@ -132,7 +132,7 @@ class SimulatedCluster:
         self.faults = faults
         self.num_blocks = num_blocks
         self.clock = VirtualClock()
-        self.network = LoopbackNetwork(seed=seed)
+        self.network = LoopbackNetwork(seed=seed, corrupt=faults.corrupt)
         self.layout = KVLayout(NUM_LAYERS, num_blocks, 1, BLOCK_SIZE, TOKEN_BYTES // 8, "float32")
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = 0
@@ -197,13 +197,18 @@ class SimulatedCluster:
 
     def publish(self) -> None:
         """Every front end sees the new members a little later."""
-        members = [n.instance for n in self.nodes.values()]
         for front_end in self.front_ends.values():
-            self.at(self.rng.uniform(0, 0.2), lambda f=front_end: f.set_members(members, self.clock.now_s()))
+            self.at(
+                self.rng.uniform(0, 0.2),
+                lambda f=front_end: f.set_members([n.instance for n in self.nodes.values()], self.clock.now_s()),
+            )
 
     def kill_one(self) -> None:
         """Kill a random instance; a new one of its role starts soon after."""
         if self.clock.now_s() > self.faults.until_s:
+            return
+        self.at(self.rng.expovariate(1 / self.faults.kill_every_s), self.kill_one)
+        if not self.nodes:
             return
         instance_id = self.rng.choice(sorted(self.nodes))
         node = self.nodes.pop(instance_id)
@@ -215,7 +220,6 @@ class SimulatedCluster:
             self.at(self.rng.uniform(0, 0.1), lambda o=other: self.tell_lost(o, instance_id))
         self.publish()
         self.at(self.rng.uniform(0.5, 3), lambda: self.start(node.engine.role))
-        self.at(self.rng.expovariate(1 / self.faults.kill_every_s), self.kill_one)
 
     def tell_lost(self, observer_id: str, instance_id: str) -> None:
         """The observer's link to a dead instance ends."""

@@ -1,0 +1,254 @@
+"""One instance: `python -m fastdeploy_pd.entrypoints.openai.api_server FLAGS`.
+
+This process binds the HTTP port, starts the engine process, and serves the OpenAI API as a front end of its topic; with --workers N
+it starts N API processes that share the port instead. It restarts an engine that dies (its streams go on elsewhere meanwhile), and
+when it ends, everything it started ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine.lifetime import die_with_parent
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.launch.ports import bind_tcp, check_free
+
+log = logging.getLogger("fastdeploy_pd.api_server")
+
+ENGINE_START_TIMEOUT_S = 300.0
+MAX_ENGINE_RESTARTS = 5
+RESTART_PAUSE_S = 0.5
+STOP_GRACE_S = 35.0  #: a draining engine has 30 s
+
+
+class EngineSupervisor:
+    """Keeps one engine process running."""
+
+    def __init__(self, argv: list[str], run_dir: Path, http_address: str) -> None:
+        self._argv = argv
+        self._run_dir = run_dir
+        self._env = {**os.environ, "FD_RUN_DIR": str(run_dir), "FD_HTTP_ADDRESS": http_address}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopping = False
+        self._num_restarts = 0
+        self._clock = WallClock()
+
+    def start(self) -> dict[str, object]:
+        """Start the engine and wait until it is ready.
+
+        Returns: what it announces: instance_id, links_address, max_model_len, ...
+        Raises: ConfigError: it refused its configuration or died.
+        """
+        self._spawn()
+        deadline_s = self._clock.now_s() + ENGINE_START_TIMEOUT_S
+        ready = self._run_dir / "engine.json"
+        while not ready.exists():
+            process = self._process
+            if process is None or process.poll() is not None or self._clock.now_s() > deadline_s:
+                raise ConfigError(self._why_not())
+            threading.Event().wait(0.02)
+        threading.Thread(target=self._watch, name="engine-supervisor", daemon=True).start()
+        return json.loads(ready.read_text())
+
+    def stop(self, is_gentle: bool) -> None:
+        """End the engine: SIGTERM lets it drain, SIGINT does not; SIGKILL follows when it takes too long."""
+        self._is_stopping = True
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
+        try:
+            process.wait(STOP_GRACE_S if is_gentle else 2.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _spawn(self) -> None:
+        for name in ("engine.json", "engine.error"):
+            (self._run_dir / name).unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastdeploy_pd.engine.process", *self._argv], env=self._env, stdin=subprocess.DEVNULL
+        )
+
+    def _watch(self) -> None:
+        while not self._is_stopping:
+            process = self._process
+            if process is None:
+                return
+            status = process.wait()
+            if self._is_stopping:
+                return
+            self._num_restarts += 1
+            if self._num_restarts > MAX_ENGINE_RESTARTS:
+                log.error("the engine ended %d times; giving up", self._num_restarts)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            log.error("the engine ended with status %s; starting it again", status)
+            threading.Event().wait(RESTART_PAUSE_S * self._num_restarts)
+            self._spawn()
+
+    def _why_not(self) -> str:
+        error = self._run_dir / "engine.error"
+        if error.exists():
+            return error.read_text()
+        status = self._process.poll() if self._process is not None else None
+        if status is None:
+            return f"the engine was not ready within {ENGINE_START_TIMEOUT_S:g} s"
+        return f"the engine process ended with status {status} before it was ready; its log says why"
+
+
+def check_ports(config: InstanceConfig) -> None:
+    """Raises: ConfigError: a port that was asked for is taken; names its flag."""
+    host = config.cluster.advertise_host
+    for flag, port in (
+        ("--pd-comm-port", config.cluster.pd_comm_port),
+        ("--cache-queue-port", config.cache.cache_queue_port),
+    ):
+        if port:
+            check_free(host, port, flag)
+    if config.cluster.engine_worker_queue_port:
+        check_free("127.0.0.1", config.cluster.engine_worker_queue_port, "--engine-worker-queue-port")
+
+
+def http_address(config: InstanceConfig, http_socket: socket.socket) -> str:
+    """Returns: the URL under which others reach this instance."""
+    host = config.server.host
+    if host in ("0.0.0.0", "::"):
+        host = config.cluster.advertise_host
+    return f"http://{host}:{http_socket.getsockname()[1]}"
+
+
+def write_ready_file(config: InstanceConfig, address: str, facts: dict[str, object]) -> None:
+    """Tell whoever waits (launchers, tests) where the instance is."""
+    if config.server.ready_file:
+        path = Path(config.server.ready_file)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"http": address, "role": config.cluster.splitwise_role, "api_pid": os.getpid(), **facts}))
+        part.replace(path)
+
+
+def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
+    """Serve until a signal comes. Returns: the process's exit status."""
+    from fastdeploy_pd.entrypoints.openai.worker import serve_api
+
+    http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
+    check_ports(config)
+    metrics_socket = None
+    if config.server.metrics_port:
+        metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
+    address = http_address(config, http_socket)
+    supervisor = EngineSupervisor(argv, run_dir, address)
+    workers: list[subprocess.Popen[bytes]] = []
+    is_gentle = True
+    try:
+        facts = supervisor.start()
+        if config.server.workers == 1:
+            ready = lambda: write_ready_file(config, address, facts)  # noqa: E731
+            is_gentle = asyncio.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready))
+        else:
+            workers = start_workers(config, argv, run_dir, http_socket)
+            write_ready_file(config, address, facts)
+            is_gentle = wait_for_workers(workers)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        supervisor.stop(is_gentle)
+        for worker in workers:
+            worker.wait()
+    return 0
+
+
+def start_workers(
+    config: InstanceConfig, argv: list[str], run_dir: Path, http_socket: socket.socket
+) -> list[subprocess.Popen[bytes]]:
+    """Start --workers API processes on one listening socket; the first serves --metrics-port."""
+    processes = []
+    for index in range(config.server.workers):
+        env = {
+            **os.environ,
+            "FD_RUN_DIR": str(run_dir),
+            "FD_API_WORKER": str(index),
+            "FD_HTTP_FD": str(http_socket.fileno()),
+        }
+        command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", *argv]
+        processes.append(subprocess.Popen(command, env=env, pass_fds=[http_socket.fileno()], stdin=subprocess.DEVNULL))
+    return processes
+
+
+def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> bool:
+    """Wait for a signal or for a worker's end. Returns: whether the stop is gentle (SIGTERM)."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        received.append(number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    while not stop.wait(0.2):
+        if any(worker.poll() is not None for worker in workers):
+            log.error("an API process ended; stopping the instance")
+            return True
+    return received[0] == signal.SIGTERM
+
+
+def run_worker(config: InstanceConfig, run_dir: Path) -> int:
+    """One of several API processes."""
+    from fastdeploy_pd.entrypoints.openai.worker import serve_api
+
+    http_socket = socket.socket(fileno=int(os.environ["FD_HTTP_FD"]))
+    metrics_socket = None
+    if config.server.metrics_port and os.environ["FD_API_WORKER"] == "0":
+        metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
+    facts = json.loads((run_dir / "engine.json").read_text())
+    asyncio.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None))
+    return 0
+
+
+def configure_logging(config: InstanceConfig) -> None:
+    """Log to stderr, or to files in FD_LOG_DIR."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        filename=str(Path(config.server.log_dir) / "api_server.log") if config.server.log_dir else None,
+    )
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns: exit status: 0 after a stop, 2 when the configuration is refused."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = InstanceConfig.from_args(argv, dict(os.environ))
+        if config.server.log_dir:
+            Path(config.server.log_dir).mkdir(parents=True, exist_ok=True)
+        configure_logging(config)
+        if "FD_API_WORKER" in os.environ:
+            die_with_parent()
+            return run_worker(config, Path(os.environ["FD_RUN_DIR"]))
+        run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
+        try:
+            return run_instance(config, argv, run_dir)
+        finally:
+            shutil.rmtree(run_dir, ignore_errors=True)
+    except FastDeployPDError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""One API process: the front end's event loop with its links, its view of the members, the HTTP server and the Redis consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.links import AsyncLinks
+from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Peer
+from fastdeploy_pd.cluster.redis_connection import redis_options_from
+from fastdeploy_pd.cluster.registry import MemberRecord, MemberWatcher, RedisRegistry
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine.build import CPU_PEER_TIMEOUT_S
+from fastdeploy_pd.engine.client import ClusterClient
+from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.entrypoints.openai.app import create_app
+from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
+from fastdeploy_pd.entrypoints.serving import ServingOptions, serving_options_from_directory
+from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, render
+
+log = logging.getLogger("fastdeploy_pd.api")
+
+LOCAL_POLL_S = 0.25
+
+
+def fitting_instances(records: tuple[MemberRecord, ...], fingerprint: str) -> list[Instance]:
+    """Returns: the members that serve our model and speak our protocol; others are another cluster's, or another version's."""
+    return [
+        Instance(
+            Peer(r.instance_id, r.links_address),
+            Role(r.role).can_prefill,
+            Role(r.role).can_decode,
+            r.outstanding_tokens,
+            r.is_draining,
+        )
+        for r in records
+        if r.fingerprint == fingerprint and r.protocol_version == PROTOCOL_VERSION
+    ]
+
+
+class Membership:
+    """Feeds the client with members: from Redis, or, with --scheduler-name local, its own engine alone."""
+
+    def __init__(self, config: InstanceConfig, run_dir: Path, client: ClusterClient, fingerprint: str) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._client = client
+        self._fingerprint = fingerprint
+        self._watcher: MemberWatcher | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to watch; call it in the event loop."""
+        loop = asyncio.get_running_loop()
+        if self._config.cluster.scheduler_name == "local":
+            self._task = loop.create_task(self._follow_own_engine())
+            return
+        registry = RedisRegistry(redis_options_from(self._config.cluster))
+
+        def on_change(records: tuple[MemberRecord, ...]) -> None:
+            loop.call_soon_threadsafe(self._client.set_members, fitting_instances(records, self._fingerprint))
+
+        self._watcher = MemberWatcher(registry, on_change)
+        self._watcher.start()
+
+    async def stop(self) -> None:
+        """Stop watching."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._watcher is not None:
+            await asyncio.to_thread(self._watcher.stop)
+
+    async def _follow_own_engine(self) -> None:
+        """The engine may be restarted under a new id."""
+        known = None
+        while True:
+            path = self._run_dir / "engine.json"
+            if path.exists():
+                facts = json.loads(path.read_text())
+                if facts["instance_id"] != known:
+                    known = facts["instance_id"]
+                    peer = Peer(facts["instance_id"], facts["links_address"])
+                    self._client.set_members([Instance(peer, can_prefill=True, can_decode=True)])
+            await asyncio.sleep(LOCAL_POLL_S)
+
+
+def uvicorn_server(app: object) -> uvicorn.Server:
+    """Returns: a server with the fast event loop and parser; signals are ours."""
+    config = uvicorn.Config(
+        app, loop="asyncio", http="httptools", log_level="warning", access_log=False, timeout_graceful_shutdown=30, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None
+    return server
+
+
+async def serve_api(
+    config: InstanceConfig,
+    run_dir: Path,
+    facts: dict[str, object],
+    http_socket: socket.socket,
+    metrics_socket: socket.socket | None,
+    on_ready: Callable[[], None],
+) -> bool:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        facts: what the engine announced.
+        on_ready: called when the port answers.
+    Returns: whether the stop was gentle (SIGTERM): running requests may end.
+    """
+    enable_multiprocess(run_dir / "metrics")
+    options = serving_options_from_directory(
+        Path(config.model.model),
+        model_names=config.model.served_model_name,
+        max_model_len=int(str(facts["max_model_len"])),
+        api_keys=config.server.api_keys,
+    )
+    tokenizer = Tokenizer.from_directory(Path(config.model.model))
+    front_end_id = f"front-{uuid.uuid4().hex[:12]}"
+    front_end = FrontEnd(
+        front_end_id,
+        random.Random(front_end_id),
+        FrontEndOptions(deadline_s=config.cluster.scheduler_ttl, instance_timeout_s=CPU_PEER_TIMEOUT_S),
+    )
+    links = AsyncLinks(front_end_id, secret=config.cluster.secret)
+    client = ClusterClient(front_end, links, WallClock(), options.max_model_len)
+    membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
+    app = create_app(client, tokenizer, options, metrics=render)
+    return await _run(config, client, membership, app, (http_socket, metrics_socket), on_ready, links, tokenizer, options)
+
+
+async def _run(
+    config: InstanceConfig,
+    client: ClusterClient,
+    membership: Membership,
+    app: object,
+    sockets: tuple[socket.socket, socket.socket | None],
+    on_ready: Callable[[], None],
+    links: AsyncLinks,
+    tokenizer: Tokenizer,
+    options: ServingOptions,
+) -> bool:
+    stop = asyncio.Event()
+    received: list[int] = []
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda n=number: (received.append(n), stop.set()))
+    await client.start()
+    membership.start()
+    consumer = None
+    if config.cluster.scheduler_name != "local":
+        consumer = QueueConsumer(redis_options_from(config.cluster), client, tokenizer, options, client.front_end.front_end_id)
+        consumer.start()
+    servers = [uvicorn_server(app)]
+    serving = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
+    if sockets[1] is not None:
+        servers.append(uvicorn_server(metrics_app()))
+        serving.append(asyncio.create_task(servers[1].serve(sockets=[sockets[1]])))
+    while not servers[0].started and not serving[0].done():
+        await asyncio.sleep(0.005)
+    on_ready()
+    log.info("serving as %s (pid %d)", client.front_end.front_end_id, os.getpid())
+    await asyncio.wait([asyncio.create_task(stop.wait()), *serving], return_when=asyncio.FIRST_COMPLETED)
+    is_gentle = bool(received) and received[0] == signal.SIGTERM
+    for server in servers:
+        server.should_exit = True
+        server.force_exit = not is_gentle
+    await asyncio.gather(*serving, return_exceptions=True)
+    if consumer is not None:
+        await consumer.stop()
+    await membership.stop()
+    await client.stop()
+    links.close()
+    return is_gentle
+
+
+def metrics_app() -> Callable[..., object]:
+    """Returns: an ASGI application that answers every GET with the metrics."""
+
+    async def app(scope: dict[str, object], receive: Callable[..., object], send: Callable[..., object]) -> None:
+        if scope["type"] != "http":
+            return
+        body, content_type = render()
+        headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+__all__ = ["FrontEndMetrics", "serve_api"]
