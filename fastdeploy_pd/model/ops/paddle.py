@@ -1,0 +1,164 @@
+"""The operations in PaddlePaddle, on CPU, in float32: its CPU build has no bfloat16 matrix product, and its fused attention is ten
+times slower there than two products and a softmax."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# Paddle warns about thread settings and compilers at import; neither concerns a server.
+os.environ.setdefault("GLOG_minloglevel", "2")
+
+import numpy as np
+import paddle
+import paddle.nn.functional as functional
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.model.ops.base import AttentionPlan, PromptSpan
+from fastdeploy_pd.model.ops.reference import numpy_cache
+
+QUERY_ROWS = 512  # rows of a prompt attended to at once: bounds the score matrix
+NEGATIVE = -1e30  # instead of -inf: a fully masked padding row must not become NaN
+
+
+@dataclass(slots=True)
+class _Cache:
+    """One layer's blocks, twice over the same bytes: Paddle reads, NumPy writes in place."""
+
+    tensor: paddle.Tensor
+    array: np.ndarray
+
+
+@dataclass(slots=True)
+class _Plan:
+    numpy: AttentionPlan
+    spans: list[tuple[PromptSpan, paddle.Tensor]]
+    single_rows: paddle.Tensor
+    single_tables: paddle.Tensor
+    single_mask: paddle.Tensor
+
+
+class PaddleOps:
+    """See `base.Ops`."""
+
+    name = "paddle"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        paddle.set_device("cpu")
+        paddle.set_grad_enabled(False)
+        self._block_size = 0
+        if num_threads is not None:
+            paddle.core.set_num_threads(num_threads)
+
+    def weight(self, array: np.ndarray) -> paddle.Tensor:
+        """See base. Matrices are transposed once: that is the layout Paddle's product likes."""
+        return paddle.to_tensor(np.ascontiguousarray(array, dtype=np.float32))
+
+    def cache(self, pool: np.ndarray, layout: KVLayout) -> list[_Cache]:
+        """See base."""
+        self._block_size = layout.block_size
+        return [_Cache(paddle.utils.dlpack.from_dlpack(array.__dlpack__()), array) for array in numpy_cache(pool, layout)]
+
+    def plan(self, plan: AttentionPlan) -> _Plan:
+        """See base."""
+        num_slots = plan.single_tables.shape[1] * self._block_size
+        is_past = np.arange(num_slots)[None, :] >= plan.single_lengths[:, None]
+        mask = np.where(is_past, np.float32(NEGATIVE), np.float32(0))[:, None, None, :]
+        return _Plan(
+            plan,
+            [(span, paddle.to_tensor(span.block_ids)) for span in plan.spans],
+            paddle.to_tensor(plan.single_rows),
+            paddle.to_tensor(plan.single_tables.reshape(-1)),
+            paddle.to_tensor(mask),
+        )
+
+    def embedding(self, table: paddle.Tensor, token_ids: np.ndarray) -> paddle.Tensor:
+        """See base."""
+        return paddle.gather(table, paddle.to_tensor(token_ids))
+
+    def linear(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
+        """See base."""
+        y = paddle.matmul(x, weight, transpose_y=True)
+        return y if bias is None else y + bias
+
+    def rms_norm(self, x: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
+        """See base."""
+        return x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+    def swiglu(self, gate_up: paddle.Tensor) -> paddle.Tensor:
+        """See base."""
+        gate, up = paddle.chunk(gate_up, 2, axis=-1)
+        return functional.silu(gate) * up
+
+    def split_heads(self, x: paddle.Tensor, sizes: tuple[int, ...], head_dim: int) -> list[paddle.Tensor]:
+        """See base."""
+        return paddle.split(x.reshape([x.shape[0], -1, head_dim]), list(sizes), axis=1)
+
+    def rotary(self, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+        """See base."""
+        first, second = paddle.chunk(x, 2, axis=-1)
+        return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def rows(self, table: paddle.Tensor, indices: np.ndarray) -> paddle.Tensor:
+        """See base."""
+        return paddle.gather(table, paddle.to_tensor(indices))
+
+    def write_kv(self, cache: _Cache, plan: _Plan, k: paddle.Tensor, v: paddle.Tensor) -> None:
+        """See base."""
+        numpy_plan = plan.numpy
+        cache.array[numpy_plan.block_ids, 0, :, numpy_plan.offsets] = k.numpy()
+        cache.array[numpy_plan.block_ids, 1, :, numpy_plan.offsets] = v.numpy()
+
+    def attention(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
+        """See base."""
+        if not plan.spans:
+            return self._attend_singles(q, cache.tensor, plan)
+        pieces: list[tuple[int, paddle.Tensor]] = [
+            (span.row, self._attend_prompt(q, cache.tensor, span, block_ids)) for span, block_ids in plan.spans
+        ]
+        if len(plan.numpy.single_rows) == 0 and len(pieces) == 1:
+            return pieces[0][1]
+        out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+        for row, piece in pieces:
+            out[row : row + piece.shape[0]] = piece.numpy()
+        if len(plan.numpy.single_rows):
+            singles = self._attend_singles(paddle.gather(q, plan.single_rows), cache.tensor, plan)
+            out[plan.numpy.single_rows] = singles.numpy()
+        return paddle.to_tensor(out)
+
+    def _attend_prompt(
+        self, q: paddle.Tensor, cache: paddle.Tensor, span: PromptSpan, block_ids: paddle.Tensor
+    ) -> paddle.Tensor:
+        num_kv_heads, head_dim = cache.shape[2], q.shape[2]
+        blocks = paddle.gather(cache, block_ids).astype("float32")
+        keys, values = (
+            blocks[:, i].transpose([1, 0, 2, 3]).reshape([num_kv_heads, 1, -1, head_dim]) for i in (0, 1)
+        )
+        pieces = []
+        for first in range(0, span.num_tokens, QUERY_ROWS):
+            last = min(first + QUERY_ROWS, span.num_tokens)
+            seen = span.start + last  # the causal mask makes everything after it invisible
+            rows = q[span.row + first : span.row + last].reshape([last - first, num_kv_heads, -1, head_dim])
+            grouped = rows.transpose([1, 2, 0, 3]) * head_dim**-0.5
+            is_future = np.arange(seen)[None, :] > np.arange(span.start + first, seen)[:, None]
+            mask = paddle.to_tensor(np.where(is_future, np.float32(NEGATIVE), np.float32(0)))
+            scores = paddle.matmul(grouped, keys[:, :, :seen], transpose_y=True) + mask
+            attended = paddle.matmul(functional.softmax(scores, axis=-1), values[:, :, :seen])
+            pieces.append(attended.transpose([2, 0, 1, 3]).reshape([last - first, -1]))
+        return pieces[0] if len(pieces) == 1 else paddle.concat(pieces, axis=0)
+
+    def _attend_singles(self, q: paddle.Tensor, cache: paddle.Tensor, plan: _Plan) -> paddle.Tensor:
+        num_single, num_heads, head_dim = q.shape
+        num_kv_heads = cache.shape[2]
+        blocks = paddle.gather(cache, plan.single_tables).astype("float32")
+        blocks = blocks.reshape([num_single, -1, 2, num_kv_heads, self._block_size, head_dim])
+        keys, values = (
+            blocks[:, :, i].transpose([0, 2, 1, 3, 4]).reshape([num_single, num_kv_heads, -1, head_dim]) for i in (0, 1)
+        )
+        grouped = q.reshape([num_single, num_kv_heads, num_heads // num_kv_heads, head_dim]) * head_dim**-0.5
+        scores = paddle.matmul(grouped, keys, transpose_y=True) + plan.single_mask
+        return paddle.matmul(functional.softmax(scores, axis=-1), values).reshape([num_single, -1])
+
+    def to_numpy(self, x: paddle.Tensor) -> np.ndarray:
+        """See base."""
+        return x.numpy()

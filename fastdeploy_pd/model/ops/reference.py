@@ -1,0 +1,102 @@
+"""The oracle: every operation in NumPy float64, sequence by sequence, written for reading rather than for speed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.model.ops.base import AttentionPlan
+
+
+def numpy_cache(pool: np.ndarray, layout: KVLayout) -> list[np.ndarray]:
+    """Returns: the pool's layers as [num_blocks, 2, num_kv_heads, block_size, head_dim] views of its bytes.
+
+    Raises: ValueError: the layout's dtype is not one NumPy has.
+    """
+    if layout.dtype not in ("float32", "float16"):
+        raise ValueError(f"KV dtype {layout.dtype} is not supported on this backend; use float32 or float16")
+    shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    return list(pool.view(layout.dtype).reshape(shape))
+
+
+class ReferenceOps:
+    """See `base.Ops`."""
+
+    name = "reference"
+
+    def weight(self, array: np.ndarray) -> np.ndarray:
+        """See base."""
+        return array.astype(np.float64)
+
+    def cache(self, pool: np.ndarray, layout: KVLayout) -> list[np.ndarray]:
+        """See base."""
+        return numpy_cache(pool, layout)
+
+    def plan(self, plan: AttentionPlan) -> AttentionPlan:
+        """See base."""
+        return plan
+
+    def embedding(self, table: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+        """See base."""
+        return table[token_ids]
+
+    def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        """See base."""
+        y = x @ weight.T
+        return y if bias is None else y + bias
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """See base."""
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+    def swiglu(self, gate_up: np.ndarray) -> np.ndarray:
+        """See base."""
+        gate, up = np.split(gate_up, 2, axis=-1)
+        return gate / (1.0 + np.exp(-gate)) * up
+
+    def split_heads(self, x: np.ndarray, sizes: tuple[int, ...], head_dim: int) -> list[np.ndarray]:
+        """See base."""
+        heads = x.reshape(x.shape[0], -1, head_dim)
+        return np.split(heads, np.cumsum(sizes)[:-1], axis=1)
+
+    def rotary(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """See base."""
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def rows(self, table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """See base."""
+        return table[indices]
+
+    def write_kv(self, cache: np.ndarray, plan: AttentionPlan, k: np.ndarray, v: np.ndarray) -> None:
+        """See base."""
+        cache[plan.block_ids, 0, :, plan.offsets] = k
+        cache[plan.block_ids, 1, :, plan.offsets] = v
+
+    def attention(self, q: np.ndarray, cache: np.ndarray, plan: AttentionPlan) -> np.ndarray:
+        """See base."""
+        out = np.empty((q.shape[0], q.shape[1] * q.shape[2]))
+        for span in plan.spans:
+            rows = slice(span.row, span.row + span.num_tokens)
+            out[rows] = self._attend(q[rows], cache, span.block_ids, span.start)
+        for row, table, length in zip(plan.single_rows, plan.single_tables, plan.single_lengths, strict=True):
+            num_blocks = -(-int(length) // cache.shape[3])
+            out[row] = self._attend(q[row : row + 1], cache, table[:num_blocks], int(length) - 1)[0]
+        return out
+
+    def _attend(self, q: np.ndarray, cache: np.ndarray, block_ids: np.ndarray, start: int) -> np.ndarray:
+        num_tokens, num_heads, head_dim = q.shape
+        stop, num_kv_heads = start + num_tokens, cache.shape[2]
+        blocks = cache[block_ids].astype(np.float64)  # [blocks, 2, kv_heads, block_size, head_dim]
+        keys, values = (blocks[:, i].transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)[:, :stop] for i in (0, 1))
+        grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = np.einsum("nkgd,ktd->kgnt", grouped, keys) / np.sqrt(head_dim)
+        is_future = np.arange(stop)[None, :] > np.arange(start, stop)[:, None]
+        scores = np.where(is_future, -np.inf, scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.einsum("kgnt,ktd->nkgd", weights, values).reshape(num_tokens, -1)
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        """See base."""
+        return x.astype(np.float32)

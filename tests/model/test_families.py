@@ -1,0 +1,103 @@
+"""Logits and greedy tokens of every family on every backend equal transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.model.tiny import FAMILIES, TinyEngine, write_checkpoint
+
+OPS = ("reference", "paddle", "torch")
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.PreTrainedModel]:
+    directory = tmp_path_factory.mktemp(request.param)
+    return directory, write_checkpoint(request.param, directory, shard=request.param == "qwen2")
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed + length).integers(2, 199, length).tolist()
+
+
+def reference_tokens(model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = torch.tensor([prompt])
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_logits(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> None:
+    directory, model = family
+    engine = TinyEngine(directory, ops)
+    for length in (1, 63, 64, 65, 200):
+        prompt = prompt_of(length)
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0].numpy()
+        seen: list[np.ndarray] = []
+        forward = engine.runner.decoder.forward
+
+        def spy(ids, plan, caches, rows, on_layer, forward=forward, seen=seen):  # noqa: ANN001, ANN202
+            logits = forward(ids, plan, caches, np.arange(len(ids)), on_layer)
+            seen.append(logits)
+            return logits[rows]
+
+        engine.runner.decoder.forward = spy
+        engine.step([engine.request(prompt)])
+        engine.runner.decoder.forward = forward
+        assert np.abs(seen[0] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_64_greedy_tokens(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> None:
+    directory, model = family
+    prompt = prompt_of(30)
+    engine = TinyEngine(directory, ops)
+    assert engine.generate([engine.request(prompt, 64)]) == [reference_tokens(model, prompt, 64)]
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_chunks_and_batches_change_nothing(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> None:
+    directory, model = family
+    lengths = (1, 5, 64, 65, 130)
+    engine = TinyEngine(directory, ops, block_size=16, num_blocks=80)
+    expected = [reference_tokens(model, prompt_of(n), 6) for n in lengths]
+    together = engine.generate([engine.request(prompt_of(n), 6) for n in lengths], chunk=37)
+    assert together == expected
+
+
+def test_one_backend_continues_what_another_began(family: tuple[Path, transformers.PreTrainedModel]) -> None:
+    directory, model = family
+    prompt = prompt_of(70)
+    first, second = TinyEngine(directory, "paddle"), TinyEngine(directory, "torch")
+    request = first.request(prompt, 10)
+    first.step([request])
+    second.pool[:] = first.pool
+    assert second.generate([request]) == [reference_tokens(model, prompt, 10)]
+
+
+@pytest.mark.parametrize("ops", ("paddle", "torch"))
+def test_prompt_logprobs_do_not_depend_on_chunks(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> None:
+    directory, model = family
+    prompt = prompt_of(50)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[p - 1, t]) for p, t in enumerate(prompt) if p]
+    for chunk in (7, 1000):
+        engine = TinyEngine(directory, ops)
+        request = engine.request(prompt, 1, prompt_logprobs=2, logprobs=3)
+        found: list[object] = []
+        while not request.output_token_ids:
+            output = engine.step([request], chunk)[0]
+            found.extend(output.prompt_logprobs)
+        assert found[0] is None
+        assert [f.logprob for f in found[1:]] == pytest.approx(expected, abs=1e-3)
+        assert len(found) == len(prompt)
+        assert output.logprobs is not None
+        assert output.logprobs.token_id == output.logprobs.top[0][0]
