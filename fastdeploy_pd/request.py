@@ -197,7 +197,9 @@ class Request:
     def to_wire(self) -> dict[str, Any]:
         """Returns: plain values for MessagePack: everything but phase, timeline and local."""
         wire = {name: getattr(self, name) for name in _WIRE_FIELDS}
-        wire["sampling"] = {**asdict(self.sampling), "logit_bias": list(self.sampling.logit_bias.items())}
+        wire["sampling"] = {**asdict(self.sampling), "logit_bias": [list(i) for i in self.sampling.logit_bias.items()]}
+        for values, name in ((wire, "eos_token_ids"), (wire["sampling"], "stop"), (wire["sampling"], "stop_token_ids")):
+            values[name] = list(values[name])  # what MessagePack gives back
         return wire
 
     @classmethod

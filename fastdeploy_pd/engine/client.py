@@ -103,7 +103,7 @@ class ClusterClient:
 
     async def _receive(self) -> None:
         while True:
-            for sender_id, item in await self._links.receive():
+            for sender_id, item in await self._links.receive_async():
                 now_s = self._clock.now_s()
                 if isinstance(item, PeerLost):
                     self._connected.pop(sender_id, None)

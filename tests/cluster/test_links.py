@@ -1,0 +1,191 @@
+"""Links between real processes and sockets: delivery, death, strangers, slow peers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy_pd.cluster.codec import decode, encode
+from fastdeploy_pd.cluster.link_auth import key_pair
+from fastdeploy_pd.cluster.links import AsyncLinks, Item, Links, PeerLost, PeerUp
+from fastdeploy_pd.cluster.messages import Abort, Beat, HandOver, Message, Peer, PrefillOrder, Reserve, Tokens
+from fastdeploy_pd.errors import ConfigError, ProtocolError
+from fastdeploy_pd.request import FinishReason, Request, TokenChunk, TokenLogprobs
+
+SECRET = b"a cluster secret of many bytes"
+CHUNK = TokenChunk("r", 2, 5, (7, 8), FinishReason.STOP, (TokenLogprobs(7, -0.5, ((7, -0.5), (8, -1.5))),), (None,), 64)
+
+ECHO = """
+import sys
+from fastdeploy_pd.cluster.links import Links
+links = Links("server", ["tcp://127.0.0.1:*"], secret=sys.argv[1].encode() if len(sys.argv) > 1 else None)
+print(links.addresses[0], flush=True)
+while True:
+    for sender, item in links.receive(1.0):
+        links.send(sender, item)
+"""
+
+
+def wait_for(links: Links, wanted: type, timeout_s: float = 5.0) -> tuple[str, Item]:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        for peer_id, item in links.receive(0.05):
+            if isinstance(item, wanted):
+                return peer_id, item
+    raise AssertionError(f"no {wanted.__name__} within {timeout_s} s")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Beat(3, 10, 0.5, True, {"x": 1.0}),
+        Tokens((CHUNK, CHUNK)),
+        Reserve(Request("r", [1, 2]).to_wire(), Peer("p", "tcp://127.0.0.1:1")),
+        HandOver("g", CHUNK, (2**64 - 1, 0), 12, "tcp", (("wire", 0.5),)),
+        PrefillOrder("g", 2**63 - 1, Request("r", [1]).to_wire(), 0, (1, 2), "d", {"tcp": {"address": "x", "layout": {"n": 1}}}),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_messages_survive_the_wire(message: Message) -> None:
+    received = decode(encode(message))
+    assert received == message
+    if isinstance(message, Reserve):
+        assert Request.from_wire(received.request).prompt_token_ids == [1, 2]
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(data)
+
+
+@given(st.integers(0, 300), st.integers(0, 255))
+def test_a_damaged_message_is_refused_or_still_a_message(place: int, value: int) -> None:
+    data = bytearray(encode(Tokens((CHUNK,))))
+    data[place % len(data)] = value
+    try:
+        decode(bytes(data))
+    except ProtocolError as error:
+        assert error.message
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_both_ways(secret: bytes | None) -> None:
+    server, client = Links("server", ["tcp://127.0.0.1:*"], secret), Links("client", secret=secret)
+    client.connect("server", server.addresses[0])
+    assert client.send("server", Abort("r", 1))
+    assert wait_for(server, Abort) == ("client", Abort("r", 1))
+    assert server.send("client", Beat(1))
+    assert wait_for(client, Beat) == ("server", Beat(1))
+    assert not server.send("nobody", Beat(1))
+    client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_killed_peer_is_noticed_at_once(secret: bytes | None) -> None:
+    arguments = [secret.decode()] if secret else []
+    process = subprocess.Popen([sys.executable, "-c", ECHO, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    links = Links("client", secret=secret)
+    links.connect("server", process.stdout.readline().strip())
+    wait_for(links, PeerUp)
+    process.kill()
+    start_s = time.monotonic()
+    wait_for(links, PeerLost)
+    assert time.monotonic() - start_s < 0.5
+    assert not links.send("server", Beat(1)), "its queue must be gone with it"
+    process.wait()
+    links.close()
+
+
+def test_strangers_are_not_heard() -> None:
+    server = Links("server", ["tcp://127.0.0.1:*"], SECRET)
+    stranger = Links("stranger", secret=b"another secret of many bytes")
+    stranger.connect("server", server.addresses[0])
+    stranger.send("server", Abort("r", 1))
+    plain = Links("plain")
+    plain.connect("server", server.addresses[0])
+    plain.send("server", Abort("r", 1))
+    port = int(server.addresses[0].rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(b"\x80\x04\x95" + os.urandom(3000))
+        assert not [i for _ in range(10) for i in server.receive(0.05)]
+    good = Links("good", secret=SECRET)
+    good.connect("server", server.addresses[0])
+    good.send("server", Beat(1))
+    assert wait_for(server, Beat)[0] == "good"
+    for links in (stranger, plain, good, server):
+        links.close()
+
+
+def test_no_open_port_without_a_secret() -> None:
+    with pytest.raises(ConfigError, match="cluster-secret-file"):
+        Links("server", ["tcp://0.0.0.0:*"])
+    with pytest.raises(ConfigError, match="at least 16"):
+        key_pair(b"short", "server")
+
+
+def test_a_stopped_peer_blocks_no_other() -> None:
+    processes = [subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    links = Links("client")
+    for number, process in enumerate(processes):
+        assert process.stdout is not None
+        links.connect(f"server-{number}", process.stdout.readline().strip())
+    for number in range(2):
+        links.send(f"server-{number}", Beat(0))
+        wait_for(links, Beat)
+    processes[0].send_signal(signal.SIGSTOP)
+    big = Abort("x" * 20_000, 1)
+    was_refused = False
+    for number in range(30_000):
+        was_refused = was_refused or not links.send("server-0", big)
+        if was_refused and number > 12_000:
+            break
+    assert was_refused, "a queue without a bound"
+    start_s = time.monotonic()
+    links.send("server-1", Beat(7))
+    assert wait_for(links, Beat) == ("server-1", Beat(7))
+    assert time.monotonic() - start_s < 1.0
+    for process in processes:
+        process.kill()
+        process.wait()
+    links.close()
+
+
+@pytest.mark.asyncio
+async def test_event_loop() -> None:
+    server, client = Links("server", ["tcp://127.0.0.1:*"]), AsyncLinks("client")
+    client.connect("server", server.addresses[0])
+    client.send("server", Beat(0))
+    await asyncio.to_thread(wait_for, server, Beat)
+    task = asyncio.create_task(client.receive_async())
+    await asyncio.sleep(0.05)
+    server.send("client", Beat(5))
+    items = await asyncio.wait_for(task, 2.0)
+    while not any(isinstance(i, Beat) for _, i in items):
+        items = await asyncio.wait_for(client.receive_async(), 2.0)
+    assert ("server", Beat(5)) in items
+    client.close()
+    server.close()
+
+
+def test_encoding_is_fast() -> None:
+    message = Tokens(tuple(TokenChunk(f"request-{i}", 1, i, (i,), served_by="decode-1") for i in range(64)))
+    best_s = min(_timed(message) for _ in range(20))
+    assert best_s < 0.002
+
+
+def _timed(message: Message) -> float:
+    start_s = time.perf_counter()
+    encode(message)
+    return time.perf_counter() - start_s
