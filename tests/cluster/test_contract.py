@@ -1,0 +1,219 @@
+"""One contract for the registry and the queue, over Redis and in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.memory import MemoryQueue, MemoryRegistry
+from fastdeploy_pd.cluster.queue import RedisQueue, RequestQueue
+from fastdeploy_pd.cluster.redis_connection import RedisOptions
+from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, MemberWatcher, RedisRegistry, Registry
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, InvalidRequest, QueueFull
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+
+LEASE_S = 0.3
+
+
+def record(instance_id: str = "p-1", **changes: object) -> MemberRecord:
+    return MemberRecord(instance_id, "prefill", "http://127.0.0.1:1", "tcp://127.0.0.1:2", **changes)
+
+
+def options(server: EmbeddedRedis, **changes: object) -> RedisOptions:
+    return RedisOptions.from_url(server.url, topic=uuid.uuid4().hex, **changes)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def registry(request: pytest.FixtureRequest, redis_server: EmbeddedRedis) -> Registry:
+    if request.param == "memory":
+        return MemoryRegistry(WallClock(), LEASE_S)
+    return RedisRegistry(options(redis_server), LEASE_S)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def queue(request: pytest.FixtureRequest, redis_server: EmbeddedRedis) -> RequestQueue:
+    if request.param == "memory":
+        return MemoryQueue(WallClock(), 900.0, 3, LEASE_S)
+    return RedisQueue(options(redis_server), max_queued=3, claim_lease_s=LEASE_S)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.01)
+
+
+# registry
+
+
+def test_members_come_and_go(registry: Registry) -> None:
+    assert registry.heartbeat(record())
+    assert not registry.heartbeat(record(outstanding_tokens=5))
+    assert registry.heartbeat(record("d-1"))
+    assert [(m.instance_id, m.outstanding_tokens) for m in registry.members()] == [("d-1", 0), ("p-1", 5)]
+    registry.leave("p-1")
+    assert [m.instance_id for m in registry.members()] == ["d-1"]
+
+
+def test_a_silent_member_is_gone_after_its_lease(registry: Registry) -> None:
+    registry.heartbeat(record())
+    until(lambda: registry.members() == (), LEASE_S + 1)
+    assert registry.heartbeat(record()), "it is new again"
+
+
+# queue
+
+
+def test_a_request_is_claimed_once_and_answered_in_order(queue: RequestQueue) -> None:
+    queue.submit("r-1", b"body")
+    claimed = queue.claim("front-1", 10, 0.01)
+    assert [(c.request_id, c.payload) for c in claimed] == [("r-1", b"body")]
+    assert queue.claim("front-2", 10, 0.01) == []
+    assert queue.append("front-1", claimed[0], [(0, b"a"), (1, b"b")])
+    assert queue.append("front-1", claimed[0], [(1, b"again"), (2, b"c")]), "a repeated index is dropped, not an error"
+    assert queue.append("front-1", claimed[0], [(3, b"end")], is_end=True)
+    entries = [e for e in queue.read("r-1", "0", 0.01) if e.payload]
+    assert [(e.index, e.payload) for e in entries] == [(0, b"a"), (1, b"b"), (2, b"c"), (3, b"end")]
+    assert [e.payload for e in queue.read("r-1", entries[1].entry_id, 0.01)] == [b"c", b"end"]
+    assert not queue.append("front-1", claimed[0], [(4, b"late")]), "nothing follows the end"
+    time.sleep(LEASE_S * 1.5)
+    assert queue.reclaim("front-2", 10) == []
+
+
+def test_a_dead_owner_loses_its_claim_and_can_write_no_more(queue: RequestQueue) -> None:
+    queue.submit("r-1", b"body")
+    first = queue.claim("front-1", 10, 0.01)[0]
+    queue.append("front-1", first, [(0, b"a")])
+    assert queue.reclaim("front-2", 10) == []
+    for _ in range(3):
+        time.sleep(LEASE_S * 0.6)
+        queue.renew("front-1", [first.entry_id])
+        assert queue.reclaim("front-2", 10) == [], "a renewed claim stays"
+    time.sleep(LEASE_S * 1.5)
+    second = queue.reclaim("front-2", 10)
+    assert [c.request_id for c in second] == ["r-1"]
+    queue.renew("front-1", [first.entry_id])
+    assert not queue.append("front-1", first, [(1, b"stale")])
+    assert queue.append("front-2", second[0], [(1, b"b")], is_end=True)
+    assert [e.payload for e in queue.read("r-1", "0", 0.01) if e.payload] == [b"a", b"b"]
+
+
+def test_a_full_queue_says_so(queue: RequestQueue) -> None:
+    for number in range(3):
+        queue.submit(f"r-{number}", b"")
+    with pytest.raises(QueueFull):
+        queue.submit("r-3", b"")
+    claimed = queue.claim("front", 1, 0.01)[0]
+    queue.append("front", claimed, [(0, b"end")], is_end=True)
+    queue.submit("r-3", b"")
+
+
+def test_bad_submissions(queue: RequestQueue) -> None:
+    queue.submit("r-1", b"body")
+    with pytest.raises(InvalidRequest, match="submitted before"):
+        queue.submit("r-1", b"body")
+    with pytest.raises(InvalidRequest, match="at most"):
+        queue.submit("r-2", b"x" * (8 * 2**20 + 1))
+    assert queue.exists("r-1")
+    assert not queue.exists("r-2")
+
+
+def test_cancel(queue: RequestQueue) -> None:
+    queue.submit("r-1", b"")
+    queue.cancel("r-1")
+    assert queue.cancelled(["r-1", "r-2"]) == {"r-1"}
+
+
+# what only a server has
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis() as server:
+        yield server
+
+
+def test_watcher_and_heartbeat(own_server: EmbeddedRedis) -> None:
+    where = options(own_server)
+    seen: list[tuple[str, ...]] = []
+    watcher = MemberWatcher(RedisRegistry(where), lambda ms: seen.append(tuple(m.instance_id for m in ms)), grace_s=1.0)
+    watcher.start()
+    is_hung = threading.Event()
+    heartbeat = HeartbeatThread(RedisRegistry(where), lambda: None if is_hung.is_set() else record(), interval_s=0.1)
+    until(lambda: watcher.is_connected)
+    start_s = time.monotonic()
+    heartbeat.start()
+    until(lambda: bool(seen) and seen[-1] == ("p-1",))
+    assert time.monotonic() - start_s < 1.0
+    own_server.kill()
+    time.sleep(0.5)
+    assert watcher.snapshot()[0].instance_id == "p-1", "the last known members stay while Redis is away"
+    own_server.restart()
+    until(lambda: watcher.is_connected and seen[-1] == ("p-1",))
+    start_s = time.monotonic()
+    heartbeat.stop()
+    until(lambda: seen[-1] == ())
+    assert time.monotonic() - start_s < 1.5, "who says that it leaves is gone at once"
+    watcher.stop()
+
+
+def test_a_hung_engine_loses_its_lease(own_server: EmbeddedRedis) -> None:
+    registry = RedisRegistry(options(own_server), LEASE_S)
+    is_hung = threading.Event()
+    heartbeat = HeartbeatThread(registry, lambda: None if is_hung.is_set() else record(), interval_s=0.05)
+    heartbeat.start()
+    until(lambda: len(registry.members()) == 1)
+    is_hung.set()
+    until(lambda: registry.members() == ())
+    heartbeat.stop()
+
+
+def test_queue_survives_the_loss_of_all_data(own_server: EmbeddedRedis) -> None:
+    queue = RedisQueue(options(own_server), claim_lease_s=LEASE_S)
+    queue.submit("r-1", b"")
+    claimed = queue.claim("front", 1, 0.01)[0]
+    own_server.restart()
+    until(lambda: _works(lambda: queue.claim("front", 1, 0.01)))
+    assert not queue.append("front", claimed, [(0, b"a")]), "the claim is gone with the data"
+    queue.submit("r-2", b"")
+    assert queue.claim("front", 1, 0.1)[0].request_id == "r-2"
+
+
+def _works(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except CoordinatorLost:
+        return False
+    return True
+
+
+def test_a_stopped_server_is_reported_within_the_deadline(own_server: EmbeddedRedis) -> None:
+    registry = RedisRegistry(options(own_server))
+    registry.members()
+    own_server.pause()
+    start_s = time.monotonic()
+    with pytest.raises(CoordinatorLost):
+        registry.members()
+    assert time.monotonic() - start_s < 3.0
+    own_server.resume()
+
+
+def test_password_database_and_acl() -> None:
+    with EmbeddedRedis(password="s3cret-word") as server:
+        with pytest.raises(ConfigError, match="scheduler-password") as caught:
+            RedisRegistry(RedisOptions(port=server.port, password="wrong")).members()
+        assert "s3cret-word" not in str(caught.value) + repr(options(server))
+        one, two = options(server, db=1), options(server, db=2)
+        two = RedisOptions(port=server.port, password="s3cret-word", db=2, topic=one.topic)
+        RedisRegistry(one).heartbeat(record())
+        assert RedisRegistry(two).members() == ()
+        admin = one.client()
+        admin.execute_command("ACL", "SETUSER", "fd", "on", ">pw", f"~{{fd:{one.topic}}}:*", "&*", "+@all", "-@dangerous", "+info")
+        named = RedisOptions(port=server.port, username="fd", password="pw", db=1, topic=one.topic)
+        assert [m.instance_id for m in RedisRegistry(named).members()] == ["p-1"]
