@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
-from fastdeploy_pd.errors import IncompatiblePeer
+from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
 from fastdeploy_pd.transfer.base import Transfer
 
 
@@ -19,3 +20,21 @@ def choose(own: Mapping[str, Transfer], peer_descriptors: Mapping[str, dict[str,
             return name, transfer
         reasons.append(f"{name}: {reason}")
     raise IncompatiblePeer("no transfer backend fits both sides: " + "; ".join(reasons or ["none is configured here"]))
+
+
+def build(name: str, **arguments: Any) -> Transfer:
+    """Returns: a backend by name: one of ours, or one that another package offers as entry point `fastdeploy_pd.transfers`.
+
+    Raises: ConfigError: there is none of that name; lists those there are.
+    """
+    from fastdeploy_pd.transfer.shm import ShmTransfer
+    from fastdeploy_pd.transfer.tcp import TcpTransfer
+
+    known: dict[str, Any] = {"shm": ShmTransfer, "tcp": TcpTransfer}
+    if name not in known:
+        known |= {point.name: point for point in entry_points(group="fastdeploy_pd.transfers")}
+        if name not in known:
+            raise ConfigError(f"--cache-transfer-protocol names {name!r}; there are {', '.join(sorted(known))}")
+        known[name] = known[name].load()
+    transfer: Transfer = known[name](**arguments)
+    return transfer

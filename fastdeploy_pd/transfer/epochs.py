@@ -1,0 +1,92 @@
+"""The receiving side's book of epochs: which blocks each may write, what has landed, and the fence.
+
+Bytes land only while holding the epoch's lock, in pieces that take microseconds, and `revoke` closes the epoch under the same lock:
+when it returns, nothing of it lands any more, whatever the network still holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import TransferError
+
+
+class Incoming:
+    """One open epoch on the receiving side."""
+
+    def __init__(self, epoch: str, block_ids: Sequence[int], nonce: int, layout: KVLayout) -> None:
+        self.epoch, self.nonce = epoch, nonce
+        self.block_ids = list(block_ids)
+        self.lock = threading.Lock()
+        self.is_open = True
+        self.num_bytes = 0  # landed
+        self.announced_bytes: int | None = None  # told by the sender's end mark
+        self.is_told = False  # its arrival was reported
+        self.connections: set[int] = set()  # that carried some of it: their end before its end is its failure
+        self._allowed = frozenset(block_ids)
+        self._written: set[tuple[int, int]] = set()
+        self._layout = layout
+
+    def admit(self, layer: int, block_ids: Sequence[int], nonce: int) -> None:
+        """Check a write before its bytes may land, and mark its blocks as written.
+
+        Raises: TransferError: wrong nonce, foreign block, no such layer, or written before.
+        """
+        if nonce != self.nonce:
+            raise TransferError("the nonce is not the epoch's")
+        if not 0 <= layer < self._layout.num_layers:
+            raise TransferError(f"there is no layer {layer}")
+        places = {(layer, block_id) for block_id in block_ids}
+        if not self._allowed.issuperset(block_ids) or len(places) != len(block_ids):
+            raise TransferError("a block is not part of the epoch")
+        if places & self._written:
+            raise TransferError("a block was written twice")
+        self._written |= places
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that was announced has landed."""
+        return self.announced_bytes is not None and self.num_bytes == self.announced_bytes
+
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of all its blocks in all layers."""
+        return len(self.block_ids) * self._layout.block_bytes * self._layout.num_layers
+
+
+class EpochBook:
+    """All epochs of a receiving end. Thread-safe."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._open: dict[str, Incoming] = {}
+
+    def open(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
+        """Raises: ValueError: the epoch is open already."""
+        with self._lock:
+            if epoch in self._open:
+                raise ValueError(f"epoch {epoch} was opened before")
+            self._open[epoch] = Incoming(epoch, block_ids, nonce, self._layout)
+
+    def find(self, epoch: str) -> Incoming | None:
+        """Returns: the epoch if it is open."""
+        with self._lock:
+            return self._open.get(epoch)
+
+    def close(self, epoch: str) -> None:
+        """Fence an epoch. Idempotent."""
+        with self._lock:
+            incoming = self._open.pop(epoch, None)
+        if incoming is not None:
+            with incoming.lock:
+                incoming.is_open = False
+
+    def lost_connection(self, connection: int, on_lost: Callable[[str], None]) -> None:
+        """Tell which unfinished epochs a connection that ended has carried."""
+        with self._lock:
+            lost = [i.epoch for i in self._open.values() if connection in i.connections and not i.is_complete]
+        for epoch in lost:
+            on_lost(epoch)

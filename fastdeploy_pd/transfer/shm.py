@@ -1,0 +1,125 @@
+"""KV blocks inside one machine, through shared memory: the receiver copies them out of the sender's pool.
+
+The sender passes its pool's descriptor once, over a Unix socket, and the receiver maps it read-only. Only the receiver ever writes to
+its own pool, so a sender that was stopped and wakes up can do no harm.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import TransferError
+from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.handshake import send_frame
+from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, StreamTransfer, WriteFrame
+
+_SIZE = struct.Struct("<Q")
+_CREDENTIALS = struct.Struct("3i")
+
+
+def host_id() -> str:
+    """Returns: what two processes share exactly if they can reach each other's abstract sockets: kernel and network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+
+
+class ShmTransfer(StreamTransfer):
+    """See transfer/base.py."""
+
+    name = "shm"
+    acknowledges = True  # the source is read by the receiver: only it knows when
+
+    def __init__(
+        self,
+        pool: KVPool,
+        layout: KVLayout,
+        fingerprint: str,
+        host: str = "",
+        port: int = 0,
+        secret: bytes | None = None,
+    ) -> None:
+        """
+        Args:
+            host, port: not used; every backend is built with the same arguments.
+        """
+        # An abstract address has no file to leave behind; its name can't be guessed, and who calls is checked all the same.
+        self._path = f"fastdeploy-pd-kv-{secrets.token_hex(16)}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("\0" + self._path)
+        listener.listen(128)
+        self._host_id = host_id()
+        super().__init__(pool, layout, fingerprint, secret, listener)
+
+    def address(self) -> dict[str, Any]:
+        """See base."""
+        return {"host_id": self._host_id, "path": self._path}
+
+    def reaches(self, peer: dict[str, Any]) -> str:
+        """See base."""
+        if peer.get("host_id") != self._host_id:
+            return f"host_id: {self._host_id} != {peer.get('host_id')}"
+        return super().reaches(peer)
+
+    def connect_socket(self, descriptor: dict[str, Any]) -> socket.socket:
+        """See base."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.connect("\0" + descriptor["path"])
+        return connection
+
+    def after_handshake(self, connection: socket.socket) -> None:
+        """Pass our pool."""
+        socket.send_fds(connection, [_SIZE.pack(self._layout.pool_bytes)], [self._pool.fd])
+
+    def accepted(self, connection: socket.socket) -> np.ndarray:
+        """Check who calls and map its pool. Returns: [bytes] uint8, read-only."""
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+            raise TransferError("the peer belongs to another user")
+        data, descriptors, _, _ = socket.recv_fds(connection, _SIZE.size, 1)
+        if len(descriptors) != 1 or len(data) != _SIZE.size:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise TransferError("the peer passed no pool")
+        (num_bytes,) = _SIZE.unpack(data)
+        try:
+            if os.fstat(descriptors[0]).st_size != num_bytes or num_bytes == 0:
+                raise TransferError("the peer's pool has another size than it says")
+            mapping = mmap.mmap(descriptors[0], num_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptors[0])
+        return np.frombuffer(mapping, dtype=np.uint8)
+
+    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """See base. Its bytes are done when the receiver says so."""
+        send_frame(connection, msgspec.msgpack.encode(frame))
+
+    def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: np.ndarray) -> None:
+        """See base."""
+        if len(frame.local) != len(frame.remote):
+            raise TransferError("source and target blocks differ in number")
+        size, target = self._layout.block_bytes, self._pool.array
+        source_layer_bytes = len(state) // self._layout.num_layers
+        for local, remote in zip(frame.local, frame.remote, strict=True):
+            start = frame.layer * source_layer_bytes + local * size
+            if not 0 <= local * size <= source_layer_bytes - size:
+                raise TransferError(f"block {local} is outside the peer's pool")
+            offset = self._layout.offset(frame.layer, remote)
+            with incoming.lock:
+                if not incoming.is_open:
+                    return
+                target[offset : offset + size] = state[start : start + size]
+
+    def skip(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """See base: nothing follows the frame."""

@@ -1,0 +1,457 @@
+"""What `tcp` and `shm` share: listening, connections to peers, queues of writes, epochs, threads. They differ in how bytes travel.
+
+Threads: one that accepts, one a connection that receives, two a connection that sends (one writes, one hears refusals). They spend
+their time in system calls and copies, without the GIL. One peer's threads never wait for another's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import TransferError
+from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
+from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
+from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
+from fastdeploy_pd.transfer.layout import KVPool, digest
+
+log = logging.getLogger("fastdeploy_pd.transfer")
+
+STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
+CONNECT_TIMEOUT_S = 3.0
+PIECE_BYTES = 1 << 20
+MAX_CONNECTIONS = 1024
+
+
+class WriteFrame(msgspec.Struct, tag="w", array_like=True):
+    """Announces blocks of one layer; with tcp their bytes follow."""
+
+    epoch: str
+    nonce: int
+    layer: int
+    remote: list[int]
+    local: list[int]
+
+
+class EndFrame(msgspec.Struct, tag="e", array_like=True):
+    """No more writes of the epoch follow; so many bytes were written in all."""
+
+    epoch: str
+    nonce: int
+    num_bytes: int
+
+
+class Notice(msgspec.Struct, array_like=True):
+    """Receiver to sender: bytes taken, or why the epoch is refused."""
+
+    epoch: str
+    num_bytes: int
+    refusal: str
+
+
+_FRAMES = msgspec.msgpack.Decoder(WriteFrame | EndFrame)
+_NOTICES = msgspec.msgpack.Decoder(Notice)
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One epoch on the sending side."""
+
+    epoch: str
+    nonce: int
+    peer: PeerConnections
+    remote: list[int]
+    local_of: dict[int, int] = field(default_factory=dict)
+    num_queued: int = 0  # bytes
+    num_done: int = 0  # bytes that are gone (tcp) or taken (shm)
+    is_end_sent: bool = False  # the receiver was told that no more follows
+    is_over: bool = False
+    start_s: float = 0.0
+    num_readers: int = 0  # threads that are sending from its blocks this instant
+    failure: str = ""  # to be told when the last of them is done
+
+
+class PeerConnections:
+    """The connections to one peer, made by their own threads."""
+
+    def __init__(self, transfer: StreamTransfer, descriptor: dict[str, Any], num_connections: int) -> None:
+        self.descriptor = descriptor
+        self.is_dead = False
+        self._transfer = transfer
+        self._queues: list[queue.SimpleQueue[WriteFrame | EndFrame | None]] = []
+        self._next = itertools.count()
+        for number in range(num_connections):
+            frames: queue.SimpleQueue[WriteFrame | EndFrame | None] = queue.SimpleQueue()
+            self._queues.append(frames)
+            transfer.spawn(lambda f=frames: self._run(f), f"kv-send-{number}")
+
+    def put(self, frame: WriteFrame | EndFrame) -> None:
+        """Queue a frame on the next connection."""
+        self._queues[next(self._next) % len(self._queues)].put(frame)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.is_dead = True
+        for frames in self._queues:
+            frames.put(None)
+
+    def _run(self, frames: queue.SimpleQueue[WriteFrame | EndFrame | None]) -> None:
+        transfer, connection = self._transfer, None
+        try:
+            connection = transfer.dial(self.descriptor)
+            transfer.spawn(lambda c=connection: self._hear(c), "kv-hear")
+            while (frame := frames.get()) is not None:
+                transfer.send(connection, frame)
+            reason = "closed"
+        except (OSError, TransferError) as error:
+            reason = error.message if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
+        transfer.peer_failed(self, reason)
+        if connection is not None:
+            transfer.drop(connection)
+
+    def _hear(self, connection: socket.socket) -> None:
+        try:
+            while True:
+                self._transfer.on_notice(_NOTICES.decode(receive_frame(connection)))
+        except (OSError, TransferError, msgspec.MsgspecError) as error:
+            self._transfer.peer_failed(self, f"the peer ended the connection ({error})")
+
+
+class StreamTransfer:
+    """A backend over byte streams; see transfer/base.py for the contract."""
+
+    name = "stream"
+    num_connections = 1
+
+    def __init__(self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket) -> None:
+        self._pool, self._layout = pool, layout
+        self._facts = describe(fingerprint, layout)
+        self._handshake = Handshake(self._facts, secret)
+        self._book = EpochBook(layout)
+        self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
+        self._peers: dict[str, PeerConnections] = {}
+        self._out: dict[str, Outgoing] = {}
+        self._lock = threading.RLock()
+        self._threads: set[threading.Thread] = set()
+        self._connections: set[socket.socket] = set()
+        self._is_closed = False
+        self._clock = WallClock()
+        self.num_rejected = 0  #: connections that were refused
+        self._listener = listener
+        self.spawn(self._accept, f"kv-{self.name}-accept")
+
+    # the contract, receiving side
+
+    def descriptor(self) -> dict[str, Any]:
+        """See base."""
+        return {"backend": self.name, **self._facts, **self.address()}
+
+    def reaches(self, peer: dict[str, Any]) -> str:
+        """See base."""
+        return difference(self._facts, peer)
+
+    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
+        """See base."""
+        self._book.open(epoch, block_ids, nonce)
+
+    def revoke(self, epoch: str) -> None:
+        """See base."""
+        self._book.close(epoch)
+
+    def poll(self) -> list[TransferEvent]:
+        """See base."""
+        events: list[TransferEvent] = []
+        while True:
+            try:
+                events.append(self._events.get_nowait())
+            except queue.Empty:
+                return events
+
+    # the contract, sending side
+
+    def start(self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int]) -> None:
+        """See base."""
+        key = str(sorted((k, str(v)) for k, v in peer.items()))
+        with self._lock:
+            connections = self._peers.get(key)
+            if connections is None or connections.is_dead:
+                connections = self._peers[key] = PeerConnections(self, peer, self.num_connections)
+            self._out[epoch] = Outgoing(epoch, nonce, connections, list(remote_block_ids), start_s=self._clock.now_s())
+
+    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
+        """See base."""
+        with self._lock:
+            outgoing = self._out.get(epoch)
+            if outgoing is None or outgoing.is_over:
+                return
+            outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
+            outgoing.num_queued += len(local_block_ids) * self._layout.block_bytes
+        step = max(1, PIECE_BYTES // self._layout.block_bytes)
+        for first in range(0, len(local_block_ids), step):
+            remote, local = list(remote_block_ids[first : first + step]), list(local_block_ids[first : first + step])
+            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, layer, remote, local))
+
+    def finish(self, epoch: str) -> None:
+        """See base."""
+        with self._lock:
+            outgoing = self._out.get(epoch)
+            if outgoing is None or outgoing.is_over:
+                return
+        outgoing.peer.put(EndFrame(epoch, outgoing.nonce, outgoing.num_queued))
+
+    def cancel(self, epoch: str) -> None:
+        """See base."""
+        self._fail_outgoing(epoch, "cancelled")
+
+    def close(self) -> None:
+        """See base."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            peers, connections = list(self._peers.values()), list(self._connections)
+        for peer in peers:
+            peer.close()
+        for connection in (self._listener, *connections):
+            self.drop(connection)
+        for thread in list(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(5.0)
+
+    # for the connections
+
+    def spawn(self, target: Any, name: str) -> None:
+        """Run target in a thread that `close` joins."""
+
+        def run() -> None:
+            try:
+                target()
+            finally:
+                self._threads.discard(thread)
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def dial(self, descriptor: dict[str, Any]) -> socket.socket:
+        """Returns: a connection that has passed the handshake. Raises: TransferError, OSError."""
+        connection = self.connect_socket(descriptor)
+        with self._lock:
+            self._connections.add(connection)
+            is_closed = self._is_closed
+        if is_closed:
+            self.drop(connection)
+            raise TransferError("this end is closed")
+        self._handshake.connect(connection)
+        self.after_handshake(connection)
+        connection.settimeout(STALL_TIMEOUT_S)
+        return connection
+
+    def drop(self, connection: socket.socket) -> None:
+        """Close a connection, waking whoever waits in it."""
+        with self._lock:
+            self._connections.discard(connection)
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it had ended already
+        connection.close()
+
+    def send(self, connection: socket.socket, frame: WriteFrame | EndFrame) -> None:
+        """Send a frame, unless its epoch is over. Raises: OSError."""
+        outgoing = self._out.get(frame.epoch)
+        if outgoing is None or outgoing.is_over:
+            return
+        if isinstance(frame, EndFrame):
+            send_frame(connection, msgspec.msgpack.encode(frame))
+            outgoing.is_end_sent = True
+            self.add_done(frame.epoch, 0)
+        else:
+            self.send_write(connection, frame)
+
+    def add_done(self, epoch: str, num_bytes: int) -> None:
+        """Count bytes that need their source no more; the last of them completes the epoch."""
+        with self._lock:
+            outgoing = self._out.get(epoch)
+            if outgoing is None or outgoing.is_over:
+                return
+            outgoing.num_done += num_bytes
+            if not outgoing.is_end_sent or outgoing.num_done < outgoing.num_queued:
+                return
+            outgoing.is_over = True
+            del self._out[epoch]
+        wire_s = self._clock.now_s() - outgoing.start_s
+        local = [outgoing.local_of[block_id] for block_id in outgoing.remote]
+        self._events.put(EpochSent(epoch, digest(self._pool, local, outgoing.nonce), outgoing.num_done, wire_s))
+
+    def on_notice(self, notice: Notice) -> None:
+        """The receiver has taken bytes, or refuses."""
+        if notice.refusal:
+            self._fail_outgoing(notice.epoch, notice.refusal)
+        else:
+            self.add_done(notice.epoch, notice.num_bytes)
+
+    def peer_failed(self, peer: PeerConnections, reason: str) -> None:
+        """A connection ended: every unfinished epoch of the peer fails, the next one connects anew."""
+        with self._lock:
+            peer.is_dead = True
+            lost = [o.epoch for o in self._out.values() if o.peer is peer]
+        peer.close()
+        for epoch in lost:
+            self._fail_outgoing(epoch, reason)
+
+    def _fail_outgoing(self, epoch: str, reason: str) -> None:
+        with self._lock:
+            outgoing = self._out.pop(epoch, None)
+            if outgoing is None:
+                return
+            outgoing.is_over, outgoing.failure = True, reason
+            if outgoing.num_readers:
+                return  # told by `reading` when the piece that is being sent is gone
+        self._events.put(EpochFailed(epoch, reason))
+
+    @contextmanager
+    def reading(self, epoch: str) -> Iterator[bool]:
+        """Inside the block the epoch's source blocks stay pinned. Yields: whether the epoch is still wanted."""
+        with self._lock:
+            outgoing = self._out.get(epoch)
+            if outgoing is not None:
+                outgoing.num_readers += 1
+        try:
+            yield outgoing is not None
+        finally:
+            if outgoing is not None:
+                with self._lock:
+                    outgoing.num_readers -= 1
+                    is_last = outgoing.failure and not outgoing.num_readers
+                if is_last:
+                    self._events.put(EpochFailed(epoch, outgoing.failure))
+
+    # receiving threads
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if len(self._connections) >= MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                self._connections.add(connection)
+            self.spawn(lambda c=connection: self._serve(c), f"kv-{self.name}-receive")
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._handshake.accept(connection)
+            state = self.accepted(connection)
+        except (TransferError, OSError) as error:
+            self.num_rejected += 1
+            log.warning("refused a connection: %s", error)
+            self.drop(connection)
+            return
+        connection.settimeout(None)
+        try:
+            while True:
+                frame = _FRAMES.decode(receive_frame(connection))
+                if isinstance(frame, WriteFrame):
+                    self._on_write(connection, frame, state)
+                else:
+                    self._on_end(connection, frame)
+        except (OSError, TransferError, msgspec.MsgspecError) as error:
+            reason = str(error)
+        self.drop(connection)
+        self.released(state)
+        self._book.lost_connection(id(connection), lambda e: self._events.put(EpochFailed(e, f"the sender is gone ({reason})")))
+
+    def _on_write(self, connection: socket.socket, frame: WriteFrame, state: Any) -> None:
+        incoming = self._book.find(frame.epoch)
+        refusal = "the epoch is closed" if incoming is None else ""
+        if incoming is not None:
+            with incoming.lock:
+                try:
+                    incoming.admit(frame.layer, frame.remote, frame.nonce)
+                    incoming.connections.add(id(connection))
+                except TransferError as error:
+                    refusal = error.message
+        if refusal or incoming is None:
+            self.skip(connection, frame)
+            self._notify(connection, Notice(frame.epoch, 0, refusal))
+            return
+        self.land(connection, incoming, frame, state)
+        num_bytes = len(frame.remote) * self._layout.block_bytes
+        with incoming.lock:
+            incoming.num_bytes += num_bytes
+        if self.acknowledges:
+            self._notify(connection, Notice(frame.epoch, num_bytes, ""))
+        self._complete(incoming)
+
+    def _on_end(self, connection: socket.socket, frame: EndFrame) -> None:
+        incoming = self._book.find(frame.epoch)
+        if incoming is None or incoming.nonce != frame.nonce:
+            self._notify(connection, Notice(frame.epoch, 0, "the epoch is closed"))
+            return
+        with incoming.lock:
+            incoming.connections.add(id(connection))
+            incoming.announced_bytes = frame.num_bytes
+        if frame.num_bytes != incoming.expected_bytes:
+            self._events.put(EpochFailed(frame.epoch, f"{frame.num_bytes} of {incoming.expected_bytes} bytes were written"))
+            return
+        self._complete(incoming)
+
+    def _complete(self, incoming: Incoming) -> None:
+        with incoming.lock:
+            if not incoming.is_complete or not incoming.is_open or incoming.is_told:
+                return
+            incoming.is_told = True
+            digests = digest(self._pool, incoming.block_ids, incoming.nonce)
+        self._events.put(EpochArrived(incoming.epoch, digests, incoming.num_bytes))
+
+    def _notify(self, connection: socket.socket, notice: Notice) -> None:
+        send_frame(connection, msgspec.msgpack.encode(notice))
+
+    # what a backend defines
+
+    acknowledges = False  #: whether the receiver tells what it has taken
+
+    def address(self) -> dict[str, Any]:
+        """Returns: the descriptor's part that says where we listen."""
+        raise NotImplementedError
+
+    def connect_socket(self, descriptor: dict[str, Any]) -> socket.socket:
+        """Returns: a fresh connection to a peer."""
+        raise NotImplementedError
+
+    def after_handshake(self, connection: socket.socket) -> None:
+        """The dialling end's extra step."""
+
+    def accepted(self, connection: socket.socket) -> Any:
+        """The listening end's extra step. Returns: what `land` needs."""
+        return None
+
+    def released(self, state: Any) -> None:
+        """The connection ended; give back what `accepted` made."""
+
+    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """Send a write; count its bytes by add_done when their source is not needed any more."""
+        raise NotImplementedError
+
+    def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
+        """Bring an admitted write's bytes into the pool, piece by piece under incoming.lock while it is open."""
+        raise NotImplementedError
+
+    def skip(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """Let a refused write's bytes pass without landing."""
+        raise NotImplementedError

@@ -1,0 +1,159 @@
+"""KV blocks over TCP, between any two machines: sent straight from the pool, received straight into it."""
+
+from __future__ import annotations
+
+import ipaddress
+import select
+import socket
+from typing import Any
+
+import msgspec
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import ConfigError, TransferError
+from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.handshake import send_frame
+from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer, WriteFrame
+
+SOCKET_BUFFER_BYTES = 4 << 20
+MAX_VIEWS = 256  # of one system call; the kernel's limit is 1024
+
+
+class TcpTransfer(StreamTransfer):
+    """See transfer/base.py."""
+
+    name = "tcp"
+
+    def __init__(
+        self,
+        pool: KVPool,
+        layout: KVLayout,
+        fingerprint: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        secret: bytes | None = None,
+        num_connections: int = 2,
+    ) -> None:
+        """
+        Args:
+            host: address to listen on and to tell peers.
+            port: 0 chooses a free one.
+            num_connections: to each peer; a large request is spread over all of them.
+        Raises: ConfigError: the address is taken, or reachable from elsewhere without a secret.
+        """
+        if secret is None and not _is_loopback(host):
+            raise ConfigError(
+                f"KV blocks may not be received on {host} without a cluster secret (--cluster-secret-file or FD_CLUSTER_SECRET)"
+            )
+        try:
+            listener = socket.create_server((host, port), backlog=128)
+        except OSError as error:
+            raise ConfigError(f"--cache-queue-port {port} on {host} cannot be used: {error.strerror}") from error
+        self.num_connections = num_connections
+        self._host, self._port = host, int(listener.getsockname()[1])
+        self._scratch = bytearray(1 << 16)
+        super().__init__(pool, layout, fingerprint, secret, listener)
+
+    def address(self) -> dict[str, Any]:
+        """See base."""
+        return {"host": self._host, "port": self._port}
+
+    def connect_socket(self, descriptor: dict[str, Any]) -> socket.socket:
+        """See base."""
+        connection = socket.create_connection((descriptor["host"], descriptor["port"]), timeout=CONNECT_TIMEOUT_S)
+        _tune(connection)
+        return connection
+
+    def accepted(self, connection: socket.socket) -> Any:
+        """See base."""
+        _tune(connection)
+        return None
+
+    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """See base."""
+        with self.reading(frame.epoch) as is_wanted:
+            if not is_wanted:
+                return
+            header = msgspec.msgpack.encode(WriteFrame(frame.epoch, frame.nonce, frame.layer, frame.remote, []))
+            send_frame(connection, header)
+            _send_all(connection, self._views(frame.layer, frame.local))
+        self.add_done(frame.epoch, len(frame.local) * self._layout.block_bytes)
+
+    def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
+        """See base."""
+        views = self._views(frame.layer, frame.remote)
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        while views:
+            # Waiting is done without the lock; under it only bytes that are here already are taken.
+            if not poller.poll(STALL_TIMEOUT_S * 1000):
+                raise TransferError("the sender stalls in the middle of a block")
+            with incoming.lock:
+                if not incoming.is_open:
+                    break
+                num_bytes = _receive_now(connection, views)
+            views = _after(views, num_bytes)
+        self._skip_bytes(connection, sum(len(v) for v in views))
+
+    def skip(self, connection: socket.socket, frame: WriteFrame) -> None:
+        """See base."""
+        self._skip_bytes(connection, len(frame.remote) * self._layout.block_bytes)
+
+    def _skip_bytes(self, connection: socket.socket, num_bytes: int) -> None:
+        scratch = bytearray(min(num_bytes, len(self._scratch)))
+        connection.settimeout(STALL_TIMEOUT_S)
+        while num_bytes:
+            received = connection.recv_into(scratch, min(num_bytes, len(scratch)))
+            if received == 0:
+                raise TransferError("the connection ended")
+            num_bytes -= received
+        connection.settimeout(None)
+
+    def _views(self, layer: int, block_ids: list[int]) -> list[memoryview]:
+        """The blocks' bytes; neighbours in the pool as one piece."""
+        views: list[memoryview] = []
+        size, first = self._layout.block_bytes, 0
+        for index in range(1, len(block_ids) + 1):
+            if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
+                offset = self._layout.offset(layer, block_ids[first])
+                views.append(self._pool.view[offset : offset + (index - first) * size])
+                first = index
+        return views
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _send_all(connection: socket.socket, views: list[memoryview]) -> None:
+    while views:
+        views = _after(views, connection.sendmsg(views[:MAX_VIEWS]))
+
+
+def _receive_now(connection: socket.socket, views: list[memoryview]) -> int:
+    try:
+        num_bytes, _, _, _ = connection.recvmsg_into(views[:MAX_VIEWS], 0, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return 0
+    if num_bytes == 0:
+        raise TransferError("the connection ended")
+    return num_bytes
+
+
+def _after(views: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """Returns: what is left of the views after num_bytes."""
+    for index, view in enumerate(views):
+        if num_bytes < len(view):
+            return [view[num_bytes:], *views[index + 1 :]]
+        num_bytes -= len(view)
+    return []
