@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
+from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.cluster.registry import MemberRecord
-from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.config import ClusterOptions, InstanceConfig
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
@@ -22,6 +23,7 @@ from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
 from fastdeploy_pd.model.runner import ModelRunner
+from fastdeploy_pd.request import Request
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.select import build as build_transfer
@@ -179,9 +181,6 @@ def build_transfers(
 
 def warm_up(built: BuiltEngine) -> None:
     """Compute one token for nobody, so that the first request does not pay for lazy initialisation."""
-    from fastdeploy_pd.core.batch import Batch, ScheduledSequence
-    from fastdeploy_pd.request import Request
-
     request = Request("warm-up", [0])
     blocks = built.engine.context.scheduler.pool.allocate(1)
     request.local.block_table = blocks
@@ -189,6 +188,18 @@ def warm_up(built: BuiltEngine) -> None:
     built.engine.context.scheduler.pool.release(blocks)
 
 
-def process_name(config: InstanceConfig) -> str:
-    """Returns: what log lines call this process."""
-    return f"{config.cluster.splitwise_role}-engine-{os.getpid()}"
+def redis_options(cluster: ClusterOptions) -> RedisOptions:
+    """Returns: where the coordinator is."""
+    return RedisOptions(
+        host=cluster.scheduler_host,
+        port=cluster.scheduler_port,
+        db=cluster.scheduler_db,
+        username=cluster.scheduler_username,
+        password=cluster.scheduler_password,
+        tls=cluster.scheduler_tls,
+        tls_ca_file=cluster.scheduler_tls_ca_file,
+        tls_cert_file=cluster.scheduler_tls_cert_file,
+        tls_key_file=cluster.scheduler_tls_key_file,
+        topic=cluster.scheduler_topic,
+        ttl_s=cluster.scheduler_ttl,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Protocol
 
@@ -30,7 +29,7 @@ class _Mailbox:
     """The chunks of one request that its handler has not taken yet; bounded by the request's max_tokens."""
 
     def __init__(self) -> None:
-        self.chunks: deque[TokenChunk] = deque()
+        self.chunks: list[TokenChunk] = []
         self.error: FastDeployPDError | None = None
         self.arrived = asyncio.Event()
 
@@ -77,8 +76,8 @@ class ClusterClient:
         instances = [i.instance_id for i in self.front_end.live_instances()]
         return HealthReport(self.front_end.is_serving_possible(), {"instances": instances, **self.detail})
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
-        """Yield the request's chunks in order, each token once; closing the iterator early aborts the request.
+    async def generate(self, request: Request) -> AsyncIterator[list[TokenChunk]]:
+        """Yield the request's chunks in order, all that are there at once, each token once; closing it early aborts the request.
 
         Raises: FastDeployPDError: the terminal answer is an error.
         """
@@ -87,11 +86,12 @@ class ClusterClient:
             self.front_end.submit(request, self._clock.now_s())
             self._flush()
             while True:
-                while mailbox.chunks:
-                    chunk = mailbox.chunks.popleft()
-                    yield chunk
-                    if chunk.finish_reason is not None:
+                if mailbox.chunks:
+                    chunks, mailbox.chunks = mailbox.chunks, []
+                    yield chunks
+                    if chunks[-1].finish_reason is not None:
                         return
+                    continue
                 if mailbox.error is not None:
                     raise mailbox.error
                 mailbox.arrived.clear()

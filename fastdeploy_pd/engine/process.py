@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
-from fastdeploy_pd.cluster.redis_connection import redis_options_from
 from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
-from fastdeploy_pd.engine.build import BuiltEngine, build_engine, warm_up
+from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options, warm_up
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.engine.lifetime import die_with_parent
@@ -151,7 +150,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     heartbeat = None
     if config.cluster.scheduler_name != "local":
         shell._refresh_record()
-        heartbeat = HeartbeatThread(RedisRegistry(redis_options_from(config.cluster)), shell.record)
+        heartbeat = HeartbeatThread(RedisRegistry(redis_options(config.cluster)), shell.record)
         heartbeat.start()
     announce(run_dir, built, links)
     log.info("%s serves %s with %d KV blocks", built.instance_id, config.model.model, built.layout.num_blocks)

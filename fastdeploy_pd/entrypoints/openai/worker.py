@@ -18,10 +18,9 @@ import uvicorn
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.links import AsyncLinks
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Peer
-from fastdeploy_pd.cluster.redis_connection import redis_options_from
 from fastdeploy_pd.cluster.registry import MemberRecord, MemberWatcher, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
-from fastdeploy_pd.engine.build import CPU_PEER_TIMEOUT_S
+from fastdeploy_pd.engine.build import CPU_PEER_TIMEOUT_S, redis_options
 from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.roles import Role
@@ -68,7 +67,7 @@ class Membership:
         if self._config.cluster.scheduler_name == "local":
             self._task = loop.create_task(self._follow_own_engine())
             return
-        registry = RedisRegistry(redis_options_from(self._config.cluster))
+        registry = RedisRegistry(redis_options(self._config.cluster))
 
         def on_change(records: tuple[MemberRecord, ...]) -> None:
             loop.call_soon_threadsafe(self._client.set_members, fitting_instances(records, self._fingerprint))
@@ -163,7 +162,7 @@ async def _run(
     membership.start()
     consumer = None
     if config.cluster.scheduler_name != "local":
-        consumer = QueueConsumer(redis_options_from(config.cluster), client, tokenizer, options, client.front_end.front_end_id)
+        consumer = QueueConsumer(redis_options(config.cluster), client, tokenizer, options, client.front_end.front_end_id)
         consumer.start()
     servers = [uvicorn_server(app)]
     serving = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]

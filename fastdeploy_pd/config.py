@@ -1,0 +1,327 @@
+"""An instance's configuration: small frozen classes, one a concern; flags and environment are read here, once, and checked.
+
+Flags have FastDeploy's names. A bad value is refused with its flag, the value and what is allowed; a flag whose feature this version
+does not have is refused too, with what to use instead: nothing is swallowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastdeploy_pd.errors import ConfigError
+
+ROLES = ("mixed", "prefill", "decode")
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+MIN_SECRET_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how it is computed."""
+
+    model: str
+    served_model_name: tuple[str, ...]
+    max_model_len: int | None
+    dtype: str
+    device: str
+    ops: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """The KV pool and how its blocks travel."""
+
+    block_size: int
+    num_gpu_blocks_override: int | None
+    gpu_memory_utilization: float | None
+    enable_prefix_caching: bool
+    cache_transfer_protocol: tuple[str, ...]
+    cache_queue_port: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingOptions:
+    """The limits of a step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """Role, coordinator and links."""
+
+    splitwise_role: str
+    scheduler_name: str
+    scheduler_host: str
+    scheduler_port: int
+    scheduler_db: int
+    scheduler_username: str | None
+    scheduler_password: str | None = field(repr=False)
+    scheduler_topic: str
+    scheduler_ttl: float
+    scheduler_tls: bool
+    scheduler_tls_ca_file: str | None
+    scheduler_tls_cert_file: str | None
+    scheduler_tls_key_file: str | None
+    pd_comm_port: int | None
+    engine_worker_queue_port: int | None
+    advertise_host: str
+    secret: bytes | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """The HTTP side."""
+
+    host: str
+    port: int | None
+    metrics_port: int | None
+    api_keys: tuple[str, ...] = field(repr=False)
+    workers: int
+    log_dir: str | None
+    ready_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """All of one instance's options."""
+
+    model: ModelOptions
+    cache: CacheOptions
+    scheduling: SchedulingOptions
+    cluster: ClusterOptions
+    server: ServerOptions
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str], env: Mapping[str, str]) -> InstanceConfig:
+        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET).
+
+        Raises: ConfigError: something is wrong; names it.
+        """
+        args = make_parser().parse_args([_with_hyphens(a) for a in argv])
+        for name, check in UNSUPPORTED.items():
+            value = getattr(args, name)
+            if value is not None:
+                check(value)
+        _check_ports(args)
+        secret = read_secret(args.cluster_secret_file, env)
+        if secret is None and args.scheduler_name != "local" and not is_loopback(args.advertise_host):
+            raise ConfigError(
+                f"--advertise-host is {args.advertise_host!r}, which other machines can reach; that needs a cluster secret: "
+                "give --cluster-secret-file FILE or set FD_CLUSTER_SECRET to the same value on every instance"
+            )
+        if args.scheduler_name == "local" and args.splitwise_role != "mixed":
+            raise ConfigError(
+                f"--splitwise-role {args.splitwise_role} needs --scheduler-name splitwise: with `local` an instance is alone, so it must be mixed"
+            )
+        return cls(*(_pick(kind, args, env, secret) for kind in (ModelOptions, CacheOptions, SchedulingOptions, ClusterOptions, ServerOptions)))
+
+
+def _pick(kind: type, args: argparse.Namespace, env: Mapping[str, str], secret: bytes | None) -> Any:
+    values = {name: getattr(args, name) for name in kind.__slots__ if hasattr(args, name)}
+    if kind is ModelOptions:
+        values["served_model_name"] = tuple(args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")])
+    elif kind is ClusterOptions:
+        values["secret"] = secret
+    elif kind is ServerOptions:
+        values |= {"api_keys": tuple(args.api_key or ()), "log_dir": env.get("FD_LOG_DIR")}
+    return kind(**values)
+
+
+def read_secret(path: str | None, env: Mapping[str, str]) -> bytes | None:
+    """Returns: the cluster secret from the file or FD_CLUSTER_SECRET; None if neither is given.
+
+    Raises: ConfigError: it cannot be read, others can read the file, or it is too short.
+    """
+    if path is None:
+        secret, source = env.get("FD_CLUSTER_SECRET", "").encode(), "FD_CLUSTER_SECRET"
+        if not secret:
+            return None
+    else:
+        source = f"--cluster-secret-file {path}"
+        try:
+            if Path(path).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+                raise ConfigError(f"{source} can be read by other users; run: chmod 600 {path}")
+            secret = Path(path).read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError(f"{source} holds {len(secret)} bytes; the cluster secret must have at least {MIN_SECRET_BYTES}")
+    return secret
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _with_hyphens(argument: str) -> str:
+    """FastDeploy's users write both --max_model_len and --max-model-len."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of printing usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
+            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ConfigError(re.sub(r"^argument (--[\w-]+): ", r"\1: ", message))
+
+
+def _number(kind: Callable[[str], Any], minimum: float, maximum: float, what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {what}")
+        return value
+
+    return parse
+
+
+def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], Any]:
+    limit = f"an integer of at least {minimum}" if maximum == 2**31 - 1 else f"an integer from {minimum} to {maximum}"
+    return _number(int, minimum, maximum, limit)
+
+
+_PORT = _integer(1, 65535)
+
+
+def _block_size(text: str) -> int:
+    value = int(_integer(1, 1024)(text))
+    if value & (value - 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a power of two up to 1024")
+    return value
+
+
+def _topic(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be 1 to 64 of A-Z a-z 0-9 . _ -")
+    return text
+
+
+def _protocols(text: str) -> tuple[str, ...]:
+    names = tuple(n.strip() for n in text.split(","))
+    later = {"ipc", "rdma", "nccl", "mooncake"} & set(names)
+    if later:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(later))} is not part of this version; use shm (one machine) and tcp (any), e.g. shm,tcp"
+        )
+    if not all(names) or len(set(names)) != len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be names separated by commas, each once, e.g. shm,tcp")
+    return names
+
+
+def _directory(text: str) -> str:
+    if text == "demo":
+        return str(DEMO_MODEL)
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a directory; give a Hugging Face checkpoint directory, or `demo` for the model that comes with the package"
+        )
+    return text
+
+
+def _later(flag: str, instead: str, allowed: Any = None) -> Callable[[Any], None]:
+    def check(value: Any) -> None:
+        if value != allowed:
+            raise ConfigError(f"{flag} {value} is not part of this version: {instead}")
+
+    return check
+
+
+#: flags of FastDeploy that are known and refused, unless they ask for what is the case anyway
+UNSUPPORTED: dict[str, Callable[[Any], None]] = {
+    "tensor_parallel_size": _later("--tensor-parallel-size", "one process serves the whole model; only 1 is allowed", 1),
+    "data_parallel_size": _later("--data-parallel-size", "start more instances instead; only 1 is allowed", 1),
+    "rdma_comm_ports": _later("--rdma-comm-ports", "RDMA comes with rdma_comm; use --cache-transfer-protocol shm,tcp"),
+    "speculative_config": _later("--speculative-config", "speculative decoding is not implemented"),
+    "swap_space": _later("--swap-space", "KV blocks are kept in one memory only"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns: the parser of an instance's flags; docs/configuration.md is held against it by a test."""
+    parser = _Parser(prog="api_server", allow_abbrev=False, description="One instance of a fastdeploy-pd cluster.")
+    add = parser.add_argument
+    add("--model", type=_directory, default=str(DEMO_MODEL), help="checkpoint directory, or `demo`")
+    add("--served-model-name", action="append", help="name in the API; may be given several times (default: the directory's name)")
+    add("--max-model-len", type=_integer(2), help="most tokens of a sequence (default: what the model allows)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute and KV type; bfloat16 needs --ops torch")
+    add("--device", choices=("cpu",), default="cpu", help="where the model runs; this version computes on CPU")
+    add("--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes")
+    add("--block-size", type=_block_size, default=64, help="tokens a KV block, a power of two")
+    add("--num-gpu-blocks-override", type=_integer(1), help="KV blocks of the pool (default: from free memory)")
+    add("--gpu-memory-utilization", type=_number(float, 0.01, 0.95, "a number from 0.01 to 0.95"), help="share of the device's free memory for KV blocks (CPU: of free RAM)")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="keep KV blocks of earlier prompts")
+    add("--cache-transfer-protocol", type=_protocols, default=("shm", "tcp"), help="transfer backends in order of preference")
+    add("--cache-queue-port", type=_PORT, help="TCP port for KV blocks (default: a free one)")
+    add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
+    add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")
+    add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True, help="compute long prompts in several steps")
+    add("--splitwise-role", choices=ROLES, default="mixed", help="what the instance is for")
+    add("--scheduler-name", choices=("splitwise", "local"), default="local", help="splitwise: a cluster through Redis; local: one instance alone")
+    add("--scheduler-host", default="127.0.0.1", help="Redis host")
+    add("--scheduler-port", type=_PORT, default=6379, help="Redis port")
+    add("--scheduler-db", type=_integer(0, 1023), default=0, help="Redis database number")
+    add("--scheduler-username", help="Redis ACL user")
+    add("--scheduler-password", help="Redis password")
+    add("--scheduler-topic", type=_topic, default="default", help="name of the cluster in Redis")
+    add("--scheduler-ttl", type=_number(float, 1, 86400, "seconds from 1 to 86400"), default=900.0, help="seconds after which a request fails and results expire")
+    add("--scheduler-tls", action="store_true", help="connect to Redis with TLS")
+    add("--scheduler-tls-ca-file", help="certificates that sign Redis' certificate")
+    add("--scheduler-tls-cert-file", help="our certificate for Redis")
+    add("--scheduler-tls-key-file", help="our certificate's key")
+    add("--pd-comm-port", type=_PORT, help="port for links between instances (default: a free one)")
+    add("--engine-worker-queue-port", type=_PORT, help="with --scheduler-name local: loopback port between API and engine (default: a Unix socket)")
+    add("--advertise-host", default="127.0.0.1", help="address at which other instances reach this one")
+    add("--cluster-secret-file", help="file with the cluster secret (or FD_CLUSTER_SECRET)")
+    add("--host", default="127.0.0.1", help="address of the HTTP port")
+    add("--port", type=_PORT, help="HTTP port (default: a free one)")
+    add("--metrics-port", type=_PORT, help="a second port for /metrics alone")
+    add("--api-key", action="append", help="key that clients must send; may be given several times")
+    add("--workers", type=_integer(1, 64), default=1, help="API processes")
+    add("--ready-file", help="file to write addresses to when the instance is ready")
+    for flag in ("--tensor-parallel-size", "--data-parallel-size"):
+        add(flag, type=_integer(1), help="only 1 in this version")
+    for flag in ("--rdma-comm-ports", "--speculative-config", "--swap-space"):
+        add(flag, help="not part of this version: refused")
+    return parser
+
+
+def _check_ports(args: argparse.Namespace) -> None:
+    """Raises: ConfigError: two flags ask for the same port, or one has no meaning here."""
+    flags = {name: getattr(args, name) for name in ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")}
+    seen: dict[int, str] = {}
+    for name, port in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if port is None:
+            continue
+        if port in seen:
+            raise ConfigError(f"{seen[port]} and {flag} are both {port}; each needs a port of its own")
+        seen[port] = flag
+    if args.scheduler_name == "local" and (args.pd_comm_port or args.cache_queue_port):
+        raise ConfigError("--pd-comm-port and --cache-queue-port have no use with --scheduler-name local: there is nobody to talk to")
+    if args.scheduler_name != "local" and args.engine_worker_queue_port:
+        raise ConfigError("--engine-worker-queue-port has no use with --scheduler-name splitwise: the engine listens on --pd-comm-port")
