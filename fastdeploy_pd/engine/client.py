@@ -20,8 +20,8 @@ TICK_S = 0.02
 class FrontEndObserver(Protocol):
     """Receives what the front end's metrics are made of."""
 
-    def retried(self, reason: str) -> None:
-        """A request was placed again."""
+    def retried(self, reason: str, count: int = 1) -> None:
+        """Requests were placed again."""
         ...
 
 
@@ -37,9 +37,10 @@ class _Mailbox:
 class ClusterClient:
     """Implements `EngineClient` over the instances of a topic. Everything runs in one event loop."""
 
-    def __init__(self, front_end: FrontEnd, links: AsyncLinks, clock: Clock, max_model_len: int) -> None:
+    def __init__(self, front_end: FrontEnd, links: AsyncLinks, clock: Clock, observer: FrontEndObserver | None = None) -> None:
         self.front_end = front_end
-        self.max_model_len = max_model_len
+        self._observer = observer
+        self._num_retries: dict[str, int] = {}
         self._links = links
         self._clock = clock
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -116,7 +117,17 @@ class ClusterClient:
         while True:
             self.front_end.tick(self._clock.now_s())
             self._flush()
+            self._count_retries()
             await asyncio.sleep(TICK_S)
+
+    def _count_retries(self) -> None:
+        if self._observer is None:
+            return
+        for reason, count in self.front_end.num_retries.items():
+            added = count - self._num_retries.get(reason, 0)
+            if added:
+                self._observer.retried(reason, added)
+                self._num_retries[reason] = count
 
     def _flush(self) -> None:
         """Send what the machine wants sent, deliver what it has for clients."""

@@ -26,7 +26,7 @@ from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
-from fastdeploy_pd.entrypoints.serving import ServingOptions, serving_options_from_directory
+from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, render
 
@@ -127,6 +127,7 @@ async def serve_api(
         model_names=config.model.served_model_name,
         max_model_len=int(str(facts["max_model_len"])),
         api_keys=config.server.api_keys,
+        created_unix_s=int(WallClock().unix_s()),
     )
     tokenizer = Tokenizer.from_directory(Path(config.model.model))
     front_end_id = f"front-{uuid.uuid4().hex[:12]}"
@@ -136,10 +137,11 @@ async def serve_api(
         FrontEndOptions(deadline_s=config.cluster.scheduler_ttl, instance_timeout_s=CPU_PEER_TIMEOUT_S),
     )
     links = AsyncLinks(front_end_id, secret=config.cluster.secret)
-    client = ClusterClient(front_end, links, WallClock(), options.max_model_len)
+    metrics = FrontEndMetrics(options.model_names[0])
+    client = ClusterClient(front_end, links, WallClock(), metrics)
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
-    app = create_app(client, tokenizer, options, metrics=render)
-    return await _run(config, client, membership, app, (http_socket, metrics_socket), on_ready, links, tokenizer, options)
+    app = create_app(client, tokenizer, options, metrics=render, observer=metrics)
+    return await _run(config, client, membership, app, (http_socket, metrics_socket), on_ready, links, Serving(tokenizer, options))
 
 
 async def _run(
@@ -150,8 +152,7 @@ async def _run(
     sockets: tuple[socket.socket, socket.socket | None],
     on_ready: Callable[[], None],
     links: AsyncLinks,
-    tokenizer: Tokenizer,
-    options: ServingOptions,
+    serving: Serving,
 ) -> bool:
     stop = asyncio.Event()
     received: list[int] = []
@@ -162,7 +163,7 @@ async def _run(
     membership.start()
     consumer = None
     if config.cluster.scheduler_name != "local":
-        consumer = QueueConsumer(redis_options(config.cluster), client, tokenizer, options, client.front_end.front_end_id)
+        consumer = QueueConsumer(redis_options(config.cluster), client, serving, client.front_end.front_end_id)
         consumer.start()
     servers = [uvicorn_server(app)]
     serving = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
@@ -200,5 +201,3 @@ def metrics_app() -> Callable[..., object]:
 
     return app
 
-
-__all__ = ["FrontEndMetrics", "serve_api"]

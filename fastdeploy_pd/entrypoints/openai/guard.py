@@ -1,0 +1,87 @@
+"""What every HTTP request passes before anybody looks into it: sizes, API key, and errors in OpenAI's shape whatever the path."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastdeploy_pd.entrypoints.openai.stream import Receive, Scope, Send, error_body, error_headers
+from fastdeploy_pd.errors import AuthenticationFailed, FastDeployPDError, InvalidRequest
+
+MAX_BODY_BYTES = 8 * 2**20
+MAX_HEADER_BYTES = 16 * 2**10
+MAX_HEADERS = 100
+MAX_URL_BYTES = 8 * 2**10
+BODY_TIMEOUT_S = 30.0
+OPEN_PATHS = frozenset({"/health", "/healthcheck", "/live"})
+
+
+def refusal(status: int, message: str, code: str | None = None) -> InvalidRequest:
+    """Returns: an error with another status than 400."""
+    error = InvalidRequest(message, code=code)
+    error.status = status  # type: ignore[misc]
+    return error
+
+
+async def send_error(send: Send, error: FastDeployPDError) -> None:
+    """Answer with an error."""
+    body = error_body(error)
+    headers = [*error_headers(error), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Guard:
+    """ASGI middleware; only requests within the limits and with a valid key go on."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], api_keys: tuple[str, ...]) -> None:
+        self._app = app
+        # Digests are compared, so that neither time nor length tells anything of the keys.
+        self._digests = [hashlib.sha256(k.encode()).digest() for k in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then pass on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = self._check(scope)
+        if error is not None:
+            await send_error(send, error)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> FastDeployPDError | None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
+            return refusal(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
+        if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+            return refusal(431, f"there are more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them")
+        return self._authenticate(scope["path"], headers) or self._check_body(scope, dict(headers))
+
+    def _check_body(self, scope: Scope, headers: dict[bytes, bytes]) -> FastDeployPDError | None:
+        if scope["method"] != "POST":
+            return None
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            return refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes", "request_too_large")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            return refusal(415, "content-encoding is not supported; send the body as it is")
+        media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if media not in (b"application/json", b""):
+            return refusal(415, f"content-type is {media.decode('latin-1')!r}; it must be application/json")
+        return None
+
+    def _authenticate(self, path: str, headers: list[tuple[bytes, bytes]]) -> FastDeployPDError | None:
+        if not self._digests or path in OPEN_PATHS:
+            return None
+        given = [v for k, v in headers if k == b"authorization"]
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not key.strip():
+            return AuthenticationFailed("You didn't provide an API key. Send it as: Authorization: Bearer KEY")
+        digest = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(digest, d) for d in self._digests]
+        return None if any(matches) else AuthenticationFailed("Incorrect API key provided.", code="invalid_api_key")
+
+

@@ -1,0 +1,116 @@
+"""Answers over HTTP: server-sent events and plain JSON, both of which end when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """Returns: one server-sent event."""
+    return b"data: " + data + b"\n\n"
+
+
+def error_body(error: FastDeployPDError) -> bytes:
+    """Returns: an error as OpenAI shapes it."""
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return orjson.dumps({"error": body})
+
+
+def error_headers(error: FastDeployPDError) -> list[tuple[bytes, bytes]]:
+    """Returns: headers that tell OpenAI's clients whether to try again."""
+    headers = [(b"content-type", b"application/json")]
+    if error.retryable:
+        headers += [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
+    elif error.code == "poison":
+        headers.append((b"x-should-retry", b"false"))
+    return headers
+
+
+async def client_left(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """An ASGI response of events. The first comes before the status line, so that an early failure is a plain HTTP error."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: list[tuple[bytes, bytes]]) -> None:
+        self._events, self._headers = events, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until they end or the client leaves; leaving closes the iterator, which aborts the request."""
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(client_left(receive))
+        await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        for task in (sending, leaving):
+            task.cancel()
+        results = await asyncio.gather(sending, leaving, return_exceptions=True)
+        await self._events.aclose()  # type: ignore[attr-defined]
+        if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
+            raise results[0]
+
+    async def _send(self, send: Send) -> None:
+        try:
+            first = await anext(self._events, b"")
+        except FastDeployPDError as error:
+            await send({"type": "http.response.start", "status": error.status, "headers": error_headers(error)})
+            await send({"type": "http.response.body", "body": error_body(error)})
+            return
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), *self._headers]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except FastDeployPDError as error:
+            # No [DONE]: that is how OpenAI's clients see that the answer is not whole.
+            await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def unless_client_leaves(work: Awaitable[bytes], receive: Receive) -> bytes | None:
+    """Returns: what the work yields, or None if the client left first (the work is cancelled then)."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(client_left(receive))
+    await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return None
+    return working.result()
+
+
+async def read_body(receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
+    """Returns: the request's body. Raises: InvalidRequest: too large (413), too slow (408) or cut off."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise InvalidRequest("the connection ended before the body did")
+                body += message.get("body", b"")
+                if len(body) > limit_bytes:
+                    error = InvalidRequest(f"the body is larger than {limit_bytes} bytes", code="request_too_large")
+                    error.status = 413  # type: ignore[misc]
+                    raise error
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError as timeout:
+        error = InvalidRequest(f"the body did not arrive within {timeout_s:g} s")
+        error.status = 408  # type: ignore[misc]
+        raise error from timeout

@@ -1,0 +1,173 @@
+"""Serves requests that were submitted through Redis: claims them, generates, writes their output streams.
+
+A claim is renewed while it is served. When this process dies, another front end reclaims the request, reads what the client has
+already, and goes on from there with the same seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, RedisQueue
+from fastdeploy_pd.cluster.redis_connection import RedisOptions
+from fastdeploy_pd.engine.client_api import EngineClient
+from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, parse_body
+from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, InvalidRequest
+
+log = logging.getLogger("fastdeploy_pd.queue")
+
+MAX_CLAIMED = 256  # of one front end at a time: the rest is for others, or waits
+CLAIM_BLOCK_S = 0.5
+PAUSE_S = 0.5
+RENEW_S = CLAIM_LEASE_S / 4
+BODIES = {"chat": ChatBody, "completions": CompletionBody}
+
+
+class Submission(msgspec.Struct):
+    """What `client.RedisClient` puts into the queue."""
+
+    version: int
+    endpoint: str
+    body: bytes  #: the JSON body, as it would be posted
+    seed: int  #: for a body without one; fixed at submission, so that whoever resumes it draws the same tokens
+
+
+class OutputChunk(msgspec.Struct, omit_defaults=True):
+    """One entry of an output stream."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None = None
+    error: dict[str, str | None] | None = None
+    usage: dict[str, int] | None = None
+
+
+class QueueConsumer:
+    """One front end's share of the topic's queue."""
+
+    def __init__(self, options: RedisOptions, client: EngineClient, serving: Serving, consumer: str) -> None:
+        self._queue = RedisQueue(options)
+        self._client, self._serving, self._consumer = client, serving, consumer
+        self._active: dict[str, tuple[Claimed, asyncio.Task[None]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_stopping = False
+
+    def start(self) -> None:
+        """Begin to claim."""
+        self._tasks = [asyncio.create_task(self._claim()), asyncio.create_task(self._keep())]
+
+    async def stop(self) -> None:
+        """Stop; what is being served is left for another front end to reclaim."""
+        self._is_stopping = True
+        tasks = [*self._tasks, *(t for _, t in self._active.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._queue.close()
+
+    async def _claim(self) -> None:
+        while not self._is_stopping:
+            room = MAX_CLAIMED - len(self._active)
+            try:
+                if room > 0 and (await self._client.health()).is_ready:
+                    for claimed in await asyncio.to_thread(self._queue.claim, self._consumer, min(room, 32), CLAIM_BLOCK_S):
+                        self._begin(claimed)
+                    continue
+            except (CoordinatorLost, ConfigError) as error:
+                log.warning("cannot claim requests: %s", error.message)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _keep(self) -> None:
+        """Renew our claims, take over lapsed ones, stop what was cancelled."""
+        while not self._is_stopping:
+            await asyncio.sleep(RENEW_S)
+            try:
+                await asyncio.to_thread(self._queue.renew, self._consumer, list(self._active))
+                for claimed in await asyncio.to_thread(self._queue.reclaim, self._consumer, 16):
+                    self._begin(claimed)
+                by_request = {c.request_id: t for c, t in self._active.values()}
+                for request_id in await asyncio.to_thread(self._queue.cancelled, list(by_request)):
+                    by_request[request_id].cancel("cancelled by its client")
+            except (CoordinatorLost, ConfigError) as error:
+                log.warning("claims could not be renewed: %s", error.message)
+
+    def _begin(self, claimed: Claimed) -> None:
+        if claimed.entry_id in self._active:
+            return
+        task = asyncio.create_task(self._serve(claimed))
+        self._active[claimed.entry_id] = (claimed, task)
+        task.add_done_callback(lambda _: self._active.pop(claimed.entry_id, None))
+
+    async def _serve(self, claimed: Claimed) -> None:
+        num_known = 0
+        try:
+            known = await self._with_retries(self._queue.read, claimed.request_id, "0", 0.001)
+            delivered = [t for e in known if e.payload for t in msgspec.msgpack.decode(e.payload, type=OutputChunk).token_ids]
+            num_known = len(delivered)
+            choice = self._choice(claimed, delivered)
+            await self._stream(claimed, choice, num_known)
+        except asyncio.CancelledError:
+            if not self._is_stopping:
+                await self._end(claimed, num_known, {"message": "the request was cancelled", "code": "cancelled"}, "abort")
+            raise
+        except FastDeployPDError as error:
+            if not isinstance(error, CoordinatorLost):
+                await self._end(claimed, num_known, {"message": error.message, "code": error.code}, "error")
+
+    def _choice(self, claimed: Claimed, delivered: list[int]) -> Choice:
+        try:
+            submission = msgspec.msgpack.decode(claimed.payload, type=Submission)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"the submission cannot be read: {error}") from error
+        if submission.version != 1 or submission.endpoint not in BODIES:
+            raise InvalidRequest(f"unknown submission: version {submission.version}, endpoint {submission.endpoint!r}")
+        body = parse_body(BODIES[submission.endpoint], submission.body)
+        choices = self._serving.choices(body, claimed.request_id, submission.seed, delivered)
+        if len(choices) != 1:
+            raise InvalidRequest("a request through Redis has one prompt and one answer; submit several", param="n")
+        choice = choices[0]
+        # Text that the client has already is made again and dropped: the detokenizer and the stop matcher must know it.
+        choice.matcher.push(choice.detokenizer.push(delivered))
+        return choice
+
+    async def _stream(self, claimed: Claimed, choice: Choice, index: int) -> None:
+        stream = self._client.generate(choice.request)
+        try:
+            async for chunks in stream:
+                delta = self._serving.push(choice, chunks)
+                is_ours = await self._with_retries(
+                    self._queue.append, self._consumer, claimed, [(index, self._payload(choice, delta, index))], delta.finish_reason is not None
+                )
+                index += len(delta.token_ids)
+                if not is_ours or delta.finish_reason is not None:
+                    return
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    def _payload(self, choice: Choice, delta: Delta, index: int) -> bytes:
+        usage = None
+        if delta.finish_reason is not None:
+            num_prompt, num_output = len(choice.request.prompt_token_ids), index + len(delta.token_ids)
+            usage = {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+        reason = delta.finish_reason.value if delta.finish_reason is not None else None
+        return msgspec.msgpack.encode(OutputChunk(index, list(delta.token_ids), delta.text, reason, usage=usage))
+
+    async def _end(self, claimed: Claimed, index: int, error: dict[str, str | None], reason: str) -> None:
+        payload = msgspec.msgpack.encode(OutputChunk(index, [], "", reason, error))
+        # Behind every token there may be: the end has to be the newest entry.
+        await self._with_retries(self._queue.append, self._consumer, claimed, [(2**40, payload)], True)
+
+    async def _with_retries(self, action: object, *arguments: object) -> object:
+        """Run a queue call until Redis answers; every one of them may be repeated."""
+        while True:
+            try:
+                return await asyncio.to_thread(action, *arguments)
+            except CoordinatorLost:
+                if self._is_stopping:
+                    raise
+                await asyncio.sleep(PAUSE_S)
