@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastdeploy_pd.entrypoints.openai.stream import Receive, Scope, Send, error_body, error_headers
 from fastdeploy_pd.errors import AuthenticationFailed, FastDeployPDError, InvalidRequest
+
+log = logging.getLogger("fastdeploy_pd.api")
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_HEADER_BYTES = 16 * 2**10
@@ -50,7 +53,24 @@ class Guard:
         if error is not None:
             await send_error(send, error)
             return
-        await self._app(scope, receive, send)
+        await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The last resort of an API process: a defect of ours must not take the other requests with it."""
+        has_begun = False
+
+        async def noting(message: dict[str, Any]) -> None:
+            nonlocal has_begun
+            has_begun = has_begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            log.exception("a request to %s failed", scope["path"])
+            if has_begun:
+                raise
+            await send_error(send, FastDeployPDError("an internal error; the server's log says more", code="internal_error"))
 
     def _check(self, scope: Scope) -> FastDeployPDError | None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]

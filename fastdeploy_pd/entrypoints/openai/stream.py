@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
+from starlette.responses import Response
 
 from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
 
@@ -44,10 +45,11 @@ async def client_left(receive: Receive) -> None:
         pass
 
 
-class EventStream:
-    """An ASGI response of events. The first comes before the status line, so that an early failure is a plain HTTP error."""
+class EventStream(Response):
+    """A response of events (a Response, because FastAPI passes nothing else on as it is). The first comes before the status line, so that an early failure is a plain HTTP error."""
 
     def __init__(self, events: AsyncIterator[bytes], headers: list[tuple[bytes, bytes]]) -> None:
+        super().__init__()
         self._events, self._headers = events, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

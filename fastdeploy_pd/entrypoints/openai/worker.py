@@ -99,7 +99,7 @@ class Membership:
 def uvicorn_server(app: object) -> uvicorn.Server:
     """Returns: a server with the fast event loop and parser; signals are ours."""
     config = uvicorn.Config(
-        app, loop="asyncio", http="httptools", log_level="warning", access_log=False, timeout_graceful_shutdown=30, lifespan="off"
+        app, loop="asyncio", http="httptools", log_level="warning", access_log=False, timeout_graceful_shutdown=30, lifespan="off", log_config=None
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None

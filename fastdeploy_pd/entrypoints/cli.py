@@ -1,0 +1,58 @@
+"""The `fastdeploy-pd` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fastdeploy_pd import __version__
+from fastdeploy_pd.errors import FastDeployPDError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns: the parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="start a small cluster on this machine and talk to it")
+    up.add_argument("--once", action="store_true", help="exit after the first answer")
+    up.add_argument("--prefill", type=int, default=1, help="prefill instances (default 1)")
+    up.add_argument("--decode", type=int, default=1, help="decode instances (default 1)")
+    up.add_argument("--mixed", type=int, default=0, help="mixed instances (default 0)")
+    up.add_argument("--model", default="demo", help="checkpoint directory, or `demo`")
+    up.add_argument("--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes")
+    up.add_argument("--prompt", default="Why split prefill and decode?", help="the first question")
+    up.add_argument("--port", type=int, help="HTTP port of the first instance (default: a free one)")
+    up.add_argument("--redis-url", help="a Redis server that runs already (default: an embedded one)")
+    serve = commands.add_parser("serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False)
+    serve.add_argument("flags", nargs=argparse.REMAINDER)
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns: exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["serve"]:
+        from fastdeploy_pd.entrypoints.openai.api_server import main as serve
+
+        return serve(argv[1:])
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command == "version":
+        sys.stdout.write(f"{__version__}\n")
+        return 0
+    if min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1:
+        parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
+    from fastdeploy_pd.launch.up import run
+
+    try:
+        return run(args)
+    except FastDeployPDError as error:
+        sys.stderr.write(f"\nerror: {error.message}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

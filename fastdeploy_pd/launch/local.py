@@ -1,0 +1,182 @@
+"""A cluster on this machine: instances as child processes, ended by pid, leaving nothing behind. Used by `up` and by the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.engine.lifetime import die_with_parent
+from fastdeploy_pd.errors import ConfigError
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 5.0
+LAST_LINES = 12
+
+
+@dataclass(slots=True)
+class LocalInstance:
+    """One running instance."""
+
+    name: str
+    role: str
+    process: subprocess.Popen[bytes]
+    directory: Path
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def pid(self) -> int:
+        """The API server's process id."""
+        return self.process.pid
+
+    @property
+    def engine_pid(self) -> int:
+        """The engine's process id, as of its start."""
+        return int(str(self.facts["pid"]))
+
+    @property
+    def instance_id(self) -> str:
+        """The engine's id."""
+        return str(self.facts["instance_id"])
+
+    @property
+    def http_url(self) -> str:
+        """Where it answers."""
+        return str(self.facts["http"])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said where it is."""
+        path = self.directory / "ready.json"
+        if not self.facts and path.exists():
+            self.facts = json.loads(path.read_text())
+        return bool(self.facts)
+
+    def last_lines(self) -> str:
+        """Returns: the end of its log."""
+        lines = (self.directory / "output.log").read_text(errors="replace").splitlines()
+        return "\n".join(lines[-LAST_LINES:])
+
+    def kill(self) -> None:
+        """kill -9 of every process of the instance, at the same moment."""
+        for pid in (self.engine_pid, self.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+
+
+class LocalCluster:
+    """Instances of one topic, or, without a Redis URL, one mixed instance alone."""
+
+    def __init__(self, redis_url: str | None, topic: str = "local", flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            flags: for every instance.
+            env: added to the environment of every instance.
+        """
+        self._redis_flags = _redis_flags(redis_url, topic) if redis_url else []
+        self._flags, self._env = list(flags), dict(env or {})
+        self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-cluster-"))
+        self.instances: list[LocalInstance] = []
+        self._clock = WallClock()
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def launch(self, role: str, flags: Sequence[str] = ()) -> LocalInstance:
+        """Start an instance; it is not ready yet."""
+        name = f"{role}-{len(self.instances)}"
+        directory = self._directory / name
+        directory.mkdir()
+        command = [
+            sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", "--splitwise-role", role,
+            "--ready-file", str(directory / "ready.json"), *self._redis_flags, *self._flags, *flags,
+        ]
+        parent = os.getpid()
+        with (directory / "output.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **self._env}, preexec_fn=lambda: die_with_parent(parent),
+            )
+        instance = LocalInstance(name, role, process, directory)
+        self.instances.append(instance)
+        return instance
+
+    def start(self, roles: Sequence[str], on_wait: Callable[[list[str], float], None] | None = None) -> list[LocalInstance]:
+        """Start instances and wait until all are ready and see each other.
+
+        Args:
+            on_wait: told every tenth of a second what is waited for and for how long.
+        Raises: ConfigError: one ended or took too long; with the end of its log.
+        """
+        started = [self.launch(role) for role in roles]
+        self.wait_ready(started, on_wait)
+        return started
+
+    def wait_ready(self, instances: Sequence[LocalInstance], on_wait: Callable[[list[str], float], None] | None = None) -> None:
+        """See `start`."""
+        start_s = self._clock.now_s()
+        while True:
+            waiting = [i.name for i in instances if not i.is_ready]
+            if not waiting:
+                waiting = [f"{i.name} to see the others" for i in instances if not self._sees_all(i)]
+            if not waiting:
+                return
+            for instance in instances:
+                if instance.process.poll() is not None:
+                    raise ConfigError(f"{instance.name} ended with status {instance.process.returncode}:\n{instance.last_lines()}")
+            elapsed_s = self._clock.now_s() - start_s
+            if elapsed_s > START_TIMEOUT_S:
+                raise ConfigError(f"not ready after {START_TIMEOUT_S:g} s: {', '.join(waiting)}\n{instances[0].last_lines()}")
+            if on_wait is not None:
+                on_wait(waiting, elapsed_s)
+            threading.Event().wait(0.1)
+
+    def stop(self) -> None:
+        """End every instance and remove its files. Idempotent."""
+        living = [i for i in self.instances if i.process.poll() is None]
+        for instance in living:
+            instance.process.send_signal(signal.SIGINT)
+        deadline_s = self._clock.now_s() + STOP_TIMEOUT_S
+        for instance in living:
+            try:
+                instance.process.wait(max(0.1, deadline_s - self._clock.now_s()))
+            except subprocess.TimeoutExpired:
+                instance.process.kill()  # its engine dies with it
+                instance.process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _sees_all(self, instance: LocalInstance) -> bool:
+        """Whether its front end has every living instance in view."""
+        try:
+            with urllib.request.urlopen(instance.http_url + "/health", timeout=2) as answer:
+                seen = json.loads(answer.read()).get("instances", [])
+        except OSError:
+            return False
+        living = {i.instance_id for i in self.instances if i.facts and i.process.poll() is None}
+        return living <= set(seen)
+
+
+def _redis_flags(url: str, topic: str) -> list[str]:
+    from fastdeploy_pd.cluster.redis_connection import RedisOptions
+
+    options = RedisOptions.from_url(url, topic)
+    flags = ["--scheduler-name", "splitwise", "--scheduler-topic", topic, "--scheduler-host", options.host]
+    flags += ["--scheduler-port", str(options.port), "--scheduler-db", str(options.db)]
+    flags += ["--scheduler-password", options.password] if options.password else []
+    return flags + (["--scheduler-username", options.username] if options.username else [])
