@@ -50,11 +50,20 @@ class RedisClient:
         Raises: QueueFull, InvalidRequest, CoordinatorLost.
         """
         if endpoint not in ENDPOINTS:
-            raise InvalidRequest(f"endpoint is {endpoint!r}; it must be one of {', '.join(ENDPOINTS)}", param="endpoint")
+            raise InvalidRequest(
+                f"endpoint is {endpoint!r}; it must be one of {', '.join(ENDPOINTS)}", param="endpoint"
+            )
         request_id = request_id if request_id is not None else f"redis-{uuid.uuid4().hex}"
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", request_id):
-            raise InvalidRequest(f"request_id is {request_id!r}; it must be 1 to 128 of A-Z a-z 0-9 . _ -", param="request_id")
-        submission = {"version": 1, "endpoint": endpoint, "body": json.dumps(body).encode(), "seed": secrets.randbits(62)}
+            raise InvalidRequest(
+                f"request_id is {request_id!r}; it must be 1 to 128 of A-Z a-z 0-9 . _ -", param="request_id"
+            )
+        submission = {
+            "version": 1,
+            "endpoint": endpoint,
+            "body": json.dumps(body).encode(),
+            "seed": secrets.randbits(62),
+        }
         self._queue.submit(request_id, msgspec.msgpack.encode(submission))
         return request_id
 
@@ -68,7 +77,9 @@ class RedisClient:
         while True:
             entries = self._queue.read(request_id, after, 1.0)
             if not entries and not self._queue.exists(request_id):
-                raise InvalidRequest(f"request {request_id!r} is unknown, or its output has expired", param="request_id")
+                raise InvalidRequest(
+                    f"request {request_id!r} is unknown, or its output has expired", param="request_id"
+                )
             for entry in entries:
                 after = entry.entry_id
                 if not entry.payload:

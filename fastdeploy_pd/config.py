@@ -124,13 +124,20 @@ class InstanceConfig:
             raise ConfigError(
                 f"--splitwise-role {args.splitwise_role} needs --scheduler-name splitwise: with `local` an instance is alone, so it must be mixed"
             )
-        return cls(*(_pick(kind, args, env, secret) for kind in (ModelOptions, CacheOptions, SchedulingOptions, ClusterOptions, ServerOptions)))
+        return cls(
+            *(
+                _pick(kind, args, env, secret)
+                for kind in (ModelOptions, CacheOptions, SchedulingOptions, ClusterOptions, ServerOptions)
+            )
+        )
 
 
 def _pick(kind: type, args: argparse.Namespace, env: Mapping[str, str], secret: bytes | None) -> Any:
     values = {name: getattr(args, name) for name in kind.__slots__ if hasattr(args, name)}
     if kind is ModelOptions:
-        values["served_model_name"] = tuple(args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")])
+        values["served_model_name"] = tuple(
+            args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")]
+        )
     elif kind is ClusterOptions:
         values["secret"] = secret
     elif kind is ServerOptions:
@@ -156,7 +163,9 @@ def read_secret(path: str | None, env: Mapping[str, str]) -> bytes | None:
         except OSError as error:
             raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
     if len(secret) < MIN_SECRET_BYTES:
-        raise ConfigError(f"{source} holds {len(secret)} bytes; the cluster secret must have at least {MIN_SECRET_BYTES}")
+        raise ConfigError(
+            f"{source} holds {len(secret)} bytes; the cluster secret must have at least {MIN_SECRET_BYTES}"
+        )
     return secret
 
 
@@ -229,7 +238,9 @@ def _protocols(text: str) -> tuple[str, ...]:
             f"{', '.join(sorted(later))} is not part of this version; use shm (one machine) and tcp (any), e.g. shm,tcp"
         )
     if not all(names) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be names separated by commas, each once, e.g. shm,tcp")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; it must be names separated by commas, each once, e.g. shm,tcp"
+        )
     return names
 
 
@@ -253,7 +264,9 @@ def _later(flag: str, instead: str, allowed: Any = None) -> Callable[[Any], None
 
 #: flags of FastDeploy that are known and refused, unless they ask for what is the case anyway
 UNSUPPORTED: dict[str, Callable[[Any], None]] = {
-    "tensor_parallel_size": _later("--tensor-parallel-size", "one process serves the whole model; only 1 is allowed", 1),
+    "tensor_parallel_size": _later(
+        "--tensor-parallel-size", "one process serves the whole model; only 1 is allowed", 1
+    ),
     "data_parallel_size": _later("--data-parallel-size", "start more instances instead; only 1 is allowed", 1),
     "rdma_comm_ports": _later("--rdma-comm-ports", "RDMA comes with rdma_comm; use --cache-transfer-protocol shm,tcp"),
     "speculative_config": _later("--speculative-config", "speculative decoding is not implemented"),
@@ -266,35 +279,77 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="api_server", allow_abbrev=False, description="One instance of a fastdeploy-pd cluster.")
     add = parser.add_argument
     add("--model", type=_directory, default=str(DEMO_MODEL), help="checkpoint directory, or `demo`")
-    add("--served-model-name", action="append", help="name in the API; may be given several times (default: the directory's name)")
+    add(
+        "--served-model-name",
+        action="append",
+        help="name in the API; may be given several times (default: the directory's name)",
+    )
     add("--max-model-len", type=_integer(2), help="most tokens of a sequence (default: what the model allows)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute and KV type; bfloat16 needs --ops torch")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="compute and KV type; bfloat16 needs --ops torch",
+    )
     add("--device", choices=("cpu",), default="cpu", help="where the model runs; this version computes on CPU")
     add("--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes")
     add("--block-size", type=_block_size, default=64, help="tokens a KV block, a power of two")
     add("--num-gpu-blocks-override", type=_integer(1), help="KV blocks of the pool (default: from free memory)")
-    add("--gpu-memory-utilization", type=_number(float, 0.01, 0.95, "a number from 0.01 to 0.95"), help="share of the device's free memory for KV blocks (CPU: of free RAM)")
-    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="keep KV blocks of earlier prompts")
-    add("--cache-transfer-protocol", type=_protocols, default=("shm", "tcp"), help="transfer backends in order of preference")
+    add(
+        "--gpu-memory-utilization",
+        type=_number(float, 0.01, 0.95, "a number from 0.01 to 0.95"),
+        help="share of the device's free memory for KV blocks (CPU: of free RAM)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep KV blocks of earlier prompts",
+    )
+    add(
+        "--cache-transfer-protocol",
+        type=_protocols,
+        default=("shm", "tcp"),
+        help="transfer backends in order of preference",
+    )
     add("--cache-queue-port", type=_PORT, help="TCP port for KV blocks (default: a free one)")
     add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
     add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")
-    add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True, help="compute long prompts in several steps")
+    add(
+        "--enable-chunked-prefill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute long prompts in several steps",
+    )
     add("--splitwise-role", choices=ROLES, default="mixed", help="what the instance is for")
-    add("--scheduler-name", choices=("splitwise", "local"), default="local", help="splitwise: a cluster through Redis; local: one instance alone")
+    add(
+        "--scheduler-name",
+        choices=("splitwise", "local"),
+        default="local",
+        help="splitwise: a cluster through Redis; local: one instance alone",
+    )
     add("--scheduler-host", default="127.0.0.1", help="Redis host")
     add("--scheduler-port", type=_PORT, default=6379, help="Redis port")
     add("--scheduler-db", type=_integer(0, 1023), default=0, help="Redis database number")
     add("--scheduler-username", help="Redis ACL user")
     add("--scheduler-password", help="Redis password")
     add("--scheduler-topic", type=_topic, default="default", help="name of the cluster in Redis")
-    add("--scheduler-ttl", type=_number(float, 1, 86400, "seconds from 1 to 86400"), default=900.0, help="seconds after which a request fails and results expire")
+    add(
+        "--scheduler-ttl",
+        type=_number(float, 1, 86400, "seconds from 1 to 86400"),
+        default=900.0,
+        help="seconds after which a request fails and results expire",
+    )
     add("--scheduler-tls", action="store_true", help="connect to Redis with TLS")
     add("--scheduler-tls-ca-file", help="certificates that sign Redis' certificate")
     add("--scheduler-tls-cert-file", help="our certificate for Redis")
     add("--scheduler-tls-key-file", help="our certificate's key")
     add("--pd-comm-port", type=_PORT, help="port for links between instances (default: a free one)")
-    add("--engine-worker-queue-port", type=_PORT, help="with --scheduler-name local: loopback port between API and engine (default: a Unix socket)")
+    add(
+        "--engine-worker-queue-port",
+        type=_PORT,
+        help="with --scheduler-name local: loopback port between API and engine (default: a Unix socket)",
+    )
     add("--advertise-host", default="127.0.0.1", help="address at which other instances reach this one")
     add("--cluster-secret-file", help="file with the cluster secret (or FD_CLUSTER_SECRET)")
     add("--host", default="127.0.0.1", help="address of the HTTP port")
@@ -312,7 +367,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _check_ports(args: argparse.Namespace) -> None:
     """Raises: ConfigError: two flags ask for the same port, or one has no meaning here."""
-    flags = {name: getattr(args, name) for name in ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")}
+    flags = {
+        name: getattr(args, name)
+        for name in ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")
+    }
     seen: dict[int, str] = {}
     for name, port in flags.items():
         flag = "--" + name.replace("_", "-")
@@ -322,6 +380,10 @@ def _check_ports(args: argparse.Namespace) -> None:
             raise ConfigError(f"{seen[port]} and {flag} are both {port}; each needs a port of its own")
         seen[port] = flag
     if args.scheduler_name == "local" and (args.pd_comm_port or args.cache_queue_port):
-        raise ConfigError("--pd-comm-port and --cache-queue-port have no use with --scheduler-name local: there is nobody to talk to")
+        raise ConfigError(
+            "--pd-comm-port and --cache-queue-port have no use with --scheduler-name local: there is nobody to talk to"
+        )
     if args.scheduler_name != "local" and args.engine_worker_queue_port:
-        raise ConfigError("--engine-worker-queue-port has no use with --scheduler-name splitwise: the engine listens on --pd-comm-port")
+        raise ConfigError(
+            "--engine-worker-queue-port has no use with --scheduler-name splitwise: the engine listens on --pd-comm-port"
+        )

@@ -49,7 +49,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a request ended; the values are OpenAI's words."""
 
     STOP = "stop"  #: end-of-sequence token, stop token id or stop string
@@ -82,7 +82,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises: InvalidRequest: a field is outside its range; names field, value and range."""
         self._check("max_tokens", self.max_tokens >= 1, ">= 1")
-        self._check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens ({self.max_tokens})")
+        self._check(
+            "min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens ({self.max_tokens})"
+        )
         self._check("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2")
         self._check("top_p", 0.0 <= self.top_p <= 1.0, "between 0 and 1")
         self._check("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
@@ -92,11 +94,15 @@ class SamplingParams:
         self._check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2")
         self._check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2")
         self._check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
-        self._check("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20")
+        self._check(
+            "prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20"
+        )
 
     def _check(self, name: str, is_valid: bool, allowed: str) -> None:
         if not is_valid:
-            raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be {allowed}.", param=name, code="invalid_value")
+            raise InvalidRequest(
+                f"{name} is {getattr(self, name)!r}; it must be {allowed}.", param=name, code="invalid_value"
+            )
 
 
 @dataclass(slots=True)

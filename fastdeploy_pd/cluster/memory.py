@@ -63,9 +63,13 @@ class MemoryQueue:
     def submit(self, request_id: str, payload: bytes) -> None:
         """See RequestQueue."""
         if len(payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidRequest(f"the request has {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed", param="body")
+            raise InvalidRequest(
+                f"the request has {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed", param="body"
+            )
         if self.exists(request_id):
-            raise InvalidRequest(f"request id {request_id!r} was submitted before", param="request_id", code="duplicate_id")
+            raise InvalidRequest(
+                f"request id {request_id!r} was submitted before", param="request_id", code="duplicate_id"
+            )
         if len(self._entries) >= self._max_queued:
             raise QueueFull(f"{self._max_queued} requests are queued; try again later")
         self._count += 1
@@ -91,7 +95,9 @@ class MemoryQueue:
         lapsed = [e for e in self._entries.values() if e.owner is not None and e.renewed_s <= oldest_s][:count]
         return [self._give(e, consumer) for e in lapsed]
 
-    def append(self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False) -> bool:
+    def append(
+        self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False
+    ) -> bool:
         """See RequestQueue."""
         entry = self._entries.get(claimed.entry_id)
         if entry is None or entry.owner != consumer:

@@ -185,6 +185,20 @@ class Beat:
 
 
 Message = (
-    Reserve | Abort | Query | Reserved | Refused | Progress | Unknown | Tokens | PrefillOrder | CancelOrder | OrderQuery
-    | HandOverAck | OrderAccepted | OrderEnded | HandOver | Beat
+    Reserve
+    | Abort
+    | Query
+    | Reserved
+    | Refused
+    | Progress
+    | Unknown
+    | Tokens
+    | PrefillOrder
+    | CancelOrder
+    | OrderQuery
+    | HandOverAck
+    | OrderAccepted
+    | OrderEnded
+    | HandOver
+    | Beat
 )

@@ -65,7 +65,9 @@ class RequestQueue(Protocol):
         """Returns: requests whose owner let the lease lapse; they are this consumer's now."""
         ...
 
-    def append(self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False) -> bool:
+    def append(
+        self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False
+    ) -> bool:
         """Add output: (index of the first token, payload) each. Returns: whether the claim is still this consumer's."""
         ...
 
@@ -89,7 +91,9 @@ class RequestQueue(Protocol):
 class RedisQueue:
     """The queue in Redis."""
 
-    def __init__(self, options: RedisOptions, max_queued: int = MAX_QUEUED, claim_lease_s: float = CLAIM_LEASE_S) -> None:
+    def __init__(
+        self, options: RedisOptions, max_queued: int = MAX_QUEUED, claim_lease_s: float = CLAIM_LEASE_S
+    ) -> None:
         self._connection = RedisConnection(options)
         self._blocking = RedisConnection(options, BLOCKING_TIMEOUT_S)
         self._keys = self._connection.keys
@@ -100,11 +104,15 @@ class RedisQueue:
     def submit(self, request_id: str, payload: bytes) -> None:
         """See RequestQueue."""
         if len(payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidRequest(f"the request has {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed", param="body")
+            raise InvalidRequest(
+                f"the request has {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed", param="body"
+            )
         keys = [self._keys.requests, self._keys.out(request_id)]
         status = self._connection.script("submit", keys, [request_id, payload, self._max_queued, self._ttl_ms])
         if status == 0:
-            raise InvalidRequest(f"request id {request_id!r} was submitted before", param="request_id", code="duplicate_id")
+            raise InvalidRequest(
+                f"request id {request_id!r} was submitted before", param="request_id", code="duplicate_id"
+            )
         if status < 0:
             raise QueueFull(f"{self._max_queued} requests are queued in topic {self._keys.topic!r}; try again later")
 
@@ -136,7 +144,9 @@ class RedisQueue:
         )
         return _claimed(reply[1]) if reply else []
 
-    def append(self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False) -> bool:
+    def append(
+        self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False
+    ) -> bool:
         """See RequestQueue."""
         args: list[Any] = [GROUP, claimed.entry_id, consumer, self._ttl_ms, "1" if is_end else "0"]
         for index, payload in chunks:

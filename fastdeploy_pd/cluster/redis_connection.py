@@ -54,7 +54,12 @@ class RedisOptions:
             parsed = dict(redis.connection.parse_url(url))
         except ValueError as error:
             raise ConfigError("the Redis URL must begin with redis://, rediss:// or unix://") from error
-        names = {"path": "unix_socket", "ssl_ca_certs": "tls_ca_file", "ssl_certfile": "tls_cert_file", "ssl_keyfile": "tls_key_file"}
+        names = {
+            "path": "unix_socket",
+            "ssl_ca_certs": "tls_ca_file",
+            "ssl_certfile": "tls_cert_file",
+            "ssl_keyfile": "tls_key_file",
+        }
         is_tls = parsed.pop("connection_class", None) is redis.SSLConnection
         values = {names.get(k, k): v for k, v in parsed.items()}
         unknown = set(values) - set(cls.__slots__)

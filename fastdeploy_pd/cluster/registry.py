@@ -123,7 +123,9 @@ class RedisRegistry:
 class HeartbeatThread(threading.Thread):
     """Renews a lease as long as its source gives a record; leaves when stopped."""
 
-    def __init__(self, registry: Registry, source: Callable[[], MemberRecord | None], interval_s: float = HEARTBEAT_S) -> None:
+    def __init__(
+        self, registry: Registry, source: Callable[[], MemberRecord | None], interval_s: float = HEARTBEAT_S
+    ) -> None:
         """
         Args:
             source: the present record, or None while the engine stands still: a hung engine must lose its lease.

@@ -44,7 +44,9 @@ class KVLayout:
         Raises: IndexError: no such layer or block.
         """
         if not (0 <= layer < self.num_layers and 0 <= block_id < self.num_blocks):
-            raise IndexError(f"layer {layer}, block {block_id} is outside {self.num_layers} layers of {self.num_blocks} blocks")
+            raise IndexError(
+                f"layer {layer}, block {block_id} is outside {self.num_layers} layers of {self.num_blocks} blocks"
+            )
         return layer * self.layer_bytes + block_id * self.block_bytes
 
     def to_wire(self) -> dict[str, Any]:
@@ -57,4 +59,6 @@ class KVLayout:
         Returns: one "field: ours != theirs" a difference; empty when they fit.
         """
         names = ("num_layers", "num_kv_heads", "block_size", "head_dim", "dtype")
-        return [f"{n}: {getattr(self, n)} != {getattr(other, n)}" for n in names if getattr(self, n) != getattr(other, n)]
+        return [
+            f"{n}: {getattr(self, n)} != {getattr(other, n)}" for n in names if getattr(self, n) != getattr(other, n)
+        ]

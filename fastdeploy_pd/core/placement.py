@@ -63,7 +63,9 @@ class FewestTokens:
             return Placement(None, both.instance_id)
         return Placement(prefiller.instance_id, decoder.instance_id)
 
-    def _with_mixed_decode(self, prefiller: Candidate | None, both: Candidate | None, rng: random.Random) -> Placement | None:
+    def _with_mixed_decode(
+        self, prefiller: Candidate | None, both: Candidate | None, rng: random.Random
+    ) -> Placement | None:
         if both is None:
             return None
         if prefiller is None or is_lighter(both.outstanding_tokens, prefiller.outstanding_tokens, rng):

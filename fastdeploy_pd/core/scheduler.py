@@ -119,7 +119,9 @@ class Scheduler:
         local, block_size = request.local, self.pool.block_size
         num_full = local.num_computed_tokens // block_size
         if num_full > local.num_findable_blocks:
-            extend_hashes(local.block_hashes, request.token_ids(0, num_full * block_size), block_size, request.cache_salt)
+            extend_hashes(
+                local.block_hashes, request.token_ids(0, num_full * block_size), block_size, request.cache_salt
+            )
         for index in range(local.num_findable_blocks, num_full):
             self.pool.make_findable(local.block_table[index], local.block_hashes[index])
         local.num_findable_blocks = max(local.num_findable_blocks, num_full)
@@ -133,7 +135,9 @@ class Scheduler:
             return []
         local, block_size = request.local, self.pool.block_size
         num_matchable = (request.num_tokens - 1) // block_size
-        extend_hashes(local.block_hashes, request.token_ids(0, num_matchable * block_size), block_size, request.cache_salt)
+        extend_hashes(
+            local.block_hashes, request.token_ids(0, num_matchable * block_size), block_size, request.cache_salt
+        )
         found = self.pool.find_prefix(local.block_hashes[:num_matchable])
         self.num_prefix_queries += request.num_tokens
         self.num_prefix_hits += len(found) * block_size

@@ -37,7 +37,9 @@ class _Mailbox:
 class ClusterClient:
     """Implements `EngineClient` over the instances of a topic. Everything runs in one event loop."""
 
-    def __init__(self, front_end: FrontEnd, links: AsyncLinks, clock: Clock, observer: FrontEndObserver | None = None) -> None:
+    def __init__(
+        self, front_end: FrontEnd, links: AsyncLinks, clock: Clock, observer: FrontEndObserver | None = None
+    ) -> None:
         self.front_end = front_end
         self._observer = observer
         self._num_retries: dict[str, int] = {}

@@ -281,7 +281,9 @@ class DecodeSide:
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         if request.num_tokens >= limit:
-            raise InvalidRequest(f"{request.num_tokens} tokens do not fit this instance's {limit}", code="context_length_exceeded")
+            raise InvalidRequest(
+                f"{request.num_tokens} tokens do not fit this instance's {limit}", code="context_length_exceeded"
+            )
 
     def _is_full(self, request: Request) -> bool:
         options, scheduler = self.context.options, self.context.scheduler

@@ -184,7 +184,9 @@ class FrontEnd:
             if tracked.num_lost >= self.options.max_lost_instances:
                 self._fail(
                     tracked,
-                    FastDeployPDError(f"{tracked.num_lost} instances were lost while serving this request", code="poison"),
+                    FastDeployPDError(
+                        f"{tracked.num_lost} instances were lost while serving this request", code="poison"
+                    ),
                     now_s,
                 )
                 continue
@@ -314,7 +316,9 @@ class FrontEnd:
                 self._send_reserve(tracked, now_s)
         elif now_s - max(tracked.heard_s, tracked.asked_s) >= options.quiet_s:
             tracked.asked_s = now_s
-            self.outbox.send(tracked.decode_id, Query(request.request_id, request.attempt, len(request.output_token_ids)))
+            self.outbox.send(
+                tracked.decode_id, Query(request.request_id, request.attempt, len(request.output_token_ids))
+            )
 
     def _current(self, request_id: str, attempt: int, now_s: float) -> Tracked | None:
         """Returns: the request if this attempt is its current one."""

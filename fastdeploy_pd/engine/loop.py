@@ -35,7 +35,9 @@ from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import Request, TokenChunk, TokenLogprobs
 
 TICK_S = 0.05
-LONGEST_STEP_MEMORY = 0.9  # the longest step fades by this factor a beat, so that one slow step is not remembered for ever
+LONGEST_STEP_MEMORY = (
+    0.9  # the longest step fades by this factor a beat, so that one slow step is not remembered for ever
+)
 
 
 @dataclass(slots=True)

@@ -17,9 +17,9 @@ from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
 from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options, warm_up
+from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 
 log = logging.getLogger("fastdeploy_pd.engine")

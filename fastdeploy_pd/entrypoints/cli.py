@@ -11,7 +11,9 @@ from fastdeploy_pd.errors import FastDeployPDError
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns: the parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances.")
+    parser = argparse.ArgumentParser(
+        prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="start a small cluster on this machine and talk to it")
     up.add_argument("--once", action="store_true", help="exit after the first answer")
@@ -19,11 +21,15 @@ def make_parser() -> argparse.ArgumentParser:
     up.add_argument("--decode", type=int, default=1, help="decode instances (default 1)")
     up.add_argument("--mixed", type=int, default=0, help="mixed instances (default 0)")
     up.add_argument("--model", default="demo", help="checkpoint directory, or `demo`")
-    up.add_argument("--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes")
+    up.add_argument(
+        "--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes"
+    )
     up.add_argument("--prompt", default="Why split prefill and decode?", help="the first question")
     up.add_argument("--port", type=int, help="HTTP port of the first instance (default: a free one)")
     up.add_argument("--redis-url", help="a Redis server that runs already (default: an embedded one)")
-    serve = commands.add_parser("serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False)
+    serve = commands.add_parser(
+        "serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False
+    )
     serve.add_argument("flags", nargs=argparse.REMAINDER)
     commands.add_parser("version", help="print the version")
     return parser

@@ -75,7 +75,9 @@ class QueueConsumer:
             room = MAX_CLAIMED - len(self._active)
             try:
                 if room > 0 and (await self._client.health()).is_ready:
-                    for claimed in await asyncio.to_thread(self._queue.claim, self._consumer, min(room, 32), CLAIM_BLOCK_S):
+                    for claimed in await asyncio.to_thread(
+                        self._queue.claim, self._consumer, min(room, 32), CLAIM_BLOCK_S
+                    ):
                         self._begin(claimed)
                     continue
             except (CoordinatorLost, ConfigError) as error:
@@ -107,13 +109,17 @@ class QueueConsumer:
         num_known = 0
         try:
             known = await self._with_retries(self._queue.read, claimed.request_id, "0", 0.001)
-            delivered = [t for e in known if e.payload for t in msgspec.msgpack.decode(e.payload, type=OutputChunk).token_ids]
+            delivered = [
+                t for e in known if e.payload for t in msgspec.msgpack.decode(e.payload, type=OutputChunk).token_ids
+            ]
             num_known = len(delivered)
             choice = self._choice(claimed, delivered)
             await self._stream(claimed, choice, num_known)
         except asyncio.CancelledError:
             if not self._is_stopping:
-                await self._end(claimed, num_known, {"message": "the request was cancelled", "code": "cancelled"}, "abort")
+                await self._end(
+                    claimed, num_known, {"message": "the request was cancelled", "code": "cancelled"}, "abort"
+                )
             raise
         except FastDeployPDError as error:
             if not isinstance(error, CoordinatorLost):
@@ -141,7 +147,11 @@ class QueueConsumer:
             async for chunks in stream:
                 delta = self._serving.push(choice, chunks)
                 is_ours = await self._with_retries(
-                    self._queue.append, self._consumer, claimed, [(index, self._payload(choice, delta, index))], delta.finish_reason is not None
+                    self._queue.append,
+                    self._consumer,
+                    claimed,
+                    [(index, self._payload(choice, delta, index))],
+                    delta.finish_reason is not None,
                 )
                 index += len(delta.token_ids)
                 if not is_ours or delta.finish_reason is not None:
@@ -153,7 +163,11 @@ class QueueConsumer:
         usage = None
         if delta.finish_reason is not None:
             num_prompt, num_output = len(choice.request.prompt_token_ids), index + len(delta.token_ids)
-            usage = {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+            usage = {
+                "prompt_tokens": num_prompt,
+                "completion_tokens": num_output,
+                "total_tokens": num_prompt + num_output,
+            }
         reason = delta.finish_reason.value if delta.finish_reason is not None else None
         return msgspec.msgpack.encode(OutputChunk(index, list(delta.token_ids), delta.text, reason, usage=usage))
 

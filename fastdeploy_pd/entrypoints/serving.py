@@ -43,7 +43,9 @@ def serving_options_from_directory(
         generation = read_json(directory / "generation_config.json")
         if generation.get("do_sample", True):
             defaults = {n: generation[n] for n in ("temperature", "top_p", "top_k") if generation.get(n) is not None}
-    return ServingOptions(model_names, max_model_len, model.vocab_size, model.eos_token_ids, api_keys, defaults, created_unix_s)
+    return ServingOptions(
+        model_names, max_model_len, model.vocab_size, model.eos_token_ids, api_keys, defaults, created_unix_s
+    )
 
 
 @dataclass(slots=True)
@@ -82,7 +84,9 @@ class Serving:
         self.tokenizer = tokenizer
         self.options = options
 
-    def choices(self, body: GenerationBody, request_id: str, seed: int | None = None, delivered: Sequence[int] = ()) -> list[Choice]:
+    def choices(
+        self, body: GenerationBody, request_id: str, seed: int | None = None, delivered: Sequence[int] = ()
+    ) -> list[Choice]:
         """One choice a prompt and a count of `n`.
 
         Args:
@@ -92,9 +96,13 @@ class Serving:
         Raises: InvalidRequest, ModelNotFound, ContextLengthExceeded.
         """
         if body.model not in self.options.model_names:
-            raise ModelNotFound(f"The model '{body.model}' does not exist; this server has {', '.join(self.options.model_names)}.")
+            raise ModelNotFound(
+                f"The model '{body.model}' does not exist; this server has {', '.join(self.options.model_names)}."
+            )
         if body.stream_options is not None and not body.stream:
-            raise InvalidRequest("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+            raise InvalidRequest(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+            )
         prompts = self._prompts(body)
         base_seed = body.seed if body.seed is not None else seed if seed is not None else secrets.randbits(62)
         count = body.n or 1
@@ -113,7 +121,11 @@ class Serving:
             self._note(choice, chunk)
             prompt_logprobs = prompt_logprobs or chunk.prompt_logprobs
             ends_by_token = chunk.finish_reason is FinishReason.STOP and chunk.token_ids
-            visible = chunk.token_ids[:-1] if ends_by_token and chunk.token_ids[-1] in choice.request.sampling.stop_token_ids else chunk.token_ids
+            visible = (
+                chunk.token_ids[:-1]
+                if ends_by_token and chunk.token_ids[-1] in choice.request.sampling.stop_token_ids
+                else chunk.token_ids
+            )
             piece, is_stopped = choice.matcher.push(choice.detokenizer.push(visible))
             ids += chunk.token_ids
             logprobs += chunk.logprobs
@@ -144,7 +156,9 @@ class Serving:
         if not isinstance(body, CompletionBody):
             raise InvalidRequest("unknown kind of body")
         if body.best_of is not None and body.best_of != (body.n or 1):
-            raise InvalidRequest("'best_of' other than 'n' is not supported", param="best_of", code="unsupported_parameter")
+            raise InvalidRequest(
+                "'best_of' other than 'n' is not supported", param="best_of", code="unsupported_parameter"
+            )
         prompt = body.prompt
         if isinstance(prompt, str):
             return [(self.tokenizer.encode(prompt), prompt)]
@@ -156,12 +170,21 @@ class Serving:
         for token_id in token_ids:
             if token_id >= self.options.vocab_size:
                 raise InvalidRequest(
-                    f"token id {token_id} in 'prompt' is outside the vocabulary of {self.options.vocab_size}", param="prompt", code="invalid_value"
+                    f"token id {token_id} in 'prompt' is outside the vocabulary of {self.options.vocab_size}",
+                    param="prompt",
+                    code="invalid_value",
                 )
         return list(token_ids)
 
     def _choice(
-        self, body: GenerationBody, request_id: str, index: int, ids: list[int], text: str | None, seed: int, delivered: Sequence[int]
+        self,
+        body: GenerationBody,
+        request_id: str,
+        index: int,
+        ids: list[int],
+        text: str | None,
+        seed: int,
+        delivered: Sequence[int],
     ) -> Choice:
         if not ids:
             raise InvalidRequest("the prompt has no tokens", param="prompt", code="empty_string")
@@ -184,7 +207,13 @@ class Serving:
         wanted = body.max_tokens
         if isinstance(body, ChatBody):
             wanted = body.max_completion_tokens if body.max_completion_tokens is not None else wanted
-        max_tokens = wanted if wanted is not None else room if isinstance(body, ChatBody) else min(room, DEFAULT_COMPLETION_TOKENS)
+        max_tokens = (
+            wanted
+            if wanted is not None
+            else room
+            if isinstance(body, ChatBody)
+            else min(room, DEFAULT_COMPLETION_TOKENS)
+        )
         if room < 1 or max_tokens > room:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.options.max_model_len} tokens. However, you requested "
@@ -232,7 +261,9 @@ class Serving:
         for name, bias in biases.items():
             if not name.isascii() or not name.isdecimal() or int(name) >= self.options.vocab_size:
                 raise InvalidRequest(
-                    f"Invalid key in 'logit_bias': {name[:40]!r}; it must be a token id below {self.options.vocab_size}", param="logit_bias", code="invalid_value"
+                    f"Invalid key in 'logit_bias': {name[:40]!r}; it must be a token id below {self.options.vocab_size}",
+                    param="logit_bias",
+                    code="invalid_value",
                 )
             checked[int(name)] = bias
         return checked
@@ -251,4 +282,13 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-__all__ = ["Choice", "Delta", "Serving", "ServingOptions", "choice_seed", "new_id", "replace", "serving_options_from_directory"]
+__all__ = [
+    "Choice",
+    "Delta",
+    "Serving",
+    "ServingOptions",
+    "choice_seed",
+    "new_id",
+    "replace",
+    "serving_options_from_directory",
+]

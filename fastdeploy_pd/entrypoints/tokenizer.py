@@ -32,11 +32,13 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             # A second one that knows no special tokens in text: for what users typed.
             self._plain = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception
+        except Exception as error:
             raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
         self._plain.encode_special_tokens = True
         added = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-        self._typed_special = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))) if added else None
+        self._typed_special = (
+            re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))) if added else None
+        )
         self._template = _compile(template, path.parent) if template is not None else None
 
     @classmethod
@@ -89,9 +91,13 @@ class Tokenizer:
         """
         if self._template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-        marked = [{**m, "content": self._mark(m["content"])} if isinstance(m.get("content"), str) else m for m in messages]
+        marked = [
+            {**m, "content": self._mark(m["content"])} if isinstance(m.get("content"), str) else m for m in messages
+        ]
         try:
-            text = self._template.render(messages=marked, add_generation_prompt=add_generation_prompt, tools=None, **self._special)
+            text = self._template.render(
+                messages=marked, add_generation_prompt=add_generation_prompt, tools=None, **self._special
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         return self._encode_marked(text)
@@ -119,7 +125,9 @@ def _compile(template: str, directory: Path) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now(tz=datetime.UTC).strftime(pattern)
@@ -186,7 +194,15 @@ class StopMatcher:
         if found:
             place, stop = min(found, key=lambda f: f[0])
             return self._held[: place + len(stop)] if self._include else self._held[:place], True
-        keep = max((n for s in self._stops for n in range(min(len(s) - 1, len(self._held)), 0, -1) if self._held.endswith(s[:n])), default=0)
+        keep = max(
+            (
+                n
+                for s in self._stops
+                for n in range(min(len(s) - 1, len(self._held)), 0, -1)
+                if self._held.endswith(s[:n])
+            ),
+            default=0,
+        )
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out, False
 

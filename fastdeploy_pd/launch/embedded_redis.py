@@ -134,16 +134,37 @@ class EmbeddedRedis:
     def _start(self) -> bool:
         parent = os.getpid()
         command = [
-            self._binary, "--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no",
-            "--dir", str(self._directory), "--logfile", str(self._directory / "log"), "--maxmemory-policy", "noeviction",
-            "--protected-mode", "yes", "--daemonize", "no", *self._extra,
+            self._binary,
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            str(self._directory),
+            "--logfile",
+            str(self._directory / "log"),
+            "--maxmemory-policy",
+            "noeviction",
+            "--protected-mode",
+            "yes",
+            "--daemonize",
+            "no",
+            *self._extra,
         ]
         if self._password:
             command += ["--requirepass", self._password]
         ctypes.CDLL(None)  # loaded before the fork: the child must not allocate more than it has to
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: die_with_parent(parent), start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: die_with_parent(parent),
+            start_new_session=True,
         )
         clock = WallClock()
         deadline_s = clock.now_s() + START_TIMEOUT_S

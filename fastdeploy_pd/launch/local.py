@@ -80,7 +80,13 @@ class LocalInstance:
 class LocalCluster:
     """Instances of one topic, or, without a Redis URL, one mixed instance alone."""
 
-    def __init__(self, redis_url: str | None, topic: str = "local", flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        redis_url: str | None,
+        topic: str = "local",
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
             flags: for every instance.
@@ -104,20 +110,35 @@ class LocalCluster:
         directory = self._directory / name
         directory.mkdir()
         command = [
-            sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", "--splitwise-role", role,
-            "--ready-file", str(directory / "ready.json"), *self._redis_flags, *self._flags, *flags,
+            sys.executable,
+            "-m",
+            "fastdeploy_pd.entrypoints.openai.api_server",
+            "--splitwise-role",
+            role,
+            "--ready-file",
+            str(directory / "ready.json"),
+            *self._redis_flags,
+            *self._flags,
+            *flags,
         ]
         parent = os.getpid()
         with (directory / "output.log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **self._env}, preexec_fn=lambda: die_with_parent(parent),
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **self._env},
+                preexec_fn=lambda: die_with_parent(parent),
             )
         instance = LocalInstance(name, role, process, directory)
         self.instances.append(instance)
         return instance
 
-    def start(self, roles: Sequence[str], on_wait: Callable[[list[str], float], None] | None = None) -> list[LocalInstance]:
+    def start(
+        self, roles: Sequence[str], on_wait: Callable[[list[str], float], None] | None = None
+    ) -> list[LocalInstance]:
         """Start instances and wait until all are ready and see each other.
 
         Args:
@@ -128,7 +149,9 @@ class LocalCluster:
         self.wait_ready(started, on_wait)
         return started
 
-    def wait_ready(self, instances: Sequence[LocalInstance], on_wait: Callable[[list[str], float], None] | None = None) -> None:
+    def wait_ready(
+        self, instances: Sequence[LocalInstance], on_wait: Callable[[list[str], float], None] | None = None
+    ) -> None:
         """See `start`."""
         start_s = self._clock.now_s()
         while True:
@@ -139,10 +162,14 @@ class LocalCluster:
                 return
             for instance in instances:
                 if instance.process.poll() is not None:
-                    raise ConfigError(f"{instance.name} ended with status {instance.process.returncode}:\n{instance.last_lines()}")
+                    raise ConfigError(
+                        f"{instance.name} ended with status {instance.process.returncode}:\n{instance.last_lines()}"
+                    )
             elapsed_s = self._clock.now_s() - start_s
             if elapsed_s > START_TIMEOUT_S:
-                raise ConfigError(f"not ready after {START_TIMEOUT_S:g} s: {', '.join(waiting)}\n{instances[0].last_lines()}")
+                raise ConfigError(
+                    f"not ready after {START_TIMEOUT_S:g} s: {', '.join(waiting)}\n{instances[0].last_lines()}"
+                )
             if on_wait is not None:
                 on_wait(waiting, elapsed_s)
             threading.Event().wait(0.1)

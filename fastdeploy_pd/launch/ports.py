@@ -22,7 +22,9 @@ def bind_tcp(host: str, port: int, flag: str) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"{flag} {port} is in use on {host}: choose another port, or leave the flag out to get a free one") from error
+            raise ConfigError(
+                f"{flag} {port} is in use on {host}: choose another port, or leave the flag out to get a free one"
+            ) from error
         raise ConfigError(f"{flag} {port} cannot be used on {host}: {error.strerror}") from error
     return listener
 

@@ -49,8 +49,13 @@ def ask(instance: LocalInstance, model: str, prompt: str) -> dict[str, object]:
     Returns: the report that comes with the last event: prefill, decode, ttft_s, tpot_s, kv_bytes.
     """
     body = {
-        "model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 200, "stream": True,
-        "stream_options": {"include_usage": True}, "return_timings": True,
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": 200,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_timings": True,
     }
     request = urllib.request.Request(
         instance.http_url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
@@ -73,7 +78,9 @@ def show_report(report: dict[str, object]) -> None:
     ttft_s, tpot_s, num_bytes = report.get("ttft_s"), report.get("tpot_s"), int(str(report.get("kv_bytes", 0)))
     ttft = f"{float(str(ttft_s)) * 1000:.0f} ms" if ttft_s is not None else "-"
     tpot = f"{float(str(tpot_s)) * 1000:.1f} ms" if tpot_s is not None else "-"
-    say(f"\n  TTFT {ttft}   TPOT {tpot}   prefill by {report.get('prefill')}   decode by {report.get('decode')}   KV moved: {num_bytes:,} bytes")
+    say(
+        f"\n  TTFT {ttft}   TPOT {tpot}   prefill by {report.get('prefill')}   decode by {report.get('decode')}   KV moved: {num_bytes:,} bytes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,18 +99,26 @@ def run(args: argparse.Namespace) -> int:
         say(f"starting {', '.join(roles)}")
         flags = ["--model", args.model, "--ops", args.ops]
         cluster = stack.enter_context(LocalCluster(url, flags=flags))
-        instances = [cluster.launch(r, ["--port", str(args.port)] if i == 0 and args.port else []) for i, r in enumerate(roles)]
+        instances = [
+            cluster.launch(r, ["--port", str(args.port)] if i == 0 and args.port else []) for i, r in enumerate(roles)
+        ]
         waiting = Waiting()
         cluster.wait_ready(instances, lambda names, s: _wait(waiting, names, s, stop))
         waiting.done()
-        say(f"ready after {clock.now_s() - start_s:.1f} s: " + ", ".join(f"{i.role} {i.http_url}" for i in instances) + "\n")
+        say(
+            f"ready after {clock.now_s() - start_s:.1f} s: "
+            + ", ".join(f"{i.role} {i.http_url}" for i in instances)
+            + "\n"
+        )
         name = _model_name(instances[0])
         say(f"  you: {args.prompt}\n  {name}: ", end="")
         show_report(ask(instances[0], name, args.prompt))
         if args.once:
             return 0
         say("\nAsk for more (any instance answers; Ctrl-C ends everything):\n")
-        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True})
+        body = json.dumps(
+            {"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True}
+        )
         say(f"  curl -N {instances[0].http_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
         while not stop.wait(0.5):
             for instance in instances:

@@ -71,7 +71,9 @@ class ModelConfig:
         architecture = fields.architecture()
         num_heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
         if "head_dim" not in fields.raw and hidden % num_heads:
-            raise fields.error("hidden_size", f"a multiple of num_attention_heads ({num_heads}) when head_dim is not given")
+            raise fields.error(
+                "hidden_size", f"a multiple of num_attention_heads ({num_heads}) when head_dim is not given"
+            )
         num_kv_heads = fields.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
@@ -137,7 +139,9 @@ class _Fields:
 
     def rope(self) -> tuple[float, RopeScaling]:
         """transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling."""
-        parameters: dict[str, Any] = dict(self.raw.get("rope_scaling") or {}) | dict(self.raw.get("rope_parameters") or {})
+        parameters: dict[str, Any] = dict(self.raw.get("rope_scaling") or {}) | dict(
+            self.raw.get("rope_parameters") or {}
+        )
         theta = parameters.get("rope_theta", self.raw.get("rope_theta", 10000.0))
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type not in ROPE_TYPES:
@@ -204,7 +208,7 @@ class Checkpoint(Mapping[str, RawTensor]):
     def __getitem__(self, name: str) -> RawTensor:
         return self._tensors[name]
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -225,7 +229,9 @@ class Checkpoint(Mapping[str, RawTensor]):
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) and "/" not in v for v in weight_map.values()):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(v, str) and "/" not in v for v in weight_map.values()
+            ):
                 raise ModelLoadError(f"{index}: weight_map must map tensor names to file names")
             return sorted(set(weight_map.values()))
         if (self.directory / "model.safetensors").exists():
@@ -252,7 +258,9 @@ class Checkpoint(Mapping[str, RawTensor]):
 
     def _view(self, path: Path, name: str, entry: dict[str, Any], mapping: mmap.mmap, base: int) -> RawTensor:
         if entry["dtype"] not in TENSOR_TYPES:
-            raise ModelLoadError(f"{path}: tensor {name} has dtype {entry['dtype']}; it must be one of {', '.join(TENSOR_TYPES)}")
+            raise ModelLoadError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}; it must be one of {', '.join(TENSOR_TYPES)}"
+            )
         numpy_type, dtype = TENSOR_TYPES[entry["dtype"]]
         start, stop = entry["data_offsets"]
         count = int(np.prod(entry["shape"], dtype=np.int64))

@@ -45,7 +45,9 @@ def make_ops(name: str, dtype: str = "float32", num_threads: int | None = None) 
 
             return TorchOps(dtype, num_threads)
     except ImportError as error:
-        raise ConfigError(f"--ops {name} needs a package that is not installed: {error}; pip install '.[{name}]'") from error
+        raise ConfigError(
+            f"--ops {name} needs a package that is not installed: {error}; pip install '.[{name}]'"
+        ) from error
     from fastdeploy_pd.model.ops.reference import ReferenceOps
 
     return ReferenceOps()

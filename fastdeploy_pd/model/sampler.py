@@ -34,7 +34,9 @@ def sample(logits: np.ndarray, request: Request) -> int:
     adjusted = adjust(logits, request)
     best = int(adjusted.argmax())
     if not np.isfinite(adjusted[best]):
-        raise FastDeployPDError(f"the model's logits for request {request.request_id} are not finite", code="bad_logits")
+        raise FastDeployPDError(
+            f"the model's logits for request {request.request_id} are not finite", code="bad_logits"
+        )
     if sampling.temperature == 0.0:
         return best
     return draw(adjusted, sampling, uniform(sampling.seed, len(request.output_token_ids)))

@@ -12,7 +12,16 @@ from pathlib import Path
 
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", "")
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+    values,
+)
 
 from fastdeploy_pd.core.blocks import BlockCounts
 from fastdeploy_pd.core.scheduler import Scheduler
@@ -67,16 +76,30 @@ class EngineMetrics:
         self._step_tokens = Histogram(
             _name("iteration_tokens_total"), "Tokens of a step.", labels, registry=registry, buckets=STEP_BUCKETS
         ).labels(*given)
-        self._step_s = Histogram(_name("step_seconds"), "Duration of a step.", labels, registry=registry, buckets=STAGE_BUCKETS_S).labels(*given)
+        self._step_s = Histogram(
+            _name("step_seconds"), "Duration of a step.", labels, registry=registry, buckets=STAGE_BUCKETS_S
+        ).labels(*given)
         self._stage = Histogram(
-            _name("handover_stage_seconds"), "Duration of a hand-over's stages.", ["stage"], registry=registry, buckets=STAGE_BUCKETS_S
+            _name("handover_stage_seconds"),
+            "Duration of a hand-over's stages.",
+            ["stage"],
+            registry=registry,
+            buckets=STAGE_BUCKETS_S,
         )
-        self._bytes = Counter(_name("handover_bytes"), "KV bytes received and verified.", ["backend"], registry=registry)
+        self._bytes = Counter(
+            _name("handover_bytes"), "KV bytes received and verified.", ["backend"], registry=registry
+        )
         self._failures = Counter(_name("handover_failures"), "Hand-overs given up.", ["reason"], registry=registry)
         self._last = {"preemptions": 0, "queries": 0, "hits": 0}
 
     def observe_step(
-        self, num_running: int, num_waiting: int, num_tokens: int, step_s: float, blocks: BlockCounts, scheduler: Scheduler
+        self,
+        num_running: int,
+        num_waiting: int,
+        num_tokens: int,
+        step_s: float,
+        blocks: BlockCounts,
+        scheduler: Scheduler,
     ) -> None:
         """Record a step."""
         self._running.set(num_running)
@@ -120,9 +143,15 @@ class FrontEndMetrics:
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY_BUCKETS_S)
         self._tpot = histogram("time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_BUCKETS_S)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_BUCKETS_S)
-        self._prompt = Counter(_name("prompt_tokens"), "Prompt tokens of ended requests.", labels, registry=registry).labels(*given)
-        self._generated = Counter(_name("generation_tokens"), "Tokens sent to clients.", labels, registry=registry).labels(*given)
-        self._ended = Counter(_name("request_success"), "Ended requests.", ["model_name", "finished_reason"], registry=registry)
+        self._prompt = Counter(
+            _name("prompt_tokens"), "Prompt tokens of ended requests.", labels, registry=registry
+        ).labels(*given)
+        self._generated = Counter(
+            _name("generation_tokens"), "Tokens sent to clients.", labels, registry=registry
+        ).labels(*given)
+        self._ended = Counter(
+            _name("request_success"), "Ended requests.", ["model_name", "finished_reason"], registry=registry
+        )
         self._retried = Counter(_name("requests_retried"), "Requests placed again.", ["reason"], registry=registry)
         self._model_name = model_name
 

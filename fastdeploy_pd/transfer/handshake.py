@@ -100,7 +100,9 @@ class Handshake:
             nonce = secrets.token_bytes(NONCE_BYTES)
             send_frame(connection, msgspec.msgpack.encode(Hello(MAGIC, TRANSFER_VERSION, nonce)))
             hello = self._hello(receive_frame(connection))
-            self._check(msgspec.msgpack.decode(receive_frame(connection), type=Credentials), b"server", nonce, hello.nonce)
+            self._check(
+                msgspec.msgpack.decode(receive_frame(connection), type=Credentials), b"server", nonce, hello.nonce
+            )
             proof = self._proof(b"client", nonce, hello.nonce, self._encoded)
             send_frame(connection, msgspec.msgpack.encode(Credentials(self._encoded, proof)))
             reason = msgspec.msgpack.decode(receive_frame(connection), type=str)

@@ -67,7 +67,9 @@ class LoopbackTransfer:
 
     name = "loopback"
 
-    def __init__(self, end: str, pool: KVPool, layout: KVLayout, network: LoopbackNetwork, fingerprint: str = "") -> None:
+    def __init__(
+        self, end: str, pool: KVPool, layout: KVLayout, network: LoopbackNetwork, fingerprint: str = ""
+    ) -> None:
         self._end, self._pool, self._layout, self._network, self._fingerprint = end, pool, layout, network, fingerprint
         self._out: dict[str, _Outgoing] = {}
         self._in: dict[str, _Incoming] = {}

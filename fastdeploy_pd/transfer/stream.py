@@ -134,7 +134,9 @@ class StreamTransfer:
     name = "stream"
     num_connections = 1
 
-    def __init__(self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket) -> None:
+    def __init__(
+        self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket
+    ) -> None:
         self._pool, self._layout = pool, layout
         self._facts = describe(fingerprint, layout)
         self._handshake = Handshake(self._facts, secret)
@@ -374,7 +376,9 @@ class StreamTransfer:
             reason = str(error)
         self.drop(connection)
         self.released(state)
-        self._book.lost_connection(id(connection), lambda e: self._events.put(EpochFailed(e, f"the sender is gone ({reason})")))
+        self._book.lost_connection(
+            id(connection), lambda e: self._events.put(EpochFailed(e, f"the sender is gone ({reason})"))
+        )
 
     def _on_write(self, connection: socket.socket, frame: WriteFrame, state: Any) -> None:
         incoming = self._book.find(frame.epoch)
@@ -407,7 +411,9 @@ class StreamTransfer:
             incoming.connections.add(id(connection))
             incoming.announced_bytes = frame.num_bytes
         if frame.num_bytes != incoming.expected_bytes:
-            self._events.put(EpochFailed(frame.epoch, f"{frame.num_bytes} of {incoming.expected_bytes} bytes were written"))
+            self._events.put(
+                EpochFailed(frame.epoch, f"{frame.num_bytes} of {incoming.expected_bytes} bytes were written")
+            )
             return
         self._complete(incoming)
 

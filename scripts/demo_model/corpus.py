@@ -10,18 +10,62 @@ from stories import story, story_request
 Turn = tuple[str, str]  # (question, answer)
 
 THING_FORMS = (
-    "What is {}?", "what is {}", "What's {}?", "Explain {}.", "explain {}", "Explain {} to me", "What does {} mean?", "Tell me about {}.",
-    "tell me about {}", "Can you explain {}?", "Please explain {}", "{}?", "What do you mean by {}?", "Define {}", "Describe {}", "Could you tell me what {} is?",
-    "I don't understand {}", "How would you explain {}?", "What exactly is {}?", "so what is {}?", "What are {}?", "Tell me what {} is", "Do you know what {} is?",
+    "What is {}?",
+    "what is {}",
+    "What's {}?",
+    "Explain {}.",
+    "explain {}",
+    "Explain {} to me",
+    "What does {} mean?",
+    "Tell me about {}.",
+    "tell me about {}",
+    "Can you explain {}?",
+    "Please explain {}",
+    "{}?",
+    "What do you mean by {}?",
+    "Define {}",
+    "Describe {}",
+    "Could you tell me what {} is?",
+    "I don't understand {}",
+    "How would you explain {}?",
+    "What exactly is {}?",
+    "so what is {}?",
+    "What are {}?",
+    "Tell me what {} is",
+    "Do you know what {} is?",
 )
-SIMPLER = ("Can you explain it more simply?", "Simpler please", "Explain like I am five", "In one sentence?", "Shorter, please")
+SIMPLER = (
+    "Can you explain it more simply?",
+    "Simpler please",
+    "Explain like I am five",
+    "In one sentence?",
+    "Shorter, please",
+)
 FILLERS = {
-    "place": ("France", "Japan", "Brazil", "Kenya", "Canada", "Norway", "Berlin", "Paris", "London", "India", "the moon", "Peru", "Egypt"),
+    "place": (
+        "France",
+        "Japan",
+        "Brazil",
+        "Kenya",
+        "Canada",
+        "Norway",
+        "Berlin",
+        "Paris",
+        "London",
+        "India",
+        "the moon",
+        "Peru",
+        "Egypt",
+    ),
     "language": ("Python", "Java", "Rust", "C", "JavaScript", "Haskell"),
     "food": ("pasta", "rice", "soup", "a cake", "curry", "bread"),
     "tongue": ("French", "German", "Spanish", "Chinese", "Latin"),
 }
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly assistant. Answer briefly.", "Answer in simple words.")
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a friendly assistant. Answer briefly.",
+    "Answer in simple words.",
+)
 
 
 def vary(question: str, rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Trains the demo model: a small Qwen3 decoder on the text of `corpus.py`.
 
-    python scripts/demo_model/train.py --out fastdeploy_pd/demo_model        # minutes on a GPU
-    python scripts/demo_model/train.py --out /tmp/smoke --smoke              # seconds on a CPU; checks the script, not the model
+python scripts/demo_model/train.py --out fastdeploy_pd/demo_model        # minutes on a GPU
+python scripts/demo_model/train.py --out /tmp/smoke --smoke              # seconds on a CPU; checks the script, not the model
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SHAPE = {
-    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
 }
 
 
@@ -37,7 +45,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"], special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=SHAPE["vocab_size"],
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -60,7 +71,11 @@ class Attention(nn.Module):
 
     def __init__(self, shape: dict) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+        self.heads, self.kv_heads, self.dim = (
+            shape["num_attention_heads"],
+            shape["num_key_value_heads"],
+            shape["head_dim"],
+        )
         hidden = shape["hidden_size"]
         self.q_proj = nn.Linear(hidden, self.heads * self.dim, bias=False)
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.dim, bias=False)
@@ -105,7 +120,10 @@ class Layer(nn.Module):
     def __init__(self, shape: dict) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(shape), MLP(shape)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(shape["hidden_size"]), RMSNorm(shape["hidden_size"])
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(shape["hidden_size"]),
+            RMSNorm(shape["hidden_size"]),
+        )
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, hidden] -> the same shape."""
@@ -154,12 +172,16 @@ def loss_of(model: nn.Module, ids: torch.Tensor, device: str) -> torch.Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def train(model: nn.Module, data: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace, device: str) -> None:
+def train(
+    model: nn.Module, data: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace, device: str
+) -> None:
     """AdamW with a cosine schedule over random windows; every fourth step uses windows twice as long, for long prompts."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=options.lr, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=options.lr,
+        betas=(0.9, 0.95),
     )
     generator = torch.Generator().manual_seed(0)
     start_s = time.monotonic()
@@ -179,7 +201,9 @@ def train(model: nn.Module, data: torch.Tensor, held_out: torch.Tensor, options:
         if step % 250 == 0 or step == options.steps - 1:
             with torch.no_grad():
                 held = loss_of(model, held_out[: 8 * 513].view(8, 513).to(device), device).item()
-            sys.stdout.write(f"step {step} loss {loss.item():.4f} held-out {held:.4f} {time.monotonic() - start_s:.0f} s\n")
+            sys.stdout.write(
+                f"step {step} loss {loss.item():.4f} held-out {held:.4f} {time.monotonic() - start_s:.0f} s\n"
+            )
             sys.stdout.flush()
 
 
@@ -190,18 +214,36 @@ def export(model: nn.Module, tokenizer: Tokenizer, shape: dict, out: Path) -> No
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     end, text_end = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **shape, "hidden_act": "silu", "attention_bias": False,
-        "attention_dropout": 0.0, "rope_scaling": None, "tie_word_embeddings": True, "use_sliding_window": False, "use_cache": True,
-        "bos_token_id": text_end, "eos_token_id": end, "torch_dtype": "bfloat16", "initializer_range": 0.02,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **shape,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "bos_token_id": text_end,
+        "eos_token_id": end,
+        "torch_dtype": "bfloat16",
+        "initializer_range": 0.02,
     }
     generation = {"eos_token_id": [end, text_end], "do_sample": True, "temperature": 0.7, "top_p": 0.9}
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "model_max_length": shape["max_position_embeddings"], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": shape["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": SPECIAL[1:]}
     for name, content in (
-        ("config.json", config), ("generation_config.json", generation), ("tokenizer_config.json", tokenizer_config), ("special_tokens_map.json", special)
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokenizer_config),
+        ("special_tokens_map.json", special),
     ):
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
@@ -221,7 +263,9 @@ def main() -> None:
     shape = dict(SHAPE)
     if options.smoke:
         options.steps, options.documents, options.batch_tokens, options.length = 3, 400, 256, 128
-        shape.update(num_hidden_layers=1, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
+        shape.update(
+            num_hidden_layers=1, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1
+        )
     device = "cuda" if torch.cuda.is_available() and not options.smoke else "cpu"
     torch.manual_seed(0)
     texts = documents(1, options.documents)
@@ -229,7 +273,9 @@ def main() -> None:
     data, held_out = pack(tokenizer, texts), pack(tokenizer, documents(2, 400))
     model = Qwen3(shape).to(device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    sys.stdout.write(f"{num_parameters:,} parameters, {len(data):,} tokens, vocabulary {tokenizer.get_vocab_size()}, {device}\n")
+    sys.stdout.write(
+        f"{num_parameters:,} parameters, {len(data):,} tokens, vocabulary {tokenizer.get_vocab_size()}, {device}\n"
+    )
     train(model, data, held_out, options, device)
     export(model, tokenizer, shape, options.out)
 

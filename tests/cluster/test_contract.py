@@ -214,6 +214,8 @@ def test_password_database_and_acl() -> None:
         RedisRegistry(one).heartbeat(record())
         assert RedisRegistry(two).members() == ()
         admin = one.client()
-        admin.execute_command("ACL", "SETUSER", "fd", "on", ">pw", f"~{{fd:{one.topic}}}:*", "&*", "+@all", "-@dangerous", "+info")
+        admin.execute_command(
+            "ACL", "SETUSER", "fd", "on", ">pw", f"~{{fd:{one.topic}}}:*", "&*", "+@all", "-@dangerous", "+info"
+        )
         named = RedisOptions(port=server.port, username="fd", password="pw", db=1, topic=one.topic)
         assert [m.instance_id for m in RedisRegistry(named).members()] == ["p-1"]

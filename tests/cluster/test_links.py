@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -51,7 +52,9 @@ def wait_for(links: Links, wanted: type, timeout_s: float = 5.0) -> tuple[str, I
         Tokens((CHUNK, CHUNK)),
         Reserve(Request("r", [1, 2]).to_wire(), Peer("p", "tcp://127.0.0.1:1")),
         HandOver("g", CHUNK, (2**64 - 1, 0), 12, "tcp", (("wire", 0.5),)),
-        PrefillOrder("g", 2**63 - 1, Request("r", [1]).to_wire(), 0, (1, 2), "d", {"tcp": {"address": "x", "layout": {"n": 1}}}),
+        PrefillOrder(
+            "g", 2**63 - 1, Request("r", [1]).to_wire(), 0, (1, 2), "d", {"tcp": {"address": "x", "layout": {"n": 1}}}
+        ),
     ],
     ids=lambda m: type(m).__name__,
 )
@@ -72,10 +75,8 @@ def test_garbage_is_refused(data: bytes) -> None:
 def test_a_damaged_message_is_refused_or_still_a_message(place: int, value: int) -> None:
     data = bytearray(encode(Tokens((CHUNK,))))
     data[place % len(data)] = value
-    try:
-        decode(bytes(data))
-    except ProtocolError as error:
-        assert error.message
+    with contextlib.suppress(ProtocolError):
+        assert decode(bytes(data)) is not None
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])

@@ -127,7 +127,9 @@ class Client:
 class SimulatedCluster:
     """Runs front ends and engines until everything has ended."""
 
-    def __init__(self, seed: int, roles: Sequence[Role], faults: Faults, num_blocks: int = 24, num_front_ends: int = 2) -> None:
+    def __init__(
+        self, seed: int, roles: Sequence[Role], faults: Faults, num_blocks: int = 24, num_front_ends: int = 2
+    ) -> None:
         self.rng = random.Random(seed)
         self.faults = faults
         self.num_blocks = num_blocks
@@ -141,7 +143,11 @@ class SimulatedCluster:
         self.dead: list[Node] = []
         self.clients: dict[str, Client] = {}
         self.front_ends = {
-            f"front-{i}": FrontEnd(f"front-{i}", random.Random(f"{seed}-{i}"), FrontEndOptions(placement_timeout_s=600, max_lost_instances=10**6))
+            f"front-{i}": FrontEnd(
+                f"front-{i}",
+                random.Random(f"{seed}-{i}"),
+                FrontEndOptions(placement_timeout_s=600, max_lost_instances=10**6),
+            )
             for i in range(num_front_ends)
         }
         for role in roles:
@@ -256,7 +262,9 @@ class SimulatedCluster:
             client.error = event.error
             client.num_terminal += 1
             return
-        assert event.chunk.index == len(client.tokens), f"{event.request_id}: index {event.chunk.index}, have {len(client.tokens)}"
+        assert event.chunk.index == len(client.tokens), (
+            f"{event.request_id}: index {event.chunk.index}, have {len(client.tokens)}"
+        )
         client.tokens.extend(event.chunk.token_ids)
         client.num_terminal += event.chunk.finish_reason is not None
 
@@ -288,7 +296,9 @@ class SimulatedCluster:
         """A client asks."""
         self.clients[request_id] = Client(prompt, max_tokens)
         front_end = self.rng.choice(sorted(self.front_ends))
-        request = Request(request_id, list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0), cache_salt=salt)
+        request = Request(
+            request_id, list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0), cache_salt=salt
+        )
         self.at(delay_s, lambda: self.front_ends[front_end].submit(request, self.clock.now_s()))
 
     def abort(self, request_id: str, delay_s: float) -> None:

@@ -13,14 +13,18 @@ P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LIMIT_S = 400.0
 
 
-def run_one(seed: int, roles: list[Role], faults: Faults, num_requests: int = 8, num_aborts: int = 0, num_blocks: int = 24) -> SimulatedCluster:
+def run_one(
+    seed: int, roles: list[Role], faults: Faults, num_requests: int = 8, num_aborts: int = 0, num_blocks: int = 24
+) -> SimulatedCluster:
     """Run one schedule and check what every schedule must fulfil."""
     rng = random.Random(seed)
     cluster = SimulatedCluster(seed, roles, faults, num_blocks)
     shared = [rng.randrange(1, 900) for _ in range(9)]
     for number in range(num_requests):
         prompt = (shared if rng.random() < 0.5 else []) + [rng.randrange(1, 900) for _ in range(rng.randint(1, 18))]
-        cluster.submit(f"r{number}", prompt, rng.randint(1, 9), rng.uniform(0.5, 8), salt=rng.choice(["", "", "tenant"]))
+        cluster.submit(
+            f"r{number}", prompt, rng.randint(1, 9), rng.uniform(0.5, 8), salt=rng.choice(["", "", "tenant"])
+        )
     for number in rng.sample(range(num_requests), num_aborts):
         cluster.abort(f"r{number}", rng.uniform(0.5, 10))
     cluster.run(LIMIT_S)
@@ -35,13 +39,17 @@ def run_one(seed: int, roles: list[Role], faults: Faults, num_requests: int = 8,
     return cluster
 
 
-@pytest.mark.parametrize("roles", [[P, D], [P, P, D, D], [M], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles))
+@pytest.mark.parametrize(
+    "roles", [[P, D], [P, P, D, D], [M], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
+)
 def test_tokens_are_right_without_faults(roles: list[Role]) -> None:
     for seed in range(10):
         run_one(seed, roles, Faults(until_s=0))
 
 
-@pytest.mark.parametrize("roles", [[P, D], [P, P, D, D], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles))
+@pytest.mark.parametrize(
+    "roles", [[P, D], [P, P, D, D], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
+)
 def test_dropped_late_and_repeated_messages(roles: list[Role]) -> None:
     for seed in range(40):
         run_one(seed, roles, Faults(drop=0.05, repeat=0.1, late=0.1, until_s=40))
@@ -56,7 +64,12 @@ def test_killed_instances() -> None:
 
 def test_everything_at_once() -> None:
     for seed in range(60):
-        run_one(seed, [P, P, D, D, M], Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=3.0, corrupt=0.02, until_s=40), num_aborts=3)
+        run_one(
+            seed,
+            [P, P, D, D, M],
+            Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=3.0, corrupt=0.02, until_s=40),
+            num_aborts=3,
+        )
 
 
 def test_aborts_leave_every_block_free() -> None:

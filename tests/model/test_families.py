@@ -15,7 +15,9 @@ OPS = ("reference", "paddle", "torch")
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.PreTrainedModel]:
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, transformers.PreTrainedModel]:
     directory = tmp_path_factory.mktemp(request.param)
     return directory, write_checkpoint(request.param, directory, shard=request.param == "qwen2")
 
@@ -43,7 +45,7 @@ def test_logits(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> 
         seen: list[np.ndarray] = []
         forward = engine.runner.decoder.forward
 
-        def spy(ids, plan, caches, rows, on_layer, forward=forward, seen=seen):  # noqa: ANN001, ANN202
+        def spy(ids, plan, caches, rows, on_layer, forward=forward, seen=seen):
             logits = forward(ids, plan, caches, np.arange(len(ids)), on_layer)
             seen.append(logits)
             return logits[rows]

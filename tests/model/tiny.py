@@ -69,7 +69,9 @@ class TinyEngine:
 
     def request(self, prompt: list[int], max_tokens: int = 8, **sampling: object) -> Request:
         """Returns: a request with a block table of its own for all its tokens."""
-        request = Request(f"r{len(prompt)}", list(prompt), SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling}))
+        request = Request(
+            f"r{len(prompt)}", list(prompt), SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})
+        )
         request.local.block_table = self.blocks.allocate(self.blocks.num_blocks_for(len(prompt) + max_tokens))
         return request
 

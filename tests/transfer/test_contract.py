@@ -50,7 +50,9 @@ class Pair:
             time.sleep(0.001)
         return found
 
-    def send(self, epoch: str, local: list[int], remote: list[int], nonce: int = 5, peer: Transfer | None = None) -> None:
+    def send(
+        self, epoch: str, local: list[int], remote: list[int], nonce: int = 5, peer: Transfer | None = None
+    ) -> None:
         self.source.start(epoch, nonce, (peer or self.target).descriptor(), remote)
         for layer in range(LAYOUT.num_layers):
             half = len(local) // 2
@@ -207,7 +209,11 @@ def test_a_sender_that_dies_fails_its_epochs(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"layout": replace(LAYOUT, block_size=32)}, "block_size"), ({"layout": replace(LAYOUT, dtype="float16")}, "dtype"), ({"fingerprint": "other"}, "fingerprint")],
+    [
+        ({"layout": replace(LAYOUT, block_size=32)}, "block_size"),
+        ({"layout": replace(LAYOUT, dtype="float16")}, "dtype"),
+        ({"fingerprint": "other"}, "fingerprint"),
+    ],
 )
 def test_ends_that_do_not_fit_name_the_field(pair: Pair, changes: dict[str, object], field: str) -> None:
     layout = changes.get("layout", LAYOUT)

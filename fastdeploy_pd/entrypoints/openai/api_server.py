@@ -136,7 +136,9 @@ def write_ready_file(config: InstanceConfig, address: str, facts: dict[str, obje
     if config.server.ready_file:
         path = Path(config.server.ready_file)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"http": address, "role": config.cluster.splitwise_role, "api_pid": os.getpid(), **facts}))
+        part.write_text(
+            json.dumps({"http": address, "role": config.cluster.splitwise_role, "api_pid": os.getpid(), **facts})
+        )
         part.replace(path)
 
 

@@ -21,9 +21,6 @@ from fastdeploy_pd.entrypoints.openai.guard import BODY_TIMEOUT_S, MAX_BODY_BYTE
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, parse_body
 from fastdeploy_pd.entrypoints.openai.stream import (
     EventStream,
-    Receive,
-    Scope,
-    Send,
     error_body,
     error_headers,
     read_body,
@@ -53,8 +50,6 @@ ERROR_SCHEMA = {
 ERROR_STATUSES = (400, 401, 404, 408, 413, 414, 415, 429, 431, 500, 503, 504)
 
 
-
-
 class Api:
     """The endpoints' logic."""
 
@@ -66,18 +61,30 @@ class Api:
         """Answer one of the two generating endpoints."""
         body = parse_body(kind, await read_body(request.receive, MAX_BODY_BYTES, BODY_TIMEOUT_S))
         answer_id = new_id("chatcmpl" if isinstance(body, ChatBody) else "cmpl")
-        generation = Generation(self.client, self.serving, self.serving.choices(body, answer_id), self.clock, self.observer)
+        generation = Generation(
+            self.client, self.serving, self.serving.choices(body, answer_id), self.clock, self.observer
+        )
         created = int(self.clock.unix_s())
         headers = [(b"x-fastdeploy-pd-request-id", answer_id.encode())]
         given = request.headers.get("x-request-id", "")
         if SAFE_ID.fullmatch(given):
             headers.append((b"x-request-id", given.encode()))
         if body.stream:
-            events = stream_chat(body, generation, answer_id, created) if isinstance(body, ChatBody) else stream_completion(body, generation, answer_id, created)
+            events = (
+                stream_chat(body, generation, answer_id, created)
+                if isinstance(body, ChatBody)
+                else stream_completion(body, generation, answer_id, created)
+            )
             return EventStream(events, headers)
-        work = whole_chat(body, generation, answer_id, created) if isinstance(body, ChatBody) else whole_completion(body, generation, answer_id, created)
+        work = (
+            whole_chat(body, generation, answer_id, created)
+            if isinstance(body, ChatBody)
+            else whole_completion(body, generation, answer_id, created)
+        )
         data = await unless_client_leaves(work, request.receive)
-        return Response(data or b"", media_type="application/json", headers={k.decode(): v.decode() for k, v in headers})
+        return Response(
+            data or b"", media_type="application/json", headers={k.decode(): v.decode() for k, v in headers}
+        )
 
 
 def create_app(
@@ -127,7 +134,9 @@ def _add_generation(app: FastAPI, api: Api) -> None:
     async def chat_completions(request: Request) -> Any:
         return await api.generate(ChatBody, request)
 
-    @app.post("/v1/completions", responses=_responses(), openapi_extra=_body_schema(CompletionBody), response_model=None)
+    @app.post(
+        "/v1/completions", responses=_responses(), openapi_extra=_body_schema(CompletionBody), response_model=None
+    )
     async def completions(request: Request) -> Any:
         return await api.generate(CompletionBody, request)
 
@@ -135,7 +144,10 @@ def _add_generation(app: FastAPI, api: Api) -> None:
 def _add_models(app: FastAPI, options: ServingOptions) -> None:
     def card(name: str) -> dict[str, Any]:
         return {
-            "id": name, "object": "model", "created": options.created_unix_s, "owned_by": "fastdeploy-pd",
+            "id": name,
+            "object": "model",
+            "created": options.created_unix_s,
+            "owned_by": "fastdeploy-pd",
             "max_model_len": options.max_model_len,
         }
 
@@ -185,5 +197,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def theirs(request: Request, error: HTTPException) -> Response:
-        texts = {404: f"There is no {request.url.path[:200]} here", 405: f"{request.method} is not allowed on {request.url.path[:200]}"}
+        texts = {
+            404: f"There is no {request.url.path[:200]} here",
+            405: f"{request.method} is not allowed on {request.url.path[:200]}",
+        }
         return shaped(refusal(error.status_code, texts.get(error.status_code, str(error.detail))))

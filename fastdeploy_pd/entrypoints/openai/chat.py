@@ -29,7 +29,9 @@ async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, cr
     """Yield events. Everything but the text is made once, before the first token."""
     tokenizer = generation.serving.tokenizer
     head = b'{"id":%s,"object":"chat.completion.chunk","created":%d,"model":%s,"choices":[' % (
-        orjson.dumps(answer_id), created, orjson.dumps(body.model),
+        orjson.dumps(answer_id),
+        created,
+        orjson.dumps(body.model),
     )
     tail = b'],"usage":null}' if body.stream_options and body.stream_options.include_usage else b"]}"
     begun: set[int] = set()
@@ -39,12 +41,18 @@ async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, cr
             data = b""
             if choice.index not in begun:
                 begun.add(choice.index)
-                role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % choice.index
+                role = (
+                    b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+                    % choice.index
+                )
                 data += event(head + role + tail)
             if delta.text or body.logprobs or body.return_token_ids:
                 data += event(head + _text_choice(body, tokenizer, choice, delta) + tail)
             if delta.finish_reason is not None:
-                end = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % (choice.index, delta.finish_reason.value.encode())
+                end = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % (
+                    choice.index,
+                    delta.finish_reason.value.encode(),
+                )
                 data += event(head + end + tail)
             if data:
                 yield data
@@ -54,10 +62,17 @@ async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, cr
 
 
 def _text_choice(body: ChatBody, tokenizer: Tokenizer, choice: Choice, delta: Delta) -> bytes:
-    logprobs = orjson.dumps({"content": logprob_content(tokenizer, delta.logprobs), "refusal": None}) if body.logprobs else b"null"
+    logprobs = (
+        orjson.dumps({"content": logprob_content(tokenizer, delta.logprobs), "refusal": None})
+        if body.logprobs
+        else b"null"
+    )
     ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if body.return_token_ids else b""
     return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % (
-        choice.index, orjson.dumps(delta.text), logprobs, ids,
+        choice.index,
+        orjson.dumps(delta.text),
+        logprobs,
+        ids,
     )
 
 

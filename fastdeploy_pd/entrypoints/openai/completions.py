@@ -25,7 +25,9 @@ class LegacyLogprobs:
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
 
-    def add(self, tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None], first_ids: Sequence[int], offset: int) -> int:
+    def add(
+        self, tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None], first_ids: Sequence[int], offset: int
+    ) -> int:
         """Append tokens. A None (the prompt's first token) takes its id from first_ids.
 
         Returns: the text offset after them.
@@ -42,7 +44,12 @@ class LegacyLogprobs:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns: OpenAI's logprobs object."""
-        return {"tokens": self.tokens, "token_logprobs": self.token_logprobs, "top_logprobs": self.top_logprobs, "text_offset": self.text_offset}
+        return {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offset,
+        }
 
 
 @dataclass(slots=True)
@@ -51,7 +58,9 @@ class _State:
     is_begun: bool = False
 
 
-def _render(body: CompletionBody, tokenizer: Tokenizer, choice: Choice, delta: Delta, state: _State) -> tuple[str, dict[str, Any] | None]:
+def _render(
+    body: CompletionBody, tokenizer: Tokenizer, choice: Choice, delta: Delta, state: _State
+) -> tuple[str, dict[str, Any] | None]:
     """The text and the log-probabilities that a delta adds; the prompt comes first where echo is asked for."""
     text, legacy = delta.text, LegacyLogprobs()
     if body.echo and not state.is_begun:
@@ -66,11 +75,15 @@ def _render(body: CompletionBody, tokenizer: Tokenizer, choice: Choice, delta: D
     return text, legacy.to_dict()
 
 
-async def stream_completion(body: CompletionBody, generation: Generation, answer_id: str, created: int) -> AsyncIterator[bytes]:
+async def stream_completion(
+    body: CompletionBody, generation: Generation, answer_id: str, created: int
+) -> AsyncIterator[bytes]:
     """Yield events. Everything but the text is made once, before the first token."""
     tokenizer = generation.serving.tokenizer
     head = b'{"id":%s,"object":"text_completion","created":%d,"model":%s,"choices":[' % (
-        orjson.dumps(answer_id), created, orjson.dumps(body.model),
+        orjson.dumps(answer_id),
+        created,
+        orjson.dumps(body.model),
     )
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
     tail = b'],"usage":null}' if wants_usage else b"]}"

@@ -115,7 +115,9 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """Returns: OpenAI's usage object; a prompt with several answers counts once."""
-        num_prompt = sum(len(c.request.prompt_token_ids) for c in {id(c.request.prompt_token_ids): c for c in self.choices}.values())
+        num_prompt = sum(
+            len(c.request.prompt_token_ids) for c in {id(c.request.prompt_token_ids): c for c in self.choices}.values()
+        )
         num_output = sum(c.num_output for c in self.choices)
         return {
             "prompt_tokens": num_prompt,
@@ -129,7 +131,13 @@ class Generation:
         choice, timing = self.choices[0], self.timings[0]
         tpot_s = (timing.last_s - (timing.first_s or 0.0)) / (choice.num_output - 1) if choice.num_output > 1 else None
         first, last = (choice.served_by or [None])[0], (choice.served_by or [None])[-1]
-        return {"prefill": first, "decode": last, "ttft_s": timing.first_s, "tpot_s": tpot_s, "kv_bytes": choice.num_kv_bytes}
+        return {
+            "prefill": first,
+            "decode": last,
+            "ttft_s": timing.first_s,
+            "tpot_s": tpot_s,
+            "kv_bytes": choice.num_kv_bytes,
+        }
 
 
 def reason_word(reason: FinishReason | None) -> str | None:

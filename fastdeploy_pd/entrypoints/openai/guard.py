@@ -70,7 +70,9 @@ class Guard:
             log.exception("a request to %s failed", scope["path"])
             if has_begun:
                 raise
-            await send_error(send, FastDeployPDError("an internal error; the server's log says more", code="internal_error"))
+            await send_error(
+                send, FastDeployPDError("an internal error; the server's log says more", code="internal_error")
+            )
 
     def _check(self, scope: Scope) -> FastDeployPDError | None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -103,5 +105,3 @@ class Guard:
         digest = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(digest, d) for d in self._digests]
         return None if any(matches) else AuthenticationFailed("Incorrect API key provided.", code="invalid_api_key")
-
-

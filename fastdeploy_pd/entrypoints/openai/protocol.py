@@ -61,7 +61,9 @@ class GenerationBody(BaseModel):
     return_token_ids: bool | None = None
     return_timings: bool | None = None
 
-    @field_validator("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", mode="before")
+    @field_validator(
+        "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", mode="before"
+    )
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
@@ -139,7 +141,17 @@ class CompletionBody(GenerationBody):
 
 Body = TypeVar("Body", bound=BaseModel)
 
-_UNSUPPORTED = {"tools", "response_format", "suffix", "functions", "function_call", "audio", "modalities", "prediction", "web_search_options"}
+_UNSUPPORTED = {
+    "tools",
+    "response_format",
+    "suffix",
+    "functions",
+    "function_call",
+    "audio",
+    "modalities",
+    "prediction",
+    "web_search_options",
+}
 
 
 def parse_json(raw: bytes) -> Any:
@@ -229,7 +241,9 @@ def _translate(error: ValidationError) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
     if field in _UNSUPPORTED:
-        return InvalidRequest(f"'{field}' is not supported yet; leave it out.", param=field, code="unsupported_parameter")
+        return InvalidRequest(
+            f"'{field}' is not supported yet; leave it out.", param=field, code="unsupported_parameter"
+        )
     if kind == "extra_forbidden":
         return InvalidRequest(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
     shown = repr(problem["input"])

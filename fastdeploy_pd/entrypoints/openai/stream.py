@@ -46,7 +46,10 @@ async def client_left(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A response of events (a Response, because FastAPI passes nothing else on as it is). The first comes before the status line, so that an early failure is a plain HTTP error."""
+    """A response of events (a Response, because FastAPI passes on nothing else as it is).
+
+    The first event comes before the status line, so that an early failure is a plain HTTP error.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], headers: list[tuple[bytes, bytes]]) -> None:
         super().__init__()
@@ -71,7 +74,11 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": error.status, "headers": error_headers(error)})
             await send({"type": "http.response.body", "body": error_body(error)})
             return
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), *self._headers]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            *self._headers,
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": first, "more_body": True})
         try:

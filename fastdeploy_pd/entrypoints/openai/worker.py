@@ -99,7 +99,14 @@ class Membership:
 def uvicorn_server(app: object) -> uvicorn.Server:
     """Returns: a server with the fast event loop and parser; signals are ours."""
     config = uvicorn.Config(
-        app, loop="asyncio", http="httptools", log_level="warning", access_log=False, timeout_graceful_shutdown=30, lifespan="off", log_config=None
+        app,
+        loop="asyncio",
+        http="httptools",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=30,
+        lifespan="off",
+        log_config=None,
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None
@@ -141,7 +148,9 @@ async def serve_api(
     client = ClusterClient(front_end, links, WallClock(), metrics)
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
     app = create_app(client, tokenizer, options, metrics=render, observer=metrics)
-    return await _run(config, client, membership, app, (http_socket, metrics_socket), on_ready, links, Serving(tokenizer, options))
+    return await _run(
+        config, client, membership, app, (http_socket, metrics_socket), on_ready, links, Serving(tokenizer, options)
+    )
 
 
 async def _run(
@@ -200,4 +209,3 @@ def metrics_app() -> Callable[..., object]:
         await send({"type": "http.response.body", "body": body})
 
     return app
-

@@ -30,9 +30,15 @@ class AttentionPlan:
     offsets: np.ndarray  #: [num_tokens] int64, its place in the block
     positions: np.ndarray  #: [num_tokens] int64
     spans: list[PromptSpan] = field(default_factory=list)
-    single_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  #: [num_single] rows of one-token sequences
-    single_tables: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  #: [num_single, max_blocks] padded with 0
-    single_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  #: [num_single] tokens to attend to
+    single_rows: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  #: [num_single] rows of one-token sequences
+    single_tables: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 0), np.int64)
+    )  #: [num_single, max_blocks] padded with 0
+    single_lengths: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  #: [num_single] tokens to attend to
 
 
 class Ops(Protocol):

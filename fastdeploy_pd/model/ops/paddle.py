@@ -57,7 +57,9 @@ class PaddleOps:
     def cache(self, pool: np.ndarray, layout: KVLayout) -> list[_Cache]:
         """See base."""
         self._block_size = layout.block_size
-        return [_Cache(paddle.utils.dlpack.from_dlpack(array.__dlpack__()), array) for array in numpy_cache(pool, layout)]
+        return [
+            _Cache(paddle.utils.dlpack.from_dlpack(array.__dlpack__()), array) for array in numpy_cache(pool, layout)
+        ]
 
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See base."""
@@ -131,9 +133,7 @@ class PaddleOps:
     ) -> paddle.Tensor:
         num_kv_heads, head_dim = cache.shape[2], q.shape[2]
         blocks = paddle.gather(cache, block_ids).astype("float32")
-        keys, values = (
-            blocks[:, i].transpose([1, 0, 2, 3]).reshape([num_kv_heads, 1, -1, head_dim]) for i in (0, 1)
-        )
+        keys, values = (blocks[:, i].transpose([1, 0, 2, 3]).reshape([num_kv_heads, 1, -1, head_dim]) for i in (0, 1))
         pieces = []
         for first in range(0, span.num_tokens, QUERY_ROWS):
             last = min(first + QUERY_ROWS, span.num_tokens)

@@ -88,7 +88,9 @@ class ReferenceOps:
         num_tokens, num_heads, head_dim = q.shape
         stop, num_kv_heads = start + num_tokens, cache.shape[2]
         blocks = cache[block_ids].astype(np.float64)  # [blocks, 2, kv_heads, block_size, head_dim]
-        keys, values = (blocks[:, i].transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)[:, :stop] for i in (0, 1))
+        keys, values = (
+            blocks[:, i].transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)[:, :stop] for i in (0, 1)
+        )
         grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
         scores = np.einsum("nkgd,ktd->kgnt", grouped, keys) / np.sqrt(head_dim)
         is_future = np.arange(stop)[None, :] > np.arange(start, stop)[:, None]

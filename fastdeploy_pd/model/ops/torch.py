@@ -112,7 +112,9 @@ class TorchOps:
     ) -> None:
         num_kv_heads, head_dim, stop = cache.shape[2], q.shape[2], span.start + span.num_tokens
         blocks = cache[block_ids].to(q.dtype)
-        keys, values = (blocks[:, i].transpose(0, 1).reshape(num_kv_heads, 1, -1, head_dim)[:, :, :stop] for i in (0, 1))
+        keys, values = (
+            blocks[:, i].transpose(0, 1).reshape(num_kv_heads, 1, -1, head_dim)[:, :, :stop] for i in (0, 1)
+        )
         for first in range(0, span.num_tokens, QUERY_ROWS):
             last = min(first + QUERY_ROWS, span.num_tokens)
             rows = slice(span.row + first, span.row + last)
@@ -129,9 +131,7 @@ class TorchOps:
         num_single, num_heads, head_dim = q.shape
         num_kv_heads = cache.shape[2]
         blocks = cache[plan.single_tables].to(q.dtype)  # [s, blocks, 2, kv_heads, block_size, head_dim]
-        keys, values = (
-            blocks[:, :, i].transpose(1, 2).reshape(num_single, num_kv_heads, -1, head_dim) for i in (0, 1)
-        )
+        keys, values = (blocks[:, :, i].transpose(1, 2).reshape(num_single, num_kv_heads, -1, head_dim) for i in (0, 1))
         grouped = q.view(num_single, num_kv_heads, num_heads // num_kv_heads, head_dim)
         scores = grouped @ keys.transpose(-1, -2) * head_dim**-0.5 + plan.single_mask
         return (scores.softmax(dim=-1) @ values).reshape(num_single, -1)

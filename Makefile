@@ -1,0 +1,11 @@
+.PHONY: help check test bench demo-model
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
+check: ## style alone
+	.venv/bin/ruff check .
+test: ## install what tests need and run all of them
+	scripts/test.sh
+bench: ## measure; writes bench-results/*.json (docs/benchmarks.md)
+	.venv/bin/python -m benchmarks.run
+demo-model: ## train the demo model again (a GPU makes it minutes)
+	.venv/bin/python scripts/demo_model/train.py --out fastdeploy_pd/demo_model

@@ -1,0 +1,38 @@
+"""Package definition. Run-time requirements are those of requirements.txt, so that they stand in one place."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements(name: str) -> list[str]:
+    """Returns: the requirement lines of a file."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [line for line in lines if line]
+
+
+setup(
+    name="fastdeploy-pd",
+    version="0.1.0",
+    description="A serving cluster for large language models with prefill and decode on separate instances",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fastdeploy_pd", "fastdeploy_pd.*"]),
+    package_data={"fastdeploy_pd": ["cluster/scripts/*.lua", "demo_model/*"]},
+    install_requires=requirements("requirements.txt"),
+    extras_require={
+        "paddle-gpu": ["paddlepaddle-gpu"],
+        "torch": ["torch>=2.11,<2.14"],
+        "rdma": [],  # system packages only: rdma-core, python3-pyverbs
+        "ray": ["ray>=2.40"],
+        "mooncake": ["mooncake-transfer-engine>=0.3.13"],
+        "otel": ["opentelemetry-sdk>=1.28", "opentelemetry-exporter-otlp-proto-http>=1.28"],
+        "bench": ["httpx>=0.27"],
+        "test": requirements("requirements-test.txt"),
+    },
+    entry_points={"console_scripts": ["fastdeploy-pd = fastdeploy_pd.entrypoints.cli:main"]},
+)
