@@ -64,6 +64,7 @@ class Choice:
     num_cached_tokens: int = 0
     served_by: list[str] = field(default_factory=list)
     num_kv_bytes: int = 0
+    is_scoring: bool = False  #: max_tokens 0: one token is computed, for the prompt's log-probabilities, and not shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,9 @@ class Serving:
         for chunk in chunks:
             self._note(choice, chunk)
             prompt_logprobs = prompt_logprobs or chunk.prompt_logprobs
+            if choice.is_scoring:
+                choice.finish_reason = FinishReason.LENGTH
+                break
             ends_by_token = chunk.finish_reason is FinishReason.STOP and chunk.token_ids
             visible = (
                 chunk.token_ids[:-1]
@@ -200,7 +204,8 @@ class Serving:
         )
         skip = body.skip_special_tokens is not False
         matcher = StopMatcher(sampling.stop, bool(body.include_stop_str_in_output))
-        return Choice(index, request, text, IncrementalDetokenizer(self.tokenizer, ids, skip), matcher)
+        detokenizer = IncrementalDetokenizer(self.tokenizer, ids, skip)
+        return Choice(index, request, text, detokenizer, matcher, is_scoring=body.max_tokens == 0)
 
     def _sampling(self, body: GenerationBody, ids: list[int], seed: int) -> SamplingParams:
         room = self.options.max_model_len - len(ids)
@@ -220,6 +225,8 @@ class Serving:
                 f"{len(ids) + max(max_tokens, 1)} tokens ({len(ids)} in the prompt, {max(max_tokens, 1)} for the answer).",
                 param="messages" if isinstance(body, ChatBody) else "prompt",
             )
+        if max_tokens == 0 and isinstance(body, ChatBody):
+            raise InvalidRequest("Invalid 'max_tokens': it must be at least 1, but got 0.", param="max_tokens", code="integer_below_min_value")
         defaults = self.options.sampling_defaults
 
         def given(name: str, default: Any) -> Any:
@@ -229,7 +236,7 @@ class Serving:
         logprobs, prompt_logprobs = self._logprobs(body)
         stop = body.stop
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=max(max_tokens, 1),
             min_tokens=body.min_tokens or 0,
             temperature=given("temperature", 1.0),
             top_p=given("top_p", 1.0),

@@ -43,7 +43,7 @@ def make_prompts(count: int, longest: int) -> list[list[int]]:
     shared = tokenizer.encode("".join(rng.choice(sentences) for _ in range(200)))
     prompts = []
     for number in range(count):
-        length = 1 + round((longest - 1) * (number / (count - 1)) ** 2)
+        length = 1 + round((longest - 1) * (number / (count - 1)) ** 6)
         own = tokenizer.encode("".join(rng.choice(sentences) for _ in range(length // 4 + 8)))
         start = shared[: rng.randrange(length)] if rng.random() < 0.4 else []
         prompts.append((start + own)[:length])

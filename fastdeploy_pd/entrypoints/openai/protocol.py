@@ -16,7 +16,7 @@ from fastdeploy_pd.errors import InvalidRequest
 MAX_DEPTH = 64
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
-MAX_STOP_BYTES = 256
+MAX_STOP_BYTES = 4096
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -45,7 +45,7 @@ class GenerationBody(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     # extensions
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -89,7 +89,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: str | None = None
@@ -116,8 +116,8 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: None = None
+    tool_choice: None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
@@ -143,6 +143,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 _UNSUPPORTED = {
     "tools",
+    "tool_choice",
     "response_format",
     "suffix",
     "functions",

@@ -5,9 +5,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 # Paddle warns about thread settings and compilers at import; neither concerns a server.
 os.environ.setdefault("GLOG_minloglevel", "2")
+# The MKL inside Paddle takes its slowest path on processors that are not Intel's; this names the AVX2 path (measured on an
+# EPYC: 1000x256x1280 in 7.9 instead of 17.6 ms).
+_CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+if "AuthenticAMD" in _CPU and " avx2" in _CPU:
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
 
 import numpy as np
 import paddle

@@ -1,0 +1,189 @@
+"""The openai client, plain HTTP and Redis against a disaggregated pair; start-up errors; a stop that leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from fastdeploy_pd.client import RedisClient
+from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis, free_port
+from fastdeploy_pd.launch.local import LocalCluster
+
+QUESTION = [{"role": "user", "content": "What is prefill?"}]
+ANSWER = "Prefill is the first phase"
+
+
+@pytest.fixture(scope="module")
+def pair(redis_server: EmbeddedRedis) -> Iterator[LocalCluster]:
+    with LocalCluster(redis_server.url, "clients", ["--ops", "torch", "--api-key", "k-1"], {"OMP_NUM_THREADS": "1"}) as cluster:
+        cluster.start(["prefill", "decode"])
+        yield cluster
+
+
+@pytest.fixture(params=[0, 1], ids=["at-prefill", "at-decode"])
+def client(pair: LocalCluster, request: pytest.FixtureRequest) -> openai.OpenAI:
+    return openai.OpenAI(base_url=pair.instances[request.param].http_url + "/v1", api_key="k-1", max_retries=0)
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    assert answer.choices[0].message.content.startswith(ANSWER)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_chat_stream_equals_the_whole(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0.9, seed=4)
+    events = list(
+        client.chat.completions.create(
+            model="demo", messages=QUESTION, temperature=0.9, seed=4, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert text == whole.choices[0].message.content
+    assert events[-1].usage == whole.usage
+
+
+def test_several_answers_differ_and_repeat(client: openai.OpenAI) -> None:
+    story = [{"role": "user", "content": "Tell me a story"}]
+    first = client.chat.completions.create(model="demo", messages=story, n=3, seed=9, temperature=1, max_tokens=60)
+    again = client.chat.completions.create(model="demo", messages=story, n=3, seed=9, temperature=1, max_tokens=60)
+    texts = [c.message.content for c in first.choices]
+    assert len(set(texts)) == 3
+    assert texts == [c.message.content for c in again.choices]
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, logprobs=True, top_logprobs=3, max_tokens=6
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 6
+    assert all(c.top_logprobs[0].token == c.token and len(c.top_logprobs) == 3 for c in content)
+    assert "".join(c.token for c in content) == answer.choices[0].message.content
+
+
+def test_completions_echo_and_prompt_logprobs(client: openai.OpenAI) -> None:
+    prompt = "Once upon a time"
+    answer = client.completions.create(model="demo", prompt=[prompt, prompt + ","], echo=True, logprobs=2, max_tokens=4, temperature=0)
+    for choice, text in zip(answer.choices, (prompt, prompt + ","), strict=True):
+        assert choice.text.startswith(text)
+        assert "".join(choice.logprobs.tokens) == choice.text
+        assert choice.logprobs.token_logprobs[0] is None
+        assert all(v <= 0 for v in choice.logprobs.token_logprobs[1:])
+
+
+def test_stop_strings_and_ids(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0).choices[0].message.content
+    stopped = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stop=["whole prompt", "never"])
+    assert stopped.choices[0].message.content == whole[: whole.index("whole prompt")]
+    assert stopped.choices[0].finish_reason == "stop"
+    streamed = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stop="whole prompt", stream=True)
+    assert "".join(e.choices[0].delta.content or "" for e in streamed) == whole[: whole.index("whole prompt")]
+
+
+def test_errors_are_openai_s(client: openai.OpenAI, pair: LocalCluster) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="gpt", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 4096"):
+        client.completions.create(model="demo", prompt="x", max_tokens=5000)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="demo", prompt="x", temperature=3)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(model="demo", messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=str(client.base_url), api_key="wrong", max_retries=0).models.list()
+    assert httpx.get(pair.instances[0].http_url + "/health").status_code == 200
+    assert [m.id for m in client.models.list()] == ["demo"]
+
+
+def test_metrics_and_schema(pair: LocalCluster, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    head = {"authorization": "Bearer k-1"}
+    text = "".join(httpx.get(i.http_url + "/metrics", headers=head).text for i in pair.instances)
+    for name in ("time_to_first_token_seconds_count", "handover_stage_seconds_bucket", "handover_bytes_total", "generation_tokens_total"):
+        assert f"fastdeploy_pd:{name}" in text
+    schema = httpx.get(pair.instances[0].http_url + "/openapi.json", headers=head).json()
+    assert "messages" in json.dumps(schema["paths"]["/v1/chat/completions"])
+
+
+def test_redis_submission(redis_server: EmbeddedRedis, pair: LocalCluster) -> None:
+    client = RedisClient(redis_server.url, "clients")
+    request_id = client.submit({"model": "demo", "messages": QUESTION, "temperature": 0})
+    chunks = list(client.stream(request_id, 30))
+    assert "".join(c["text"] for c in chunks).startswith(ANSWER)
+    assert chunks[-1]["usage"]["completion_tokens"] == sum(len(c["token_ids"]) for c in chunks)
+    with pytest.raises(FastDeployPDError, match="does not exist"):
+        client.result(client.submit({"model": "gpt", "messages": QUESTION}), 30)
+    with pytest.raises(InvalidRequest, match="submitted before"):
+        client.submit({"model": "demo", "messages": QUESTION}, request_id=request_id)
+    with pytest.raises(InvalidRequest, match="unknown"):
+        client.result("nobody", 5)
+
+
+SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block-size", "48"], "--block-size: '48' is not allowed; it must be a power of two"),
+        (["--splitwise-role", "decoder"], "--splitwise-role"),
+        (["--splitwise-role", "decode"], "--scheduler-name splitwise"),
+        (["--tensor-parallel-size", "2"], "only 1 is allowed"),
+        (["--cache-transfer-protocol", "rdma"], "use shm"),
+        (["--rdma-comm-ports", "1234"], "--rdma-comm-ports 1234 is not part of this version"),
+        (["--sheduler-host", "x"], "did you mean --scheduler-host"),
+        (["--model", "/nowhere"], "not a directory"),
+        (["--max-model-len", "100000"], "max_position_embeddings = 4096"),
+        (["--num-gpu-blocks-override", "3"], "--num-gpu-blocks-override gives 3 KV blocks"),
+        (["--port", "8000", "--metrics-port", "8000"], "--port and --metrics-port are both 8000"),
+        (["--scheduler-name", "splitwise", "--advertise-host", "10.0.0.1"], "needs a cluster secret"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else v[0],
+)
+def test_bad_flags_are_refused_with_name_value_and_what_is_allowed(flags: list[str], message: str) -> None:
+    done = subprocess.run([*SERVER, *flags], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_refused_with_its_flag(redis_server: EmbeddedRedis, pair: LocalCluster) -> None:
+    port = pair.instances[0].http_url.rsplit(":", 1)[1]
+    done = subprocess.run([*SERVER, "--port", port], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, f"--port {port} is in use" in done.stderr) == (2, True)
+    shared = free_port()
+    flags = ["--pd-comm-port", str(shared), "--ops", "reference"]
+    with LocalCluster(redis_server.url, "ports", flags) as cluster:
+        first = cluster.launch("prefill")
+        deadline_s = time.monotonic() + 60
+        while not first.is_ready:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        second = cluster.launch("decode")
+        assert second.process.wait(60) == 2
+        assert f"--pd-comm-port {shared} is in use" in second.last_lines()
+
+
+def test_up_once_leaves_nothing_behind() -> None:
+    before = set(os.listdir("/tmp"))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--once", "--ops", "torch"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "KV moved" in done.stdout
+    assert "prefill by prefill-" in done.stdout
+    assert "decode by decode-" in done.stdout
+    left = {n for n in set(os.listdir("/tmp")) - before if n.startswith("fastdeploy-pd")}
+    assert not left
