@@ -277,7 +277,13 @@ UNSUPPORTED: dict[str, Callable[[Any], None]] = {
 def make_parser() -> argparse.ArgumentParser:
     """Returns: the parser of an instance's flags; docs/configuration.md is held against it by a test."""
     parser = _Parser(prog="api_server", allow_abbrev=False, description="One instance of a fastdeploy-pd cluster.")
-    add = parser.add_argument
+    _add_model_flags(parser.add_argument)
+    _add_cluster_flags(parser.add_argument)
+    _add_server_flags(parser.add_argument)
+    return parser
+
+
+def _add_model_flags(add: Callable[..., Any]) -> None:
     add("--model", type=_directory, default=str(DEMO_MODEL), help="checkpoint directory, or `demo`")
     add(
         "--served-model-name",
@@ -321,6 +327,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=True,
         help="compute long prompts in several steps",
     )
+
+
+def _add_cluster_flags(add: Callable[..., Any]) -> None:
     add("--splitwise-role", choices=ROLES, default="mixed", help="what the instance is for")
     add(
         "--scheduler-name",
@@ -352,6 +361,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--advertise-host", default="127.0.0.1", help="address at which other instances reach this one")
     add("--cluster-secret-file", help="file with the cluster secret (or FD_CLUSTER_SECRET)")
+
+
+def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address of the HTTP port")
     add("--port", type=_PORT, help="HTTP port (default: a free one)")
     add("--metrics-port", type=_PORT, help="a second port for /metrics alone")
@@ -362,7 +374,6 @@ def make_parser() -> argparse.ArgumentParser:
         add(flag, type=_integer(1), help="only 1 in this version")
     for flag in ("--rdma-comm-ports", "--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
-    return parser
 
 
 def _check_ports(args: argparse.Namespace) -> None:

@@ -257,3 +257,11 @@ class TokenChunk:
     served_by: str = ""  #: instance that computed these tokens
     stage_s: tuple[tuple[str, float], ...] = ()  #: (stage, seconds) measured by the sender, for metrics and traces
     num_kv_bytes: int = 0  #: KV bytes that were moved for this request, with its first decode chunk
+
+
+def print_transitions() -> str:
+    """Returns: the transition table as docs/life_of_a_request.md shows it, a line a phase."""
+    order = list(Phase)
+    return "\n".join(
+        f"{p.name} -> {', '.join(q.name for q in order if q in TRANSITIONS[p]) or '(final)'}" for p in order
+    )

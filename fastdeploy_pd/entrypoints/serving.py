@@ -226,7 +226,11 @@ class Serving:
                 param="messages" if isinstance(body, ChatBody) else "prompt",
             )
         if max_tokens == 0 and isinstance(body, ChatBody):
-            raise InvalidRequest("Invalid 'max_tokens': it must be at least 1, but got 0.", param="max_tokens", code="integer_below_min_value")
+            raise InvalidRequest(
+                "Invalid 'max_tokens': it must be at least 1, but got 0.",
+                param="max_tokens",
+                code="integer_below_min_value",
+            )
         defaults = self.options.sampling_defaults
 
         def given(name: str, default: Any) -> Any:

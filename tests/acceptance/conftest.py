@@ -84,9 +84,18 @@ async def complete(client: httpx.AsyncClient, url: str, prompt: list[int], **cha
     return answer.json()["choices"][0]["token_ids"]
 
 
-async def stream_tokens(client: httpx.AsyncClient, url: str, prompt: list[int], **changes: object) -> tuple[list[int], str | None]:
+async def stream_tokens(
+    client: httpx.AsyncClient, url: str, prompt: list[int], **changes: object
+) -> tuple[list[int], str | None]:
     """Token ids of a streamed answer and its finish reason (None: the stream broke off)."""
-    body = {"model": "demo", "prompt": prompt, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    body = {
+        "model": "demo",
+        "prompt": prompt,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
     tokens: list[int] = []
     reason = None
     async with client.stream("POST", url + "/v1/completions", json={**body, **changes}) as answer:

@@ -24,7 +24,9 @@ ANSWER = "Prefill is the first phase"
 
 @pytest.fixture(scope="module")
 def pair(redis_server: EmbeddedRedis) -> Iterator[LocalCluster]:
-    with LocalCluster(redis_server.url, "clients", ["--ops", "torch", "--api-key", "k-1"], {"OMP_NUM_THREADS": "1"}) as cluster:
+    with LocalCluster(
+        redis_server.url, "clients", ["--ops", "torch", "--api-key", "k-1"], {"OMP_NUM_THREADS": "1"}
+    ) as cluster:
         cluster.start(["prefill", "decode"])
         yield cluster
 
@@ -45,7 +47,12 @@ def test_chat_stream_equals_the_whole(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0.9, seed=4)
     events = list(
         client.chat.completions.create(
-            model="demo", messages=QUESTION, temperature=0.9, seed=4, stream=True, stream_options={"include_usage": True}
+            model="demo",
+            messages=QUESTION,
+            temperature=0.9,
+            seed=4,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
@@ -74,7 +81,9 @@ def test_logprobs(client: openai.OpenAI) -> None:
 
 def test_completions_echo_and_prompt_logprobs(client: openai.OpenAI) -> None:
     prompt = "Once upon a time"
-    answer = client.completions.create(model="demo", prompt=[prompt, prompt + ","], echo=True, logprobs=2, max_tokens=4, temperature=0)
+    answer = client.completions.create(
+        model="demo", prompt=[prompt, prompt + ","], echo=True, logprobs=2, max_tokens=4, temperature=0
+    )
     for choice, text in zip(answer.choices, (prompt, prompt + ","), strict=True):
         assert choice.text.startswith(text)
         assert "".join(choice.logprobs.tokens) == choice.text
@@ -84,10 +93,14 @@ def test_completions_echo_and_prompt_logprobs(client: openai.OpenAI) -> None:
 
 def test_stop_strings_and_ids(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0).choices[0].message.content
-    stopped = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stop=["whole prompt", "never"])
+    stopped = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, stop=["whole prompt", "never"]
+    )
     assert stopped.choices[0].message.content == whole[: whole.index("whole prompt")]
     assert stopped.choices[0].finish_reason == "stop"
-    streamed = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stop="whole prompt", stream=True)
+    streamed = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, stop="whole prompt", stream=True
+    )
     assert "".join(e.choices[0].delta.content or "" for e in streamed) == whole[: whole.index("whole prompt")]
 
 
@@ -99,7 +112,9 @@ def test_errors_are_openai_s(client: openai.OpenAI, pair: LocalCluster) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="demo", prompt="x", temperature=3)
     with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model="demo", messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}])
+        client.chat.completions.create(
+            model="demo", messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=str(client.base_url), api_key="wrong", max_retries=0).models.list()
     assert httpx.get(pair.instances[0].http_url + "/health").status_code == 200
@@ -110,7 +125,12 @@ def test_metrics_and_schema(pair: LocalCluster, client: openai.OpenAI) -> None:
     client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     head = {"authorization": "Bearer k-1"}
     text = "".join(httpx.get(i.http_url + "/metrics", headers=head).text for i in pair.instances)
-    for name in ("time_to_first_token_seconds_count", "handover_stage_seconds_bucket", "handover_bytes_total", "generation_tokens_total"):
+    for name in (
+        "time_to_first_token_seconds_count",
+        "handover_stage_seconds_bucket",
+        "handover_bytes_total",
+        "generation_tokens_total",
+    ):
         assert f"fastdeploy_pd:{name}" in text
     schema = httpx.get(pair.instances[0].http_url + "/openapi.json", headers=head).json()
     assert "messages" in json.dumps(schema["paths"]["/v1/chat/completions"])

@@ -39,9 +39,16 @@ def test_tokens_are_those_of_transformers(
 ) -> None:
     chunked, prefix = setting
     flags = ["--ops", ops, "--max-num-seqs", "16", "--max-model-len", "2048"]
-    flags += ["--enable-chunked-prefill", "--max-num-batched-tokens", "512"] if chunked else ["--no-enable-chunked-prefill"]
+    flags += (
+        ["--enable-chunked-prefill", "--max-num-batched-tokens", "512"] if chunked else ["--no-enable-chunked-prefill"]
+    )
     flags += ["--enable-prefix-caching" if prefix else "--no-enable-prefix-caching"]
-    with LocalCluster(redis_server.url, f"equality-{ops}-{topology}-{chunked}-{prefix}".replace("+", "-"), flags, {"OMP_NUM_THREADS": "1"}) as cluster:
+    with LocalCluster(
+        redis_server.url,
+        f"equality-{ops}-{topology}-{chunked}-{prefix}".replace("+", "-"),
+        flags,
+        {"OMP_NUM_THREADS": "1"},
+    ) as cluster:
         instances = cluster.start(TOPOLOGIES[topology])
         answers = asyncio.run(answers_of([i.http_url for i in instances], cases))
         assert not differences(cases, answers)

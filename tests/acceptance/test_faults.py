@@ -107,7 +107,9 @@ def test_redis_away_for_thirty_seconds(own_redis: EmbeddedRedis) -> None:
         deadline_s = time.monotonic() + 20
         while True:
             try:
-                text = client.result(client.submit({"model": "demo", "messages": [{"role": "user", "content": "hello"}]}), 20)
+                text = client.result(
+                    client.submit({"model": "demo", "messages": [{"role": "user", "content": "hello"}]}), 20
+                )
                 break
             except OSError:
                 assert time.monotonic() < deadline_s
@@ -117,7 +119,9 @@ def test_redis_away_for_thirty_seconds(own_redis: EmbeddedRedis) -> None:
 async def free_blocks(client: httpx.AsyncClient, url: str) -> tuple[int, int]:
     """(free, all) KV blocks by an instance's metrics."""
     lines = (await client.get(url + "/metrics")).text.splitlines()
-    values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("fastdeploy_pd:kv_")}
+    values = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("fastdeploy_pd:kv_")
+    }
     return int(values["fastdeploy_pd:kv_blocks_free"]), int(values["fastdeploy_pd:kv_cache_usage_perc"] * 1e6)
 
 
@@ -154,7 +158,14 @@ def test_a_dead_front_end_loses_no_submission(redis_server: EmbeddedRedis) -> No
     with LocalCluster(redis_server.url, "queue", FLAGS, ENV) as cluster:
         instances = cluster.start(["prefill", "decode", "mixed"])
         client = RedisClient(redis_server.url, "queue")
-        body = {"model": "demo", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0.8, "seed": 3}
+        body = {
+            "model": "demo",
+            "prompt": PROMPT,
+            "max_tokens": NUM_TOKENS,
+            "ignore_eos": True,
+            "temperature": 0.8,
+            "seed": 3,
+        }
         whole = client.result(client.submit(body, "completions"))
         ids = [client.submit(body, "completions") for _ in range(6)]
         time.sleep(0.8)

@@ -35,7 +35,12 @@ def substitute(value: Any) -> Any:
         if value.startswith("$REP:"):
             _, text, count = value.split(":")
             return text * int(count)
-        return value.replace("$MODEL_UPPER", "DEMO").replace("$MODEL", "demo").replace("$KEY_PREFIX", "k").replace("$KEY", "k")
+        return (
+            value.replace("$MODEL_UPPER", "DEMO")
+            .replace("$MODEL", "demo")
+            .replace("$KEY_PREFIX", "k")
+            .replace("$KEY", "k")
+        )
     if isinstance(value, list):
         return [substitute(v) for v in value]
     if isinstance(value, dict):
@@ -52,7 +57,9 @@ def body_of(case: dict[str, Any]) -> bytes:
         return base64.b64decode(case["body_raw_b64"]).replace(b"$MODEL", b"demo")
     made = case["body_gen"]
     if "fmt" in made:
-        return (substitute(made["pre"]) + made["sep"].join(made["fmt"] % i for i in range(made["n"])) + made["post"]).encode()
+        return (
+            substitute(made["pre"]) + made["sep"].join(made["fmt"] % i for i in range(made["n"])) + made["post"]
+        ).encode()
     middle = made["unit"] * made["n"] + made.get("mid", "") + made.get("unit2", "") * made.get("n2", 0)
     return (substitute(made["pre"]) + middle + made["post"]).encode()
 
@@ -63,7 +70,8 @@ def load() -> list[dict[str, Any]]:
     return [
         c
         for c in cases
-        if ("body" in c or "body_raw_b64" in c or ("body_gen" in c and "gzip" not in str(c["body_gen"])[:20])) and c.get("needs") != "auth"
+        if ("body" in c or "body_raw_b64" in c or ("body_gen" in c and "gzip" not in str(c["body_gen"])[:20]))
+        and c.get("needs") != "auth"
     ]
 
 
@@ -90,7 +98,9 @@ async def test_case(case: dict[str, Any]) -> None:
         assert answer.status_code == 400 or answer.status_code == 413
         return
     statuses = case["expect_status"] if isinstance(case["expect_status"], list) else [case["expect_status"]]
-    is_unsupported = answer.status_code == 400 and '"unsupported_parameter"' in answer.text and case["category"] in UNSUPPORTED
+    is_unsupported = (
+        answer.status_code == 400 and '"unsupported_parameter"' in answer.text and case["category"] in UNSUPPORTED
+    )
     assert answer.status_code in statuses or is_unsupported, answer.text[:300]
     if 400 <= answer.status_code < 500 and case["expect_error_type"] and answer.status_code not in (404, 405):
         error = answer.json()["error"]

@@ -147,7 +147,9 @@ class PaddleOps:
             mask = _wrap(np.where(is_future, np.float32(NEGATIVE), np.float32(0)))
             weights = functional.softmax(scores.reshape([num_heads, num_rows, seen]) + mask, axis=-1)
             attended = paddle.matmul(weights.reshape([num_kv_heads, -1, seen]), _wrap(values[:, :seen]))
-            pieces.append(attended.reshape([num_heads, num_rows, head_dim]).transpose([1, 0, 2]).reshape([num_rows, -1]))
+            pieces.append(
+                attended.reshape([num_heads, num_rows, head_dim]).transpose([1, 0, 2]).reshape([num_rows, -1])
+            )
         return pieces[0] if len(pieces) == 1 else paddle.concat(pieces, axis=0)
 
     def _attend_singles(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
@@ -155,7 +157,8 @@ class PaddleOps:
         num_kv_heads = cache.array.shape[2]
         blocks = cache.array[plan.numpy.single_tables]  # [single, blocks, 2, kv_heads, block_size, head_dim]
         keys, values = (
-            _wrap(blocks[:, :, i].transpose(0, 2, 1, 3, 4).reshape(num_single * num_kv_heads, -1, head_dim)) for i in (0, 1)
+            _wrap(blocks[:, :, i].transpose(0, 2, 1, 3, 4).reshape(num_single * num_kv_heads, -1, head_dim))
+            for i in (0, 1)
         )
         grouped = q.reshape([num_single * num_kv_heads, num_heads // num_kv_heads, head_dim]) * head_dim**-0.5
         scores = paddle.matmul(grouped, keys, transpose_y=True).reshape([num_single, num_heads, -1])

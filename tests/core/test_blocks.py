@@ -1,0 +1,110 @@
+"""Blocks are conserved, shared only by equal prefixes, and never handed out twice."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from fastdeploy_pd.core.blocks import BlockPool, chain_hash, extend_hashes, root_hash
+from fastdeploy_pd.errors import OutOfBlocks
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside the simplest possible account of who holds what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(12, 4)
+        self.tables: list[list[int]] = []
+        self.content: dict[int, bytes] = {}  # what a findable block was registered as
+        self.count = 0
+
+    @rule(count=st.integers(0, 6))
+    def allocate(self, count: int) -> None:
+        free = self.pool.num_free
+        if count > free:
+            with pytest.raises(OutOfBlocks):
+                self.pool.allocate(count)
+            assert self.pool.num_free == free
+            return
+        table = self.pool.allocate(count)
+        held = {b for t in self.tables for b in t}
+        assert not held & set(table)
+        assert len(set(table)) == count
+        for block_id in table:
+            self.content.pop(block_id, None)
+        self.tables.append(table)
+
+    @rule(which=st.integers(0, 50))
+    def release(self, which: int) -> None:
+        if self.tables:
+            self.pool.release(self.tables.pop(which % len(self.tables)))
+
+    @rule(which=st.integers(0, 50))
+    def make_findable(self, which: int) -> None:
+        if self.tables:
+            table = self.tables[which % len(self.tables)]
+            parent = root_hash("")
+            for block_id in table:
+                self.count += 1
+                parent = chain_hash(parent, [self.count])
+                known = self.content.get(block_id)
+                self.pool.make_findable(block_id, parent)
+                self.content[block_id] = known or parent
+
+    @rule(which=st.integers(0, 50))
+    def share(self, which: int) -> None:
+        if self.content:
+            block_id = sorted(self.content)[which % len(self.content)]
+            found = self.pool.find_prefix([self.content[block_id]])
+            assert found == [block_id]
+            self.pool.hold(found)
+            self.tables.append(found)
+
+    @invariant()
+    def conserved(self) -> None:
+        counts = self.pool.counts()
+        held = {b for t in self.tables for b in t}
+        assert counts.free + counts.held == 12
+        assert counts.held == len(held)
+        assert counts.cached == len(self.content)
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+def test_misuse_is_refused() -> None:
+    pool = BlockPool(4, 4)
+    table = pool.allocate(2)
+    pool.release(table)
+    with pytest.raises(ValueError, match="more often"):
+        pool.release(table)
+    with pytest.raises(ValueError, match="free"):
+        pool.hold(table)
+    with pytest.raises(ValueError, match="free"):
+        pool.make_findable(table[0], b"x")
+
+
+def test_salts_and_prefixes_separate_hashes() -> None:
+    def hashes(tokens: list[int], salt: str) -> list[bytes]:
+        found: list[bytes] = []
+        extend_hashes(found, tokens, 4, salt)
+        return found
+
+    tokens = list(range(11))
+    assert len(hashes(tokens, "")) == 2
+    assert hashes(tokens, "a") != hashes(tokens, "b")
+    assert hashes([9, *tokens[1:]], "")[1] != hashes(tokens, "")[1], "equal blocks after different prefixes differ"
+
+
+def test_prefixes_outlive_their_tails() -> None:
+    pool = BlockPool(4, 4)
+    table = pool.allocate(3)
+    for index, block_id in enumerate(table):
+        pool.make_findable(block_id, bytes([index]))
+    pool.release(table)
+    pool.allocate(2)  # the never used block and the tail go first
+    assert pool.find_prefix([bytes([0]), bytes([1])]) == table[:2]
