@@ -1,13 +1,12 @@
-"""A Hugging Face checkpoint directory: its configuration, checked, and its tensors, mapped.
+"""What a Hugging Face checkpoint directory says of itself: its configuration, checked, and its fingerprint.
 
-Nothing of it is executed. What is missing, unsupported or doesn't fit is refused with the file and the field.
+Nothing of it is executed. What is missing or unsupported is refused with the file, the field, its value and what is allowed:
+a field that changes what a model computes is never passed over.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_pd.errors import ModelLoadError
+from fastdeploy_pd.model.weights import Checkpoint, read_json
+
+__all__ = ["ModelConfig", "RopeScaling", "fingerprint", "read_json"]
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
-#: safetensors' names -> (NumPy type of the raw bytes, our name); NumPy has no bfloat16
-TENSOR_TYPES = {"F32": (np.float32, "float32"), "F16": (np.float16, "float16"), "BF16": (np.uint16, "bfloat16")}
-MAX_HEADER_BYTES = 100 * 2**20
 FINGERPRINT_SAMPLE_BYTES = 4096
 
 
@@ -69,35 +68,27 @@ class ModelConfig:
             raise ModelLoadError(f"model directory {directory} does not exist")
         fields = _Fields(directory / "config.json")
         architecture = fields.architecture()
-        num_heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-        if "head_dim" not in fields.raw and hidden % num_heads:
-            raise fields.error(
-                "hidden_size", f"a multiple of num_attention_heads ({num_heads}) when head_dim is not given"
-            )
-        num_kv_heads = fields.integer("num_key_value_heads", num_heads)
-        if num_heads % num_kv_heads:
-            raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
-        fields.require("hidden_act", "silu", ("silu",))
-        if fields.raw.get("use_sliding_window"):
-            raise fields.error("use_sliding_window", "false: sliding-window attention is not supported")
+        fields.refuse_unsupported()
+        num_heads, num_kv_heads, head_dim = fields.heads()
         theta, scaling = fields.rope()
-        has_bias = bool(fields.raw.get("attention_bias", False))
+        is_qwen2 = architecture == "Qwen2ForCausalLM"
+        has_bias = fields.boolean("attention_bias")
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden,
+            hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=fields.integer("head_dim", hidden // num_heads),
+            head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=fields.integer("max_position_embeddings"),
-            tie_word_embeddings=bool(fields.raw.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM" or has_bias,
-            output_bias=has_bias and architecture != "Qwen2ForCausalLM",
+            tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+            qkv_bias=is_qwen2 or has_bias,
+            output_bias=has_bias and not is_qwen2,
             qk_norm=architecture == "Qwen3ForCausalLM",
             eos_token_ids=_eos_token_ids(directory, fields),
         )
@@ -111,19 +102,20 @@ class _Fields:
         self.raw = read_json(path)
 
     def error(self, name: str, allowed: str) -> ModelLoadError:
-        return ModelLoadError(f"{self.path}: {name} is {self.raw.get(name)!r}; it must be {allowed}")
+        value = repr(self.raw[name]) if name in self.raw else "missing"
+        return ModelLoadError(f"{self.path}: {name} is {value}; it must be {allowed}")
 
     def architecture(self) -> str:
         names = self.raw.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-            raise self.error("architectures", f"one of {', '.join(ARCHITECTURES)}")
+            raise self.error("architectures", f"a list of one of {', '.join(ARCHITECTURES)}")
         return str(names[0])
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.raw.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise self.error(name, "a positive integer")
         return value
 
@@ -133,147 +125,93 @@ class _Fields:
             raise self.error(name, "a positive number")
         return float(value)
 
-    def require(self, name: str, default: str, allowed: tuple[str, ...]) -> None:
-        if self.raw.get(name, default) not in allowed:
-            raise self.error(name, f"one of {', '.join(allowed)}")
+    def boolean(self, name: str) -> bool:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(name, "true or false")
+        return bool(value)
+
+    def refuse_unsupported(self) -> None:
+        """Fields that change the computation, and that this decoder doesn't follow."""
+        if self.raw.get("hidden_act", "silu") != "silu":
+            raise self.error("hidden_act", "silu")
+        if self.boolean("mlp_bias"):
+            raise self.error("mlp_bias", "false: biases in the MLP are not supported")
+        if self.boolean("use_sliding_window"):
+            raise self.error("use_sliding_window", "false: sliding-window attention is not supported")
+        if any(kind != "full_attention" for kind in self.raw.get("layer_types") or []):
+            raise self.error("layer_types", "full_attention for every layer")
+        if self.raw.get("quantization_config") is not None:
+            raise self.error("quantization_config", "absent: quantised weights are not supported")
+        if self.raw.get("partial_rotary_factor", 1.0) not in (1, None):
+            raise self.error("partial_rotary_factor", "1: all dimensions of a head are rotated")
+
+    def heads(self) -> tuple[int, int, int]:
+        """Returns: num_heads, num_kv_heads, head_dim."""
+        num_heads, hidden_size = self.integer("num_attention_heads"), self.integer("hidden_size")
+        if self.raw.get("head_dim") is None and hidden_size % num_heads:
+            raise self.error(
+                "hidden_size", f"a multiple of num_attention_heads ({num_heads}) when head_dim is not given"
+            )
+        head_dim = self.integer("head_dim", hidden_size // num_heads)
+        if head_dim % 2:
+            raise self.error("head_dim", "even, for rotary embeddings")
+        num_kv_heads = self.integer("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise self.error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+        return num_heads, num_kv_heads, head_dim
 
     def rope(self) -> tuple[float, RopeScaling]:
         """transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling."""
-        parameters: dict[str, Any] = dict(self.raw.get("rope_scaling") or {}) | dict(
-            self.raw.get("rope_parameters") or {}
-        )
-        theta = parameters.get("rope_theta", self.raw.get("rope_theta", 10000.0))
+        parameters: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            value = self.raw.get(name)
+            if value is not None and not isinstance(value, dict):
+                raise self.error(name, "an object or null")
+            parameters |= value or {}
+        parameters.setdefault("rope_theta", self.raw.get("rope_theta", 10000.0))
+        theta = self._rope_number(parameters, "rope_theta")
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type not in ROPE_TYPES:
-            raise ModelLoadError(f"{self.path}: rope type is {rope_type!r}; it must be one of {', '.join(ROPE_TYPES)}")
+            raise ModelLoadError(f"{self.path}: rope_type is {rope_type!r}; it must be one of {', '.join(ROPE_TYPES)}")
         if rope_type == "default":
-            return float(theta), RopeScaling()
-        names = ("factor",) if rope_type == "linear" else RopeScaling.__slots__[1:]
-        missing = [n for n in names if not isinstance(parameters.get(n), (int, float))]
-        if missing:
-            raise ModelLoadError(f"{self.path}: rope scaling {rope_type!r} lacks the number {missing[0]}")
-        return float(theta), RopeScaling(rope_type, **{n: parameters[n] for n in names})
+            return theta, RopeScaling()
+        factor = self._rope_number(parameters, "factor")
+        if rope_type == "linear":
+            return theta, RopeScaling("linear", factor)
+        low, high = (self._rope_number(parameters, f"{name}_freq_factor") for name in ("low", "high"))
+        if high <= low:
+            raise ModelLoadError(f"{self.path}: high_freq_factor is {high}; it must be above low_freq_factor ({low})")
+        original = self._rope_number(parameters, "original_max_position_embeddings")
+        return theta, RopeScaling("llama3", factor, low, high, int(original))
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises: ModelLoadError: the file is missing or not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"{path.parent} has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} is not a JSON object")
-    return value
+    def _rope_number(self, parameters: dict[str, Any], name: str) -> float:
+        value = parameters.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ModelLoadError(
+                f"{self.path}: {name} of the rotary embedding is {value!r}; it must be a positive number"
+            )
+        return float(value)
 
 
 def _eos_token_ids(directory: Path, fields: _Fields) -> tuple[int, ...]:
+    """generation_config.json's, where it names any: it is what chat checkpoints extend."""
     path, value = fields.path, fields.raw.get("eos_token_id")
     if (directory / "generation_config.json").exists():
         generation = read_json(directory / "generation_config.json")
         if generation.get("eos_token_id") is not None:
             path, value = directory / "generation_config.json", generation["eos_token_id"]
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise ModelLoadError(f"{path}: eos_token_id is {value!r}; it must be an integer or a list of them")
+    if any(type(v) is not int or v < 0 for v in values):
+        raise ModelLoadError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
     return tuple(values)
-
-
-@dataclass(frozen=True, slots=True)
-class RawTensor:
-    """A tensor as it lies in the file; `array` is a view of the mapping, of uint16 words for bfloat16."""
-
-    array: np.ndarray
-    dtype: str
-
-    def to_float32(self) -> np.ndarray:
-        """Returns: the values as float32; a view where they are that already."""
-        if self.dtype == "bfloat16":
-            return (self.array.astype(np.uint32) << 16).view(np.float32)
-        return self.array.astype(np.float32, copy=False)
-
-
-class Checkpoint(Mapping[str, RawTensor]):
-    """The tensors of a directory by name, mapped from its safetensors files."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises: ModelLoadError: no weights, a missing or broken file."""
-        self.directory = Path(directory)
-        self._tensors: dict[str, RawTensor] = {}
-        self._file_of: dict[str, str] = {}
-        for name in self._file_names():
-            self._map_file(self.directory / name)
-
-    def __getitem__(self, name: str) -> RawTensor:
-        return self._tensors[name]
-
-    def __iter__(self):
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> RawTensor:
-        """Returns: a tensor. Raises: ModelLoadError: it is missing or has another shape."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise ModelLoadError(f"{self.directory}: the weights have no tensor {name}")
-        if tensor.array.shape != shape:
-            raise ModelLoadError(
-                f"{self.directory / self._file_of[name]}: tensor {name} has shape {list(tensor.array.shape)}; config.json asks for {list(shape)}"
-            )
-        return tensor
-
-    def _file_names(self) -> list[str]:
-        index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(v, str) and "/" not in v for v in weight_map.values()
-            ):
-                raise ModelLoadError(f"{index}: weight_map must map tensor names to file names")
-            return sorted(set(weight_map.values()))
-        if (self.directory / "model.safetensors").exists():
-            return ["model.safetensors"]
-        raise ModelLoadError(f"{self.directory} has neither model.safetensors nor model.safetensors.index.json")
-
-    def _map_file(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
-        header_bytes = int.from_bytes(mapping[:8], "little")
-        if len(mapping) < 8 or header_bytes > min(MAX_HEADER_BYTES, len(mapping) - 8):
-            raise ModelLoadError(f"{path} is not a safetensors file, or is truncated")
-        try:
-            header = json.loads(mapping[8 : 8 + header_bytes])
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self._tensors[name] = self._view(path, name, entry, mapping, 8 + header_bytes)
-                    self._file_of[name] = path.name
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelLoadError(f"{path}: its header is broken: {error}") from error
-
-    def _view(self, path: Path, name: str, entry: dict[str, Any], mapping: mmap.mmap, base: int) -> RawTensor:
-        if entry["dtype"] not in TENSOR_TYPES:
-            raise ModelLoadError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; it must be one of {', '.join(TENSOR_TYPES)}"
-            )
-        numpy_type, dtype = TENSOR_TYPES[entry["dtype"]]
-        start, stop = entry["data_offsets"]
-        count = int(np.prod(entry["shape"], dtype=np.int64))
-        if start < 0 or stop - start != count * np.dtype(numpy_type).itemsize or base + stop > len(mapping):
-            raise ModelLoadError(f"{path}: tensor {name} lies outside the file; it is truncated")
-        array = np.frombuffer(mapping, numpy_type, count, base + start).reshape(entry["shape"])
-        return RawTensor(array, dtype)
 
 
 def fingerprint(directory: Path) -> str:
     """A short name of exactly this model: instances exchange KV blocks only with their like.
 
-    Returns: 16 hexadecimal digits over config.json and each tensor's name, type, shape and first and last bytes.
+    Returns: 16 hexadecimal digits over config.json and each tensor's name, dtype, shape and first, middle and last bytes.
+    Raises: ModelLoadError: a file is missing or broken.
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory)
@@ -282,5 +220,6 @@ def fingerprint(directory: Path) -> str:
         tensor = checkpoint[name]
         flat = tensor.array.reshape(-1).view(np.uint8)
         state.update(f"{name}:{tensor.dtype}:{tensor.array.shape}".encode())
-        state.update(flat[:FINGERPRINT_SAMPLE_BYTES].tobytes() + flat[-FINGERPRINT_SAMPLE_BYTES:].tobytes())
+        for first in (0, len(flat) // 2, max(0, len(flat) - FINGERPRINT_SAMPLE_BYTES)):
+            state.update(flat[first : first + FINGERPRINT_SAMPLE_BYTES].data)
     return state.hexdigest()[:16]

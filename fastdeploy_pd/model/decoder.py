@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy_pd.model.checkpoint import Checkpoint, ModelConfig, RopeScaling
+from fastdeploy_pd.model.checkpoint import ModelConfig, RopeScaling
 from fastdeploy_pd.model.ops.base import AttentionPlan, Ops, Tensor
+from fastdeploy_pd.model.weights import Checkpoint
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -42,8 +43,7 @@ class LayerWeights:
     input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norm: Tensor | None  #: [num_heads + num_kv_heads, head_dim]
     output: Tensor
     output_bias: Tensor | None
     post_norm: Tensor
@@ -67,12 +67,12 @@ class Decoder:
             if config.tie_word_embeddings
             else ops.weight(checkpoint.take("lm_head.weight", shape).to_float32())
         )
-        angles = np.outer(np.arange(config.max_position_embeddings), rope_frequencies(config))[:, None, :]
-        self._cos, self._sin = ops.weight(np.cos(angles)), ops.weight(np.sin(angles))
+        self._frequencies = rope_frequencies(config)
 
     def forward(
         self,
         token_ids: np.ndarray,
+        positions: np.ndarray,
         plan: AttentionPlan,
         caches: Sequence[Any],
         logit_rows: np.ndarray,
@@ -82,6 +82,7 @@ class Decoder:
 
         Args:
             token_ids: [n] int64, all sequences' new tokens one after the other.
+            positions: [n] int64, each token's place in its sequence.
             caches: a layer's blocks each, written and read.
             logit_rows: [m] int64, the rows whose logits are wanted.
             on_layer: called when a layer's K and V are in the cache.
@@ -89,10 +90,10 @@ class Decoder:
         """
         ops, config = self.ops, self.config
         prepared = ops.plan(plan)
-        cos, sin = ops.rows(self._cos, plan.positions), ops.rows(self._sin, plan.positions)
+        rotation = ops.rotation(np.outer(positions, self._frequencies), config.num_heads + config.num_kv_heads)
         x = ops.embedding(self.embedding, token_ids)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            q = self._project(layer, x, cos, sin, cache, prepared)
+            q = self._project(layer, x, rotation, cache, prepared)
             if on_layer is not None:
                 on_layer(index)
             x = x + ops.linear(ops.attention(q, cache, prepared), layer.output, layer.output_bias)
@@ -103,17 +104,17 @@ class Decoder:
         x = ops.rms_norm(ops.rows(x, logit_rows), self.final_norm, config.rms_norm_eps)
         return ops.to_numpy(ops.linear(x, self.head))
 
-    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, plan: Any) -> Tensor:
-        """Q of the new tokens; their K and V go into the cache."""
+    def _project(self, layer: LayerWeights, x: Tensor, rotation: Any, cache: Any, plan: Any) -> Tensor:
+        """Q of the new tokens; their K and V go into the cache. Q and K are normed and turned together."""
         ops, config = self.ops, self.config
         hidden = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, v = ops.split_heads(ops.linear(hidden, layer.qkv, layer.qkv_bias), sizes, config.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = ops.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        ops.write_kv(cache, plan, ops.rotary(k, cos, sin), v)
-        return ops.rotary(q, cos, sin)
+        heads = ops.heads(ops.linear(hidden, layer.qkv, layer.qkv_bias), config.head_dim)
+        qk, v = ops.split_heads(heads, (config.num_heads + config.num_kv_heads, config.num_kv_heads))
+        if layer.qk_norm is not None:
+            qk = ops.rms_norm(qk, layer.qk_norm, config.rms_norm_eps)
+        q, k = ops.split_heads(ops.rotary(qk, rotation), (config.num_heads, config.num_kv_heads))
+        ops.write_kv(cache, plan, k, v)
+        return q
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{index}."
@@ -128,13 +129,16 @@ class Decoder:
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
         qkv = [take(f"self_attn.{n}_proj.weight", size, config.hidden_size) for n, size in sizes.items()]
         bias = [take(f"self_attn.{n}_proj.bias", size) for n, size in sizes.items()] if config.qkv_bias else None
+        counts = {"q": config.num_heads, "k": config.num_kv_heads} if config.qk_norm else {}
+        qk_norm = [
+            np.tile(take(f"self_attn.{n}_norm.weight", config.head_dim), (count, 1)) for n, count in counts.items()
+        ]
         gate_up = [take(f"mlp.{n}_proj.weight", config.intermediate_size, config.hidden_size) for n in ("gate", "up")]
         return LayerWeights(
             input_norm=weight("input_layernorm.weight", config.hidden_size),
             qkv=self.ops.weight(np.concatenate(qkv)),
             qkv_bias=self.ops.weight(np.concatenate(bias)) if bias else None,
-            q_norm=weight("self_attn.q_norm.weight", config.head_dim) if config.qk_norm else None,
-            k_norm=weight("self_attn.k_norm.weight", config.head_dim) if config.qk_norm else None,
+            qk_norm=self.ops.weight(np.concatenate(qk_norm)) if config.qk_norm else None,
             output=weight("self_attn.o_proj.weight", config.hidden_size, q_size),
             output_bias=weight("self_attn.o_proj.bias", config.hidden_size) if config.output_bias else None,
             post_norm=weight("post_attention_layernorm.weight", config.hidden_size),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +10,18 @@ import numpy as np
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.model.checkpoint import Checkpoint, ModelConfig
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.decoder import Decoder
-from fastdeploy_pd.model.ops.base import AttentionPlan, Ops, PromptSpan
+from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, PromptSpan
+from fastdeploy_pd.model.ops.environment import default_num_threads, prepare_environment
 from fastdeploy_pd.model.sampler import sample, token_logprobs
+from fastdeploy_pd.model.weights import Checkpoint
 from fastdeploy_pd.request import TokenLogprobs
 
 OPS_NAMES = ("paddle", "torch", "reference")
+MIN_GROUP_BLOCKS = 8  # shorter sequences are attended to together: padding costs less than another round of operations
+MAX_GROUP_TOKENS = 65536  # bounds the K and V that are gathered at once
 
 
 @dataclass(slots=True)
@@ -29,17 +33,21 @@ class StepOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
-def make_ops(name: str, dtype: str = "float32", num_threads: int | None = None) -> Ops:
+def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads: int | None = None) -> Ops:
     """Returns: a backend by name. Raises: ConfigError: unknown, not installed, or not for this dtype."""
     if name not in OPS_NAMES:
         raise ConfigError(f"--ops is {name!r}; it must be one of {', '.join(OPS_NAMES)}")
     if dtype != "float32" and name != "torch":
-        raise ConfigError(f"--dtype {dtype} needs --ops torch: on CPU {name} computes in float32")
+        raise ConfigError(
+            f"--dtype is {dtype!r}; with --ops {name} it must be float32 (torch computes in bfloat16 too)"
+        )
+    num_threads = default_num_threads() if num_threads is None else num_threads
+    prepare_environment()
     try:
         if name == "paddle":
             from fastdeploy_pd.model.ops.paddle import PaddleOps
 
-            return PaddleOps(num_threads)
+            return PaddleOps(config.num_heads, num_threads)
         if name == "torch":
             from fastdeploy_pd.model.ops.torch import TorchOps
 
@@ -68,15 +76,21 @@ class ModelRunner:
         """
         Args:
             pool: [layout.pool_bytes] uint8, shared with the transfer; K and V are written into it in place.
+            layout: what `kv_layout` gave for this model.
             dtype: compute type of weights and activations.
-            num_threads: threads of a product; the backend's default when None.
+            num_threads: threads of a product; OMP_NUM_THREADS or half the cores when None.
         Raises: ModelLoadError, ConfigError.
         """
         self.config = ModelConfig.from_directory(directory)
         self.layout = layout
-        ops = make_ops(ops_name, dtype, num_threads)
+        expected = self.kv_layout(self.config, layout.num_blocks, layout.block_size, layout.dtype)
+        if layout != expected:
+            raise ConfigError(f"the KV layout does not fit the model: {'; '.join(layout.differences(expected))}")
+        if pool.dtype != np.uint8 or pool.shape != (layout.pool_bytes,):
+            raise ConfigError(f"the KV pool is {pool.dtype}{list(pool.shape)}; it must be uint8[{layout.pool_bytes}]")
+        ops = make_ops(ops_name, self.config, dtype, num_threads)
+        self.caches = ops.cache(pool, layout)
         self.decoder = Decoder(self.config, Checkpoint(directory), ops)
-        self._caches = ops.cache(pool, layout)
 
     @staticmethod
     def kv_layout(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> KVLayout:
@@ -89,45 +103,33 @@ class ModelRunner:
         Args:
             on_layer: called with each layer's index as soon as its K and V are in the pool.
         Returns: one output a sequence, in the batch's order.
+        Raises: FastDeployPDError: a token id is not in the vocabulary, or the logits are not numbers.
         """
         token_ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)
+        self._check(batch, token_ids)
+        positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
         rows = self._logit_rows(batch)
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
-        logits = self.decoder.forward(token_ids, self._plan(batch), self._caches, flat_rows, on_layer)
+        plan = attention_plan(batch.sequences, self.layout.block_size)
+        logits = self.decoder.forward(token_ids, positions, plan, self.caches, flat_rows, on_layer)
         outputs, first = [], 0
         for sequence, wanted in zip(batch.sequences, rows, strict=True):
-            outputs.append(self._output(sequence, logits[first : first + len(wanted)]))
+            outputs.append(_output(sequence, logits[first : first + len(wanted)]))
             first += len(wanted)
         return outputs
 
-    def _plan(self, batch: Batch) -> AttentionPlan:
-        """Slots, positions, and which sequences are attended to one by one or all together."""
-        block_size = self.layout.block_size
-        positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
-        tables = [np.array(s.request.local.block_table, dtype=np.int64) for s in batch.sequences]
-        block_ids = np.concatenate(
-            [t[np.arange(s.start, s.stop) // block_size] for s, t in zip(batch.sequences, tables, strict=True)]
-        )
-        spans, singles, row = [], [], 0
-        for sequence, table in zip(batch.sequences, tables, strict=True):
-            num_blocks = -(-sequence.stop // block_size)
-            if sequence.num_tokens == 1:
-                singles.append((row, table[:num_blocks], sequence.stop))
-            else:
-                spans.append(PromptSpan(row, sequence.num_tokens, sequence.start, table[:num_blocks]))
-            row += sequence.num_tokens
-        padded = np.zeros((len(singles), max((len(t) for _, t, _ in singles), default=0)), np.int64)
-        for index, (_, table, _) in enumerate(singles):
-            padded[index, : len(table)] = table
-        return AttentionPlan(
-            block_ids,
-            positions % block_size,
-            positions,
-            spans,
-            np.array([r for r, _, _ in singles], np.int64),
-            padded,
-            np.array([n for _, _, n in singles], np.int64),
-        )
+    def _check(self, batch: Batch, token_ids: np.ndarray) -> None:
+        """Backends don't look where they read: an id past the table would be someone else's memory."""
+        is_known = (token_ids >= 0) & (token_ids < self.config.vocab_size)
+        if is_known.all():
+            return
+        for sequence in batch.sequences:
+            for token_id in sequence.token_ids:
+                if not 0 <= token_id < self.config.vocab_size:
+                    raise FastDeployPDError(
+                        f"request {sequence.request.request_id} has token id {token_id}; it must be between 0 and "
+                        f"{self.config.vocab_size - 1}"
+                    )
 
     def _logit_rows(self, batch: Batch) -> list[list[int]]:
         """Rows whose logits are needed: the last where a token is sampled, those before prompt tokens where asked for."""
@@ -135,27 +137,88 @@ class ModelRunner:
         for sequence in batch.sequences:
             wanted = []
             if sequence.request.sampling.prompt_logprobs is not None:
-                wanted = [first + p - 1 - sequence.start for p in self._scored_positions(sequence)]
+                wanted = [first + p - 1 - sequence.start for p in _scored_positions(sequence)]
             if sequence.needs_sample:
                 wanted.append(first + sequence.num_tokens - 1)
             rows.append(wanted)
             first += sequence.num_tokens
         return rows
 
-    def _scored_positions(self, sequence: ScheduledSequence) -> range:
-        """Prompt positions whose log-probability this step's logits give: (start, stop], within the prompt."""
-        return range(sequence.start + 1, min(sequence.stop, len(sequence.request.prompt_token_ids) - 1) + 1)
 
-    def _output(self, sequence: ScheduledSequence, logits: np.ndarray) -> StepOutput:
-        request, sampling = sequence.request, sequence.request.sampling
-        output = StepOutput()
-        if sampling.prompt_logprobs is not None:
-            scored: list[TokenLogprobs | None] = [None] if sequence.start == 0 else []
-            for row, position in enumerate(self._scored_positions(sequence)):
-                scored.append(token_logprobs(logits[row], request.prompt_token_ids[position], sampling.prompt_logprobs))
-            output.prompt_logprobs = tuple(scored)
-        if sequence.needs_sample:
-            output.token_id = sample(logits[-1], request)
-            if sampling.logprobs is not None:
-                output.logprobs = token_logprobs(logits[-1], output.token_id, sampling.logprobs)
-        return output
+def attention_plan(sequences: Sequence[ScheduledSequence], block_size: int) -> AttentionPlan:
+    """Where a step's K and V go, and which sequences are attended to one by one or together."""
+    block_ids: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
+    fresh_blocks: list[int] = []
+    spans: list[PromptSpan] = []
+    singles: list[tuple[int, np.ndarray, int]] = []
+    row = 0
+    for sequence in sequences:
+        start, stop = sequence.start, sequence.stop
+        table = np.array(sequence.request.local.block_table[: -(-stop // block_size)], dtype=np.int64)
+        places = np.arange(start, stop, dtype=np.int64)
+        block_ids.append(table[places // block_size])
+        offsets.append(places % block_size)
+        last_begin = stop // block_size * block_size
+        if start <= last_begin < stop:
+            fresh_blocks.append(int(table[-1]))
+        if stop - start == 1:
+            singles.append((row, table, stop))
+        else:
+            spans.append(PromptSpan(row, stop - start, start, table))
+        row += stop - start
+    return AttentionPlan(
+        np.concatenate(block_ids),
+        np.concatenate(offsets),
+        np.array(fresh_blocks, dtype=np.int64),
+        spans,
+        decode_groups(singles, block_size),
+    )
+
+
+def decode_groups(singles: list[tuple[int, np.ndarray, int]], block_size: int) -> list[DecodeGroup]:
+    """Group one-token sequences by length, so that a long one doesn't pad all the others to its own.
+
+    Args:
+        singles: (row, [ceil(length / block_size)] block ids, length) each, in rising order of row.
+    """
+    by_width: dict[int, list[tuple[int, np.ndarray, int]]] = {}
+    for single in singles:
+        width = max(MIN_GROUP_BLOCKS, 1 << (len(single[1]) - 1).bit_length())
+        by_width.setdefault(width, []).append(single)
+    groups = []
+    for width in sorted(by_width):
+        members = by_width[width]
+        most = max(1, MAX_GROUP_TOKENS // (width * block_size))
+        groups += [_decode_group(members[i : i + most]) for i in range(0, len(members), most)]
+    return groups
+
+
+def _decode_group(members: list[tuple[int, np.ndarray, int]]) -> DecodeGroup:
+    tables = np.empty((len(members), max(len(table) for _, table, _ in members)), np.int64)
+    for index, (_, table, _) in enumerate(members):
+        tables[index, : len(table)] = table
+        tables[index, len(table) :] = table[0]
+    rows, lengths = ([m[field] for m in members] for field in (0, 2))
+    return DecodeGroup(np.array(rows, np.int64), tables, np.array(lengths, np.int64))
+
+
+def _scored_positions(sequence: ScheduledSequence) -> range:
+    """Prompt positions whose log-probability this step's logits give: (start, stop], within the prompt."""
+    return range(sequence.start + 1, min(sequence.stop, len(sequence.request.prompt_token_ids) - 1) + 1)
+
+
+def _output(sequence: ScheduledSequence, logits: np.ndarray) -> StepOutput:
+    """What a sequence asked for, from its rows of logits."""
+    request, sampling = sequence.request, sequence.request.sampling
+    output = StepOutput()
+    if sampling.prompt_logprobs is not None:
+        scored: list[TokenLogprobs | None] = [None] if sequence.start == 0 else []
+        for row, position in enumerate(_scored_positions(sequence)):
+            scored.append(token_logprobs(logits[row], request.prompt_token_ids[position], sampling.prompt_logprobs))
+        output.prompt_logprobs = tuple(scored)
+    if sequence.needs_sample:
+        output.token_id = sample(logits[-1], request)
+        if sampling.logprobs is not None:
+            output.logprobs = token_logprobs(logits[-1], output.token_id, sampling.logprobs)
+    return output

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from fastdeploy_pd.core.batch import ScheduledSequence
+from fastdeploy_pd.model.runner import attention_plan
 from tests.model.tiny import FAMILIES, TinyEngine, write_checkpoint
 
 OPS = ("reference", "paddle", "torch")
@@ -42,18 +44,12 @@ def test_logits(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> 
         prompt = prompt_of(length)
         with torch.no_grad():
             expected = model(torch.tensor([prompt])).logits[0].numpy()
-        seen: list[np.ndarray] = []
-        forward = engine.runner.decoder.forward
-
-        def spy(ids, plan, caches, rows, on_layer, forward=forward, seen=seen):
-            logits = forward(ids, plan, caches, np.arange(len(ids)), on_layer)
-            seen.append(logits)
-            return logits[rows]
-
-        engine.runner.decoder.forward = spy
-        engine.step([engine.request(prompt)])
-        engine.runner.decoder.forward = forward
-        assert np.abs(seen[0] - expected).max() <= 1e-4 * np.abs(expected).max()
+        sequence = ScheduledSequence(engine.request(prompt), 0, length)
+        rows = np.arange(length)
+        plan = attention_plan([sequence], engine.layout.block_size)
+        runner = engine.runner
+        logits = runner.decoder.forward(np.array(prompt), rows, plan, runner.caches, rows, None)
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -74,17 +70,24 @@ def test_chunks_and_batches_change_nothing(family: tuple[Path, transformers.PreT
     assert together == expected
 
 
-def test_one_backend_continues_what_another_began(family: tuple[Path, transformers.PreTrainedModel]) -> None:
+@pytest.mark.parametrize(
+    ("first_ops", "second_ops"), [("paddle", "torch"), ("torch", "paddle"), ("paddle", "reference")]
+)
+def test_one_backend_continues_what_another_began(
+    family: tuple[Path, transformers.PreTrainedModel], first_ops: str, second_ops: str
+) -> None:
+    """What one writes lies in the pool's bytes; what is put into the other's bytes is what it attends to."""
     directory, model = family
     prompt = prompt_of(70)
-    first, second = TinyEngine(directory, "paddle"), TinyEngine(directory, "torch")
+    first, second = TinyEngine(directory, first_ops), TinyEngine(directory, second_ops)
+    second.generate([second.request(prompt_of(90), 2)])
     request = first.request(prompt, 10)
     first.step([request])
     second.pool[:] = first.pool
     assert second.generate([request]) == [reference_tokens(model, prompt, 10)]
 
 
-@pytest.mark.parametrize("ops", ("paddle", "torch"))
+@pytest.mark.parametrize("ops", ["paddle", "torch"])
 def test_prompt_logprobs_do_not_depend_on_chunks(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> None:
     directory, model = family
     prompt = prompt_of(50)

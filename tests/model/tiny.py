@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ LLAMA3 = {
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
     "llama3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama_linear": (
+        transformers.LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "attention_bias": True},
+    ),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 12, "tie_word_embeddings": True}),
 }
@@ -61,11 +66,19 @@ def write_checkpoint(family: str, directory: Path, shard: bool = False) -> trans
 class TinyEngine:
     """Runs one or several requests on one backend, with as many or as few tokens a step as asked."""
 
-    def __init__(self, directory: Path, ops: str, block_size: int = 64, num_blocks: int = 64) -> None:
-        self.layout = ModelRunner.kv_layout(ModelConfig.from_directory(directory), num_blocks, block_size, "float32")
+    def __init__(
+        self,
+        directory: Path,
+        ops: str,
+        block_size: int = 64,
+        num_blocks: int = 64,
+        kv_dtype: str = "float32",
+        dtype: str = "float32",
+    ) -> None:
+        self.layout = ModelRunner.kv_layout(ModelConfig.from_directory(directory), num_blocks, block_size, kv_dtype)
         self.pool = np.zeros(self.layout.pool_bytes, np.uint8)
         self.blocks = BlockPool(num_blocks, block_size)
-        self.runner = ModelRunner(directory, ops, self.pool, self.layout)
+        self.runner = ModelRunner(directory, ops, self.pool, self.layout, dtype, num_threads=1)
 
     def request(self, prompt: list[int], max_tokens: int = 8, **sampling: object) -> Request:
         """Returns: a request with a block table of its own for all its tokens."""
@@ -75,13 +88,15 @@ class TinyEngine:
         request.local.block_table = self.blocks.allocate(self.blocks.num_blocks_for(len(prompt) + max_tokens))
         return request
 
-    def step(self, requests: list[Request], chunk: int = 10**9) -> list[StepOutput]:
+    def step(
+        self, requests: list[Request], chunk: int = 10**9, on_layer: Callable[[int], None] | None = None
+    ) -> list[StepOutput]:
         """Compute up to `chunk` tokens of each request; append what was sampled."""
         sequences = []
         for request in requests:
             start = request.local.num_computed_tokens
             sequences.append(ScheduledSequence(request, start, min(request.num_tokens, start + chunk)))
-        outputs = self.runner.execute(Batch(sequences, self.layout.block_size))
+        outputs = self.runner.execute(Batch(sequences, self.layout.block_size), on_layer)
         for sequence, output in zip(sequences, outputs, strict=True):
             sequence.request.local.num_computed_tokens = sequence.stop
             if output.token_id is not None:

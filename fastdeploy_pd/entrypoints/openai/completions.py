@@ -92,7 +92,7 @@ async def stream_completion(
     try:
         async for choice, delta in deltas:
             text, logprobs = _render(body, tokenizer, choice, delta, states[choice.index])
-            if text or logprobs or delta.finish_reason is not None:
+            if text or logprobs or body.return_token_ids or delta.finish_reason is not None:
                 reason = b'"%s"' % delta.finish_reason.value.encode() if delta.finish_reason is not None else b"null"
                 ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if body.return_token_ids else b""
                 yield event(

@@ -1,49 +1,55 @@
-"""The operations in PaddlePaddle, on CPU, in float32: its CPU build has no bfloat16 matrix product, and its fused attention is ten
-times slower there than two products and a softmax."""
+"""The operations in PaddlePaddle, on CPU, in float32: its CPU build has no bfloat16 matrix product.
+
+What shapes this file, measured on Paddle 3.3.1: its fused attention is ten times slower on CPU than two products and a softmax;
+copying a transposed view costs as much as the products, so K and V are gathered in attention's order; broadcasting over a middle
+dimension is 25 times slower than multiplying equal shapes, so masks and rotations are expanded once a step. What must be set in
+the environment before Paddle is imported: `environment.py`.
+"""
+
+# Paddle has few types.
+# mypy: disable-error-code="attr-defined, no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-
-# Paddle warns about thread settings and compilers at import; neither concerns a server.
-os.environ.setdefault("GLOG_minloglevel", "2")
-# The MKL inside Paddle takes its slowest path on processors that are not Intel's; this names the AVX2 path (measured on an
-# EPYC: 1000x256x1280 in 7.9 instead of 17.6 ms).
-_CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-if "AuthenticAMD" in _CPU and " avx2" in _CPU:
-    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
 
 import numpy as np
 import paddle
 import paddle.nn.functional as functional
 
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.model.ops.base import AttentionPlan, PromptSpan
+from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 from fastdeploy_pd.model.ops.reference import numpy_cache
 
-QUERY_ROWS = 512  # rows of a prompt attended to at once: bounds the score matrix
-NEGATIVE = -1e30  # instead of -inf: a fully masked padding row must not become NaN
+QUERY_ROWS = 128
 
 
 @dataclass(slots=True)
 class _Cache:
-    """One layer's blocks. NumPy gathers and scatters them: Paddle's CPU kernels for strided copies are 30 times slower."""
+    """One layer's blocks, twice over the same bytes: Paddle reads rows of one head of one block, NumPy writes in place."""
 
-    array: np.ndarray
+    tensor: paddle.Tensor  #: [num_blocks * 2 * num_kv_heads, block_size * head_dim]; float16 as int16 words
+    array: np.ndarray  #: [num_blocks, 2, num_kv_heads, block_size, head_dim]
+
+
+@dataclass(slots=True)
+class _Rows:
+    keys: paddle.Tensor  #: rows of a _Cache's tensor, in attention's order
+    values: paddle.Tensor
+
+
+@dataclass(slots=True)
+class _Group:
+    q_rows: paddle.Tensor | None  #: None: all rows
+    mask: paddle.Tensor  #: [num_sequences, num_kv_heads, heads / num_kv_heads, num_slots] added to the scores
+    rows: _Rows
 
 
 @dataclass(slots=True)
 class _Plan:
     numpy: AttentionPlan
-    single_rows: paddle.Tensor
-    single_mask: paddle.Tensor
-
-
-def _wrap(array: np.ndarray) -> paddle.Tensor:
-    """Returns: a tensor over the array's memory, copied only where that is not contiguous."""
-    return paddle.utils.dlpack.from_dlpack(np.ascontiguousarray(array).__dlpack__())
+    spans: list[tuple[PromptSpan, _Rows]]
+    groups: list[_Group]
 
 
 class PaddleOps:
@@ -51,31 +57,47 @@ class PaddleOps:
 
     name = "paddle"
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_heads: int, num_threads: int) -> None:
         paddle.set_device("cpu")
         paddle.set_grad_enabled(False)
-        self._block_size = 0
-        if num_threads is not None:
-            paddle.core.set_num_threads(num_threads)
+        paddle.core.set_num_threads(num_threads)
+        self._num_heads = num_heads
 
     def weight(self, array: np.ndarray) -> paddle.Tensor:
-        """See base. Matrices are transposed once: that is the layout Paddle's product likes."""
+        """See base."""
         return paddle.to_tensor(np.ascontiguousarray(array, dtype=np.float32))
 
     def cache(self, pool: np.ndarray, layout: KVLayout) -> list[_Cache]:
         """See base."""
-        self._block_size = layout.block_size
-        return [_Cache(array) for array in numpy_cache(pool, layout)]
+        self._layout = layout
+        caches = []
+        for array in numpy_cache(pool, layout):
+            rows = array.reshape(-1, layout.block_size * layout.head_dim)
+            if layout.dtype == "float16":
+                rows = rows.view(np.int16)  # Paddle's CPU build cannot gather float16
+            caches.append(_Cache(paddle.utils.dlpack.from_dlpack(rows.__dlpack__()), array))
+        return caches
 
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See base."""
-        num_slots = plan.single_tables.shape[1] * self._block_size
-        is_past = np.arange(num_slots)[None, :] >= plan.single_lengths[:, None]
-        mask = np.where(is_past, np.float32(NEGATIVE), np.float32(0))[:, None, :]
-        return _Plan(
-            plan,
-            paddle.to_tensor(plan.single_rows),
-            paddle.to_tensor(mask),
+        spans = [(span, self._rows(span.block_ids)) for span in plan.spans]
+        return _Plan(plan, spans, [self._group(plan, group) for group in plan.groups])
+
+    def _rows(self, block_ids: np.ndarray) -> _Rows:
+        keys, values = head_rows(block_ids, self._layout.num_kv_heads)
+        return _Rows(paddle.to_tensor(keys.reshape(-1)), paddle.to_tensor(values.reshape(-1)))
+
+    def _group(self, plan: AttentionPlan, group: DecodeGroup) -> _Group:
+        num_slots = group.tables.shape[1] * self._layout.block_size
+        is_past = np.arange(num_slots)[None, :] >= group.lengths[:, None]
+        mask = np.where(is_past, np.float32(-np.inf), np.float32(0))[:, None, None, :]
+        num_kv_heads = self._layout.num_kv_heads
+        shape = (len(group.rows), num_kv_heads, self._num_heads // num_kv_heads, num_slots)
+        is_all = len(group.rows) == len(plan.block_ids)
+        return _Group(
+            None if is_all else paddle.to_tensor(group.rows),
+            paddle.to_tensor(np.ascontiguousarray(np.broadcast_to(mask, shape))),
+            self._rows(group.tables),
         )
 
     def embedding(self, table: paddle.Tensor, token_ids: np.ndarray) -> paddle.Tensor:
@@ -96,14 +118,23 @@ class PaddleOps:
         gate, up = paddle.chunk(gate_up, 2, axis=-1)
         return functional.silu(gate) * up
 
-    def split_heads(self, x: paddle.Tensor, sizes: tuple[int, ...], head_dim: int) -> list[paddle.Tensor]:
+    def heads(self, x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
         """See base."""
-        return paddle.split(x.reshape([x.shape[0], -1, head_dim]), list(sizes), axis=1)
+        return x.reshape([x.shape[0], -1, head_dim])
 
-    def rotary(self, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+    def split_heads(self, x: paddle.Tensor, sizes: tuple[int, ...]) -> list[paddle.Tensor]:
         """See base."""
-        first, second = paddle.chunk(x, 2, axis=-1)
-        return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return paddle.split(x, list(sizes), axis=1)
+
+    def rotation(self, angles: np.ndarray, num_heads: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """See base."""
+        cos, sin = (np.repeat(t[:, None], num_heads, axis=1).astype(np.float32) for t in signed_tables(angles))
+        return paddle.to_tensor(cos), paddle.to_tensor(sin)
+
+    def rotary(self, x: paddle.Tensor, rotation: tuple[paddle.Tensor, paddle.Tensor]) -> paddle.Tensor:
+        """See base."""
+        cos, sin = rotation
+        return x * cos + paddle.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
     def rows(self, table: paddle.Tensor, indices: np.ndarray) -> paddle.Tensor:
         """See base."""
@@ -111,60 +142,55 @@ class PaddleOps:
 
     def write_kv(self, cache: _Cache, plan: _Plan, k: paddle.Tensor, v: paddle.Tensor) -> None:
         """See base."""
-        numpy_plan = plan.numpy
-        cache.array[numpy_plan.block_ids, 0, :, numpy_plan.offsets] = k.numpy()
-        cache.array[numpy_plan.block_ids, 1, :, numpy_plan.offsets] = v.numpy()
+        where = plan.numpy
+        cache.array[where.fresh_blocks] = 0
+        cache.array[where.block_ids, 0, :, where.offsets] = k.numpy()
+        cache.array[where.block_ids, 1, :, where.offsets] = v.numpy()
 
     def attention(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
         """See base."""
-        spans = plan.numpy.spans
-        if not spans:
-            return self._attend_singles(q, cache, plan)
-        pieces = [(span.row, self._attend_prompt(q, cache, span)) for span in spans]
-        if len(plan.numpy.single_rows) == 0 and len(pieces) == 1:
-            return pieces[0][1]
+        if not plan.spans and len(plan.groups) == 1:
+            return self._attend_group(q, cache, plan.groups[0])
+        if len(plan.spans) == 1 and not plan.groups:
+            return self._attend_prompt(q, cache, *plan.spans[0])
         out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
-        for row, piece in pieces:
-            out[row : row + piece.shape[0]] = piece.numpy()
-        if len(plan.numpy.single_rows):
-            singles = self._attend_singles(paddle.gather(q, plan.single_rows), cache, plan)
-            out[plan.numpy.single_rows] = singles.numpy()
+        for span, rows in plan.spans:
+            out[span.row : span.row + span.num_tokens] = self._attend_prompt(q, cache, span, rows).numpy()
+        for where, group in zip(plan.numpy.groups, plan.groups, strict=True):
+            picked = q if group.q_rows is None else paddle.gather(q, group.q_rows)
+            out[where.rows] = self._attend_group(picked, cache, group).numpy()
         return paddle.to_tensor(out)
 
-    def _attend_prompt(self, q: paddle.Tensor, cache: _Cache, span: PromptSpan) -> paddle.Tensor:
-        num_heads, head_dim = q.shape[1], q.shape[2]
-        num_kv_heads = cache.array.shape[2]
-        blocks = cache.array[span.block_ids]  # [blocks, 2, kv_heads, block_size, head_dim]
-        keys, values = (blocks[:, i].transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim) for i in (0, 1))
+    def _keys_values(self, cache: _Cache, rows: _Rows, shape: list[int]) -> tuple[paddle.Tensor, paddle.Tensor]:
+        keys, values = (paddle.gather(cache.tensor, index).reshape(shape) for index in (rows.keys, rows.values))
+        if self._layout.dtype == "float16":
+            keys, values = (paddle.view(words, "float16").astype("float32") for words in (keys, values))
+        return keys, values
+
+    def _attend_prompt(self, q: paddle.Tensor, cache: _Cache, span: PromptSpan, rows: _Rows) -> paddle.Tensor:
+        num_kv_heads, head_dim, num_heads = self._layout.num_kv_heads, q.shape[2], q.shape[1]
+        keys, values = self._keys_values(cache, rows, [num_kv_heads, 1, -1, head_dim])
+        step = tile_rows(num_heads, span.start + span.num_tokens, QUERY_ROWS)
         pieces = []
-        for first in range(0, span.num_tokens, QUERY_ROWS):
-            last = min(first + QUERY_ROWS, span.num_tokens)
-            num_rows, seen = last - first, span.start + last  # the causal mask makes everything after `seen` invisible
-            rows = q[span.row + first : span.row + last].reshape([num_rows, num_kv_heads, -1, head_dim])
-            grouped = (rows.transpose([1, 2, 0, 3]) * head_dim**-0.5).reshape([num_kv_heads, -1, head_dim])
-            scores = paddle.matmul(grouped, _wrap(keys[:, :seen]), transpose_y=True)
+        for first in range(0, span.num_tokens, step):
+            last = min(first + step, span.num_tokens)
+            seen = span.start + last  # the causal mask makes everything after it invisible
+            tile = q[span.row + first : span.row + last].reshape([last - first, num_kv_heads, -1, head_dim])
+            grouped = tile.transpose([1, 2, 0, 3]) * head_dim**-0.5
             is_future = np.arange(seen)[None, :] > np.arange(span.start + first, seen)[:, None]
-            mask = _wrap(np.where(is_future, np.float32(NEGATIVE), np.float32(0)))
-            weights = functional.softmax(scores.reshape([num_heads, num_rows, seen]) + mask, axis=-1)
-            attended = paddle.matmul(weights.reshape([num_kv_heads, -1, seen]), _wrap(values[:, :seen]))
-            pieces.append(
-                attended.reshape([num_heads, num_rows, head_dim]).transpose([1, 0, 2]).reshape([num_rows, -1])
-            )
+            mask = paddle.to_tensor(np.where(is_future, np.float32(-np.inf), np.float32(0)))
+            scores = paddle.matmul(grouped, keys[:, :, :seen], transpose_y=True) + mask
+            attended = paddle.matmul(functional.softmax(scores, axis=-1), values[:, :, :seen])
+            pieces.append(attended.transpose([2, 0, 1, 3]).reshape([last - first, -1]))
         return pieces[0] if len(pieces) == 1 else paddle.concat(pieces, axis=0)
 
-    def _attend_singles(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
-        num_single, num_heads, head_dim = q.shape
-        num_kv_heads = cache.array.shape[2]
-        blocks = cache.array[plan.numpy.single_tables]  # [single, blocks, 2, kv_heads, block_size, head_dim]
-        keys, values = (
-            _wrap(blocks[:, :, i].transpose(0, 2, 1, 3, 4).reshape(num_single * num_kv_heads, -1, head_dim))
-            for i in (0, 1)
-        )
-        grouped = q.reshape([num_single * num_kv_heads, num_heads // num_kv_heads, head_dim]) * head_dim**-0.5
-        scores = paddle.matmul(grouped, keys, transpose_y=True).reshape([num_single, num_heads, -1])
-        weights = functional.softmax(scores + plan.single_mask, axis=-1)
-        attended = paddle.matmul(weights.reshape([num_single * num_kv_heads, num_heads // num_kv_heads, -1]), values)
-        return attended.reshape([num_single, -1])
+    def _attend_group(self, q: paddle.Tensor, cache: _Cache, group: _Group) -> paddle.Tensor:
+        num_sequences, num_heads, head_dim = q.shape
+        num_kv_heads = self._layout.num_kv_heads
+        keys, values = self._keys_values(cache, group.rows, [num_sequences, num_kv_heads, -1, head_dim])
+        grouped = (q * head_dim**-0.5).reshape([num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim])
+        scores = paddle.matmul(grouped, keys, transpose_y=True) + group.mask
+        return paddle.matmul(functional.softmax(scores, axis=-1), values).reshape([num_sequences, -1])
 
     def to_numpy(self, x: paddle.Tensor) -> np.ndarray:
         """See base."""

@@ -1,20 +1,26 @@
 """The oracle: every operation in NumPy float64, sequence by sequence, written for reading rather than for speed."""
 
+# NumPy's operators on arrays of any type.
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan
+
+KV_TYPES = ("float32", "float16")
 
 
 def numpy_cache(pool: np.ndarray, layout: KVLayout) -> list[np.ndarray]:
     """Returns: the pool's layers as [num_blocks, 2, num_kv_heads, block_size, head_dim] views of its bytes.
 
-    Raises: ValueError: the layout's dtype is not one NumPy has.
+    Raises: ConfigError: the layout's dtype is not one NumPy has.
     """
-    if layout.dtype not in ("float32", "float16"):
-        raise ValueError(f"KV dtype {layout.dtype} is not supported on this backend; use float32 or float16")
+    if layout.dtype not in KV_TYPES:
+        raise ConfigError(f"KV dtype is {layout.dtype!r}; without --ops torch it must be one of {', '.join(KV_TYPES)}")
     shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     return list(pool.view(layout.dtype).reshape(shape))
 
@@ -54,15 +60,23 @@ class ReferenceOps:
         gate, up = np.split(gate_up, 2, axis=-1)
         return gate / (1.0 + np.exp(-gate)) * up
 
-    def split_heads(self, x: np.ndarray, sizes: tuple[int, ...], head_dim: int) -> list[np.ndarray]:
+    def heads(self, x: np.ndarray, head_dim: int) -> np.ndarray:
         """See base."""
-        heads = x.reshape(x.shape[0], -1, head_dim)
-        return np.split(heads, np.cumsum(sizes)[:-1], axis=1)
+        return x.reshape(x.shape[0], -1, head_dim)
 
-    def rotary(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    def split_heads(self, x: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
         """See base."""
+        return np.split(x, np.cumsum(sizes)[:-1], axis=1)
+
+    def rotation(self, angles: np.ndarray, num_heads: int) -> np.ndarray:
+        """See base."""
+        return np.exp(1j * angles)[:, None, :]
+
+    def rotary(self, x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+        """See base. A pair of dimensions is a complex number; turning it is multiplying it."""
         first, second = np.split(x, 2, axis=-1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        turned = (first + 1j * second) * rotation
+        return np.concatenate([turned.real, turned.imag], axis=-1)
 
     def rows(self, table: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """See base."""
@@ -70,6 +84,7 @@ class ReferenceOps:
 
     def write_kv(self, cache: np.ndarray, plan: AttentionPlan, k: np.ndarray, v: np.ndarray) -> None:
         """See base."""
+        cache[plan.fresh_blocks] = 0
         cache[plan.block_ids, 0, :, plan.offsets] = k
         cache[plan.block_ids, 1, :, plan.offsets] = v
 
@@ -79,9 +94,9 @@ class ReferenceOps:
         for span in plan.spans:
             rows = slice(span.row, span.row + span.num_tokens)
             out[rows] = self._attend(q[rows], cache, span.block_ids, span.start)
-        for row, table, length in zip(plan.single_rows, plan.single_tables, plan.single_lengths, strict=True):
-            num_blocks = -(-int(length) // cache.shape[3])
-            out[row] = self._attend(q[row : row + 1], cache, table[:num_blocks], int(length) - 1)[0]
+        for group in plan.groups:
+            for row, table, length in zip(group.rows, group.tables, group.lengths, strict=True):
+                out[row] = self._attend(q[row : row + 1], cache, table, int(length) - 1)[0]
         return out
 
     def _attend(self, q: np.ndarray, cache: np.ndarray, block_ids: np.ndarray, start: int) -> np.ndarray:

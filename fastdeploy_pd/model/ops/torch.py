@@ -1,4 +1,7 @@
-"""The operations in PyTorch, on CPU."""
+"""The operations in PyTorch, on CPU, in float32 or bfloat16."""
+
+# Torch has types in part.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
@@ -9,20 +12,34 @@ import torch
 import torch.nn.functional as functional
 
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.model.ops.base import AttentionPlan, PromptSpan
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-QUERY_ROWS = 512  # rows of a prompt attended to at once: bounds the score matrix
+COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_TYPES = {**COMPUTE_TYPES, "float16": torch.float16}
+QUERY_ROWS = 128
+
+
+@dataclass(slots=True)
+class _Rows:
+    keys: torch.Tensor  #: rows of a layer seen as heads of blocks, in attention's order
+    values: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Group:
+    q_rows: torch.Tensor
+    mask: torch.Tensor  #: [num_sequences, 1, 1, num_slots] added to the scores
+    rows: _Rows
 
 
 @dataclass(slots=True)
 class _Plan:
     block_ids: torch.Tensor
     offsets: torch.Tensor
-    spans: list[tuple[PromptSpan, torch.Tensor]]
-    single_rows: torch.Tensor
-    single_tables: torch.Tensor
-    single_mask: torch.Tensor  # [num_single, 1, 1, max_tokens] added to the scores
+    fresh_blocks: torch.Tensor
+    spans: list[tuple[PromptSpan, _Rows]]
+    groups: list[_Group]
 
 
 class TorchOps:
@@ -30,13 +47,12 @@ class TorchOps:
 
     name = "torch"
 
-    def __init__(self, dtype: str, num_threads: int | None = None) -> None:
-        """Raises: KeyError: dtype is not in DTYPES."""
-        self.dtype = DTYPES[dtype]
-        self._block_size = 0
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
-        torch.set_grad_enabled(False)
+    def __init__(self, dtype: str, num_threads: int) -> None:
+        """Raises: ConfigError: dtype is not one it computes in."""
+        if dtype not in COMPUTE_TYPES:
+            raise ConfigError(f"--dtype is {dtype!r}; with --ops torch it must be one of {', '.join(COMPUTE_TYPES)}")
+        self.dtype = COMPUTE_TYPES[dtype]
+        torch.set_num_threads(num_threads)
 
     def weight(self, array: np.ndarray) -> torch.Tensor:
         """See base."""
@@ -44,24 +60,31 @@ class TorchOps:
 
     def cache(self, pool: np.ndarray, layout: KVLayout) -> list[torch.Tensor]:
         """See base."""
-        self._block_size = layout.block_size
+        if layout.dtype not in KV_TYPES:
+            raise ConfigError(f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(KV_TYPES)}")
+        self._layout = layout
         shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        return list(torch.from_numpy(pool).view(DTYPES[layout.dtype]).view(shape))
+        return list(torch.from_numpy(pool).view(KV_TYPES[layout.dtype]).view(shape))
 
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See base."""
-        tables = torch.from_numpy(plan.single_tables)
-        num_slots = tables.shape[1] * self._block_size
-        is_past = torch.arange(num_slots)[None, :] >= torch.from_numpy(plan.single_lengths)[:, None]
-        mask = torch.zeros(is_past.shape, dtype=self.dtype).masked_fill_(is_past, float("-inf"))
         return _Plan(
             torch.from_numpy(plan.block_ids),
             torch.from_numpy(plan.offsets),
-            [(span, torch.from_numpy(span.block_ids)) for span in plan.spans],
-            torch.from_numpy(plan.single_rows),
-            tables,
-            mask[:, None, None, :],
+            torch.from_numpy(plan.fresh_blocks),
+            [(span, self._rows(span.block_ids)) for span in plan.spans],
+            [self._group(group) for group in plan.groups],
         )
+
+    def _rows(self, block_ids: np.ndarray) -> _Rows:
+        keys, values = head_rows(block_ids, self._layout.num_kv_heads)
+        return _Rows(torch.from_numpy(keys.reshape(-1)), torch.from_numpy(values.reshape(-1)))
+
+    def _group(self, group: DecodeGroup) -> _Group:
+        num_slots = group.tables.shape[1] * self._layout.block_size
+        is_past = torch.arange(num_slots)[None, :] >= torch.from_numpy(group.lengths)[:, None]
+        mask = torch.zeros(is_past.shape, dtype=self.dtype).masked_fill_(is_past, float("-inf"))
+        return _Group(torch.from_numpy(group.rows), mask[:, None, None, :], self._rows(group.tables))
 
     def embedding(self, table: torch.Tensor, token_ids: np.ndarray) -> torch.Tensor:
         """See base."""
@@ -73,21 +96,31 @@ class TorchOps:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See base."""
-        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+        return functional.rms_norm(x, (x.shape[-1],), None, eps) * weight
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See base."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    def split_heads(self, x: torch.Tensor, sizes: tuple[int, ...], head_dim: int) -> list[torch.Tensor]:
+    def heads(self, x: torch.Tensor, head_dim: int) -> torch.Tensor:
         """See base."""
-        return list(x.view(x.shape[0], -1, head_dim).split(sizes, dim=1))
+        return x.view(x.shape[0], -1, head_dim)
 
-    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def split_heads(self, x: torch.Tensor, sizes: tuple[int, ...]) -> list[torch.Tensor]:
         """See base."""
+        return list(x.split(sizes, dim=1))
+
+    def rotation(self, angles: np.ndarray, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See base."""
+        cos, sin = (torch.from_numpy(t).to(self.dtype)[:, None, :] for t in signed_tables(angles))
+        return cos, sin
+
+    def rotary(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """See base."""
+        cos, sin = rotation
         first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
     def rows(self, table: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         """See base."""
@@ -95,46 +128,52 @@ class TorchOps:
 
     def write_kv(self, cache: torch.Tensor, plan: _Plan, k: torch.Tensor, v: torch.Tensor) -> None:
         """See base."""
+        if len(plan.fresh_blocks):
+            cache[plan.fresh_blocks] = 0
         cache[plan.block_ids, 0, :, plan.offsets] = k.to(cache.dtype)
         cache[plan.block_ids, 1, :, plan.offsets] = v.to(cache.dtype)
 
     def attention(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """See base."""
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype)
-        for span, block_ids in plan.spans:
-            self._attend_prompt(q, cache, span, block_ids, out)
-        if len(plan.single_rows):
-            out[plan.single_rows] = self._attend_singles(q[plan.single_rows], cache, plan)
+        for span, rows in plan.spans:
+            self._attend_prompt(q, cache, span, rows, out)
+        for group in plan.groups:
+            out[group.q_rows] = self._attend_group(q[group.q_rows], cache, group)
         return out
 
-    def _attend_prompt(
-        self, q: torch.Tensor, cache: torch.Tensor, span: PromptSpan, block_ids: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        num_kv_heads, head_dim, stop = cache.shape[2], q.shape[2], span.start + span.num_tokens
-        blocks = cache[block_ids].to(q.dtype)
+    def _keys_values(self, cache: torch.Tensor, rows: _Rows, shape: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        heads_of_blocks = cache.view(-1, cache.shape[3] * cache.shape[4])
         keys, values = (
-            blocks[:, i].transpose(0, 1).reshape(num_kv_heads, 1, -1, head_dim)[:, :, :stop] for i in (0, 1)
+            heads_of_blocks.index_select(0, index).view(shape).to(self.dtype) for index in (rows.keys, rows.values)
         )
-        for first in range(0, span.num_tokens, QUERY_ROWS):
-            last = min(first + QUERY_ROWS, span.num_tokens)
-            rows = slice(span.row + first, span.row + last)
+        return keys, values
+
+    def _attend_prompt(
+        self, q: torch.Tensor, cache: torch.Tensor, span: PromptSpan, rows: _Rows, out: torch.Tensor
+    ) -> None:
+        num_kv_heads, head_dim, num_heads = cache.shape[2], q.shape[2], q.shape[1]
+        keys, values = self._keys_values(cache, rows, [num_kv_heads, 1, -1, head_dim])
+        step = tile_rows(num_heads, span.start + span.num_tokens, QUERY_ROWS)
+        for first in range(0, span.num_tokens, step):
+            last = min(first + step, span.num_tokens)
+            tile = slice(span.row + first, span.row + last)
             seen = span.start + last  # the causal mask makes everything after it invisible
-            grouped = q[rows].view(last - first, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+            grouped = q[tile].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
             visible = torch.arange(seen)[None, :] <= torch.arange(span.start + first, seen)[:, None]
             shape = (num_kv_heads, grouped.shape[1], seen, head_dim)
             attended = functional.scaled_dot_product_attention(
                 grouped, keys[:, :, :seen].expand(shape), values[:, :, :seen].expand(shape), attn_mask=visible
             )
-            out[rows] = attended.permute(2, 0, 1, 3).reshape(last - first, -1)
+            out[tile] = attended.permute(2, 0, 1, 3).reshape(last - first, -1)
 
-    def _attend_singles(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        num_single, num_heads, head_dim = q.shape
+    def _attend_group(self, q: torch.Tensor, cache: torch.Tensor, group: _Group) -> torch.Tensor:
+        num_sequences, num_heads, head_dim = q.shape
         num_kv_heads = cache.shape[2]
-        blocks = cache[plan.single_tables].to(q.dtype)  # [s, blocks, 2, kv_heads, block_size, head_dim]
-        keys, values = (blocks[:, :, i].transpose(1, 2).reshape(num_single, num_kv_heads, -1, head_dim) for i in (0, 1))
-        grouped = q.view(num_single, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        scores = grouped @ keys.transpose(-1, -2) * head_dim**-0.5 + plan.single_mask
-        return (scores.softmax(dim=-1) @ values).reshape(num_single, -1)
+        keys, values = self._keys_values(cache, group.rows, [num_sequences, num_kv_heads, -1, head_dim])
+        grouped = (q * head_dim**-0.5).view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = grouped @ keys.transpose(-1, -2) + group.mask
+        return (scores.softmax(dim=-1) @ values).reshape(num_sequences, -1)
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         """See base."""
