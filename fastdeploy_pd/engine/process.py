@@ -87,7 +87,7 @@ class EngineShell:
         if now_s - self._record_s > 0.1:
             self._refresh_record()
         if report.num_tokens:
-            self._observe(report.num_tokens, report.step_s)
+            self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
 
     def _wait_s(self) -> float:
         if self.engine.has_work:
@@ -96,19 +96,11 @@ class EngineShell:
             return ACTIVE_WAIT_S
         return IDLE_WAIT_S
 
-    def _observe(self, num_tokens: int, step_s: float) -> None:
-        scheduler = self.engine.context.scheduler
-        self.metrics.observe_step(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self.engine.decode.queued),
-            num_tokens=num_tokens,
-            step_s=step_s,
-            blocks=scheduler.pool.counts(),
-            scheduler=scheduler,
-        )
-
     def _refresh_record(self) -> None:
         self._record_s = self._clock.now_s()
+        scheduler = self.engine.context.scheduler
+        num_waiting = len(scheduler.waiting) + len(self.engine.decode.queued)
+        self.metrics.observe_state(len(scheduler.running), num_waiting, scheduler.pool.counts())
         self._record = self.built.member_record(
             self.config, os.environ.get("FD_HTTP_ADDRESS", ""), self.links.addresses[0]
         )

@@ -92,21 +92,16 @@ class EngineMetrics:
         self._failures = Counter(_name("handover_failures"), "Hand-overs given up.", ["reason"], registry=registry)
         self._last = {"preemptions": 0, "queries": 0, "hits": 0}
 
-    def observe_step(
-        self,
-        num_running: int,
-        num_waiting: int,
-        num_tokens: int,
-        step_s: float,
-        blocks: BlockCounts,
-        scheduler: Scheduler,
-    ) -> None:
-        """Record a step."""
+    def observe_state(self, num_running: int, num_waiting: int, blocks: BlockCounts) -> None:
+        """Record how things stand now."""
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._usage.set(blocks.held / (blocks.held + blocks.free))
         self._free.set(blocks.free)
         self._cached.set(blocks.cached)
+
+    def observe_step(self, num_tokens: int, step_s: float, scheduler: Scheduler) -> None:
+        """Record a step."""
         self._computed.inc(num_tokens)
         self._step_tokens.observe(num_tokens)
         self._step_s.observe(step_s)

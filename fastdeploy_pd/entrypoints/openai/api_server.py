@@ -7,7 +7,6 @@ when it ends, everything it started ends.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -19,6 +18,8 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+
+import uvloop
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
@@ -159,7 +160,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
         facts = supervisor.start()
         if config.server.workers == 1:
             ready = lambda: write_ready_file(config, address, facts)  # noqa: E731
-            is_gentle = asyncio.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready))
+            is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready))
         else:
             workers = start_workers(config, argv, run_dir, http_socket)
             write_ready_file(config, address, facts)
@@ -217,7 +218,7 @@ def run_worker(config: InstanceConfig, run_dir: Path) -> int:
     if config.server.metrics_port and os.environ["FD_API_WORKER"] == "0":
         metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
     facts = json.loads((run_dir / "engine.json").read_text())
-    asyncio.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None))
+    uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None))
     return 0
 
 
