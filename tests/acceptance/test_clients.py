@@ -19,7 +19,7 @@ from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis, free_port
 from fastdeploy_pd.launch.local import LocalCluster
 
 QUESTION = [{"role": "user", "content": "What is prefill?"}]
-ANSWER = "Prefill is the first phase"
+ANSWER = "Prefill is the reading part"
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,14 @@ def test_completions_echo_and_prompt_logprobs(client: openai.OpenAI) -> None:
 def test_stop_strings_and_ids(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0).choices[0].message.content
     stopped = client.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, stop=["whole prompt", "never"]
+        model="demo", messages=QUESTION, temperature=0, stop=["keys and values", "never"]
     )
-    assert stopped.choices[0].message.content == whole[: whole.index("whole prompt")]
+    assert stopped.choices[0].message.content == whole[: whole.index("keys and values")]
     assert stopped.choices[0].finish_reason == "stop"
     streamed = client.chat.completions.create(
-        model="demo", messages=QUESTION, temperature=0, stop="whole prompt", stream=True
+        model="demo", messages=QUESTION, temperature=0, stop="keys and values", stream=True
     )
-    assert "".join(e.choices[0].delta.content or "" for e in streamed) == whole[: whole.index("whole prompt")]
+    assert "".join(e.choices[0].delta.content or "" for e in streamed) == whole[: whole.index("keys and values")]
 
 
 def test_errors_are_openai_s(client: openai.OpenAI, pair: LocalCluster) -> None:
