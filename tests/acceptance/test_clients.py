@@ -207,3 +207,46 @@ def test_up_once_leaves_nothing_behind() -> None:
     assert "decode by decode-" in done.stdout
     left = {n for n in set(os.listdir("/tmp")) - before if n.startswith("fastdeploy-pd")}
     assert not left
+
+
+def test_a_pair_with_a_secret_over_tcp(redis_server: EmbeddedRedis) -> None:
+    env = {"OMP_NUM_THREADS": "1", "FD_CLUSTER_SECRET": "a secret that only this test knows"}
+    with LocalCluster(
+        redis_server.url, "secret", ["--ops", "torch", "--cache-transfer-protocol", "tcp"], env
+    ) as cluster:
+        instances = cluster.start(["prefill", "decode"])
+        body = {"model": "demo", "messages": QUESTION, "temperature": 0, "return_timings": True}
+        answer = httpx.post(instances[0].http_url + "/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"].startswith(ANSWER)
+        assert answer["fastdeploy_pd"]["kv_bytes"] > 0
+        assert answer["fastdeploy_pd"]["prefill"].startswith("prefill-")
+
+
+def test_several_api_processes_and_a_metrics_port() -> None:
+    port = free_port()
+    with LocalCluster(None, flags=["--ops", "torch", "--workers", "2", "--metrics-port", str(port)]) as cluster:
+        url = cluster.start(["mixed"])[0].http_url
+        for _ in range(4):
+            body = {"model": "demo", "messages": QUESTION, "temperature": 0}
+            answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
+            assert answer["choices"][0]["message"]["content"].startswith(ANSWER)
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert 'fastdeploy_pd:request_success_total{finished_reason="stop",model_name="demo"} 4.0' in text
+
+
+def test_a_client_that_leaves_aborts_on_both_instances(pair: LocalCluster) -> None:
+    head = {"authorization": "Bearer k-1"}
+    body = {"model": "demo", "prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    with httpx.stream(
+        "POST", pair.instances[0].http_url + "/v1/completions", json=body, headers=head, timeout=60
+    ) as answer:
+        next(answer.iter_lines())
+
+    def running() -> float:
+        lines = httpx.get(pair.instances[1].http_url + "/metrics", headers=head).text.splitlines()
+        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("fastdeploy_pd:num_requests_running{"))
+
+    deadline_s = time.monotonic() + 5
+    while running():
+        assert time.monotonic() < deadline_s, "the request still runs"
+        time.sleep(0.05)

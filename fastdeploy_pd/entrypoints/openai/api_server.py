@@ -155,23 +155,25 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     address = http_address(config, http_socket)
     supervisor = EngineSupervisor(argv, run_dir, address)
     workers: list[subprocess.Popen[bytes]] = []
-    is_gentle = True
+    is_gentle, status = True, 0
     try:
         facts = supervisor.start()
         if config.server.workers == 1:
             ready = lambda: write_ready_file(config, address, facts)  # noqa: E731
             is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready))
         else:
+            if metrics_socket is not None:
+                metrics_socket.close()  # the first worker binds it
             workers = start_workers(config, argv, run_dir, http_socket)
             write_ready_file(config, address, facts)
-            is_gentle = wait_for_workers(workers)
+            is_gentle, status = wait_for_workers(workers)
     finally:
         for worker in workers:
             worker.terminate()
         supervisor.stop(is_gentle)
         for worker in workers:
             worker.wait()
-    return 0
+    return status
 
 
 def start_workers(
@@ -191,8 +193,8 @@ def start_workers(
     return processes
 
 
-def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> bool:
-    """Wait for a signal or for a worker's end. Returns: whether the stop is gentle (SIGTERM)."""
+def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> tuple[bool, int]:
+    """Wait for a signal or for a worker's end. Returns: whether the stop is gentle (SIGTERM), and the exit status."""
     stop = threading.Event()
     received: list[int] = []
 
@@ -205,8 +207,8 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> bool:
     while not stop.wait(0.2):
         if any(worker.poll() is not None for worker in workers):
             log.error("an API process ended; stopping the instance")
-            return True
-    return received[0] == signal.SIGTERM
+            return True, 1
+    return received[0] == signal.SIGTERM, 0
 
 
 def run_worker(config: InstanceConfig, run_dir: Path) -> int:
