@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -291,15 +291,3 @@ def choice_seed(seed: int, index: int) -> int:
 def new_id(prefix: str) -> str:
     """Returns: an id that nobody else has."""
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-__all__ = [
-    "Choice",
-    "Delta",
-    "Serving",
-    "ServingOptions",
-    "choice_seed",
-    "new_id",
-    "replace",
-    "serving_options_from_directory",
-]
