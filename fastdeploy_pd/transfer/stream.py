@@ -391,6 +391,9 @@ class StreamTransfer:
                 except TransferError as error:
                     refusal = error.message
         if refusal or incoming is None:
+            if incoming is not None and incoming.nonce == frame.nonce:
+                # Its own writer breaks the rules: it can't complete any more, and nobody should wait for it.
+                self._events.put(EpochFailed(frame.epoch, refusal))
             self.skip(connection, frame)
             self._notify(connection, Notice(frame.epoch, 0, refusal))
             return
