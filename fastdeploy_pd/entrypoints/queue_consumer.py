@@ -15,7 +15,7 @@ from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, RedisQueue
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, parse_body
-from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving
+from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving, new_id
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, InvalidRequest
 
 log = logging.getLogger("fastdeploy_pd.queue")
@@ -133,7 +133,8 @@ class QueueConsumer:
         if submission.version != 1 or submission.endpoint not in BODIES:
             raise InvalidRequest(f"unknown submission: version {submission.version}, endpoint {submission.endpoint!r}")
         body = parse_body(BODIES[submission.endpoint], submission.body)
-        choices = self._serving.choices(body, claimed.request_id, submission.seed, delivered)
+        # A fresh id: engines may still remember the attempts of the front end that died.
+        choices = self._serving.choices(body, new_id(claimed.request_id), submission.seed, delivered)
         if len(choices) != 1:
             raise InvalidRequest("a request through Redis has one prompt and one answer; submit several", param="n")
         choice = choices[0]
