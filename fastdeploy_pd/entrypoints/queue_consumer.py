@@ -14,7 +14,8 @@ import msgspec
 from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, RedisQueue
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.engine.client_api import EngineClient
-from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, parse_body
+from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
+from fastdeploy_pd.entrypoints.openai.validation import parse_body
 from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving, new_id
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, InvalidRequest
 
@@ -138,8 +139,7 @@ class QueueConsumer:
         if len(choices) != 1:
             raise InvalidRequest("a request through Redis has one prompt and one answer; submit several", param="n")
         choice = choices[0]
-        # Text that the client has already is made again and dropped: the detokenizer and the stop matcher must know it.
-        choice.matcher.push(choice.detokenizer.push(delivered))
+        self._serving.replay(choice, delivered)
         return choice
 
     async def _stream(self, claimed: Claimed, choice: Choice, index: int) -> None:

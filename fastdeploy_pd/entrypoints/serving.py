@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdeploy_pd.entrypoints.detokenizer import Detokenizer, StopMatcher, make_detokenizer
+from fastdeploy_pd.entrypoints.openai.limits import MAX_SEQUENCES
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, GenerationBody
-from fastdeploy_pd.entrypoints.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from fastdeploy_pd.model.checkpoint import ModelConfig, read_json
 from fastdeploy_pd.request import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
@@ -55,16 +57,15 @@ class Choice:
     index: int
     request: Request
     prompt_text: str | None  #: of a text prompt, for echo
-    detokenizer: IncrementalDetokenizer
+    detokenizer: Detokenizer
     matcher: StopMatcher
+    is_scoring: bool = False  #: max_tokens 0: the one token that the engine makes is not shown
+    is_stop_shown: bool = False  #: include_stop_str_in_output
     num_output: int = 0
-    text_length: int = 0
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     served_by: list[str] = field(default_factory=list)
     num_kv_bytes: int = 0
-    is_scoring: bool = False  #: max_tokens 0: one token is computed, for the prompt's log-probabilities, and not shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +101,11 @@ class Serving:
             raise ModelNotFound(
                 f"The model '{body.model}' does not exist; this server has {', '.join(self.options.model_names)}."
             )
-        if body.stream_options is not None and not body.stream:
-            raise InvalidRequest(
-                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
-            )
         prompts = self._prompts(body)
-        base_seed = body.seed if body.seed is not None else seed if seed is not None else secrets.randbits(62)
+        base_seed = body.seed if body.seed is not None else seed if seed is not None else secrets.randbits(63)
         count = body.n or 1
-        if len(prompts) * count > 64:
-            raise InvalidRequest(f"{len(prompts)} prompts times n = {count} is more than 64", param="n")
+        if len(prompts) * count > MAX_SEQUENCES:
+            raise InvalidRequest(f"{len(prompts)} prompts times n = {count} is more than {MAX_SEQUENCES}", param="n")
         return [
             self._choice(body, request_id, index, ids, text, choice_seed(base_seed, index % count), delivered)
             for index, (ids, text) in enumerate(p for p in prompts for _ in range(count))
@@ -116,7 +113,11 @@ class Serving:
 
     def push(self, choice: Choice, chunks: Sequence[TokenChunk]) -> Delta:
         """Add chunks to an answer. When a stop string is found, the rest is dropped and the delta says that it has ended."""
-        text, ids, logprobs = "", [], []
+        if chunks and choice.matcher.is_empty and not choice.is_scoring:
+            return self._push_plain(choice, chunks)
+        texts: list[str] = []
+        ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         for chunk in chunks:
             self._note(choice, chunk)
@@ -124,30 +125,74 @@ class Serving:
             if choice.is_scoring:
                 choice.finish_reason = FinishReason.LENGTH
                 break
-            ends_by_token = chunk.finish_reason is FinishReason.STOP and chunk.token_ids
-            visible = (
-                chunk.token_ids[:-1]
-                if ends_by_token and chunk.token_ids[-1] in choice.request.sampling.stop_token_ids
-                else chunk.token_ids
-            )
-            piece, is_stopped = choice.matcher.push(choice.detokenizer.push(visible))
-            ids += chunk.token_ids
-            logprobs += chunk.logprobs
+            text, num_taken = self._take(choice, chunk)
+            texts.append(text)
+            ids += chunk.token_ids[:num_taken]
+            logprobs += chunk.logprobs[:num_taken]
+            if choice.finish_reason is not None:
+                break
+        return Delta("".join(texts), tuple(ids), tuple(logprobs), prompt_logprobs, choice.finish_reason)
+
+    def _push_plain(self, choice: Choice, chunks: Sequence[TokenChunk]) -> Delta:
+        """`push` without stop strings, the common case: all chunks at once, and little work for each."""
+        first, last = chunks[0], chunks[-1]
+        ids, logprobs = first.token_ids, first.logprobs
+        if len(chunks) > 1:
+            ids = tuple(t for c in chunks for t in c.token_ids)
+            logprobs = tuple(p for c in chunks for p in c.logprobs)
+        for chunk in chunks:
+            self._note(choice, chunk)
+        text = choice.detokenizer.push(ids[:-1] if self._ends_unseen(choice, last) else ids)
+        choice.num_output += len(ids)
+        if last.finish_reason is not None:
+            text += choice.detokenizer.flush()
+            choice.finish_reason = last.finish_reason
+        return Delta(text, ids, logprobs, first.prompt_logprobs, last.finish_reason)
+
+    def replay(self, choice: Choice, delivered: Sequence[int]) -> None:
+        """Take tokens whose text the client has already, so that the text goes on exactly after it."""
+        for place, token_id in enumerate(delivered, 1):
+            self._match(choice, choice.detokenizer.push((token_id,)), place)
+
+    def _take(self, choice: Choice, chunk: TokenChunk) -> tuple[str, int]:
+        """Token by token: where an answer ends must not depend on how its tokens were bundled.
+
+        Returns: (the text that a chunk adds, how many of its tokens belong to the answer).
+        """
+        token_ids = chunk.token_ids
+        visible = token_ids[:-1] if self._ends_unseen(choice, chunk) else token_ids
+        text, is_stopped, num_taken = "", False, len(token_ids)
+        for place, token_id in enumerate(visible, 1):
+            piece, is_stopped = self._match(choice, choice.detokenizer.push((token_id,)), choice.num_output + place)
             text += piece
-            choice.num_output += len(chunk.token_ids)
             if is_stopped:
-                choice.finish_reason = FinishReason.STOP
+                num_taken = place
                 break
-            if chunk.finish_reason is not None:
-                tail, is_stopped = choice.matcher.push(choice.detokenizer.flush())
-                text += tail if is_stopped else tail + choice.matcher.flush()
-                choice.finish_reason = FinishReason.STOP if is_stopped else chunk.finish_reason
-                break
-        choice.text_length += len(text)
-        return Delta(text, tuple(ids), tuple(logprobs), prompt_logprobs, choice.finish_reason)
+        choice.num_output += num_taken
+        if is_stopped:
+            choice.finish_reason = FinishReason.STOP
+        elif chunk.finish_reason is not None:
+            tail, is_stopped = self._match(choice, choice.detokenizer.flush(), choice.num_output)
+            text += tail if is_stopped else tail + choice.matcher.flush()
+            choice.finish_reason = FinishReason.STOP if is_stopped else chunk.finish_reason
+        return text, num_taken
+
+    def _ends_unseen(self, choice: Choice, chunk: TokenChunk) -> bool:
+        """Whether a chunk's last token is what ended the answer, and is not part of its text."""
+        if chunk.finish_reason is not FinishReason.STOP or not chunk.token_ids or choice.is_stop_shown:
+            return False
+        request = choice.request
+        return chunk.token_ids[-1] in (*request.sampling.stop_token_ids, *request.eos_token_ids)
+
+    def _match(self, choice: Choice, text: str, num_output: int) -> tuple[str, bool]:
+        """Text of the num_output-th token through the stop matcher; before min_tokens nothing stops an answer."""
+        if num_output < choice.request.sampling.min_tokens:
+            return text, False
+        return choice.matcher.push(text)
 
     def _note(self, choice: Choice, chunk: TokenChunk) -> None:
-        choice.num_cached_tokens = max(choice.num_cached_tokens, chunk.num_cached_tokens)
+        if chunk.num_cached_tokens > choice.num_cached_tokens:
+            choice.num_cached_tokens = chunk.num_cached_tokens
         choice.num_kv_bytes += chunk.num_kv_bytes
         if chunk.served_by and chunk.served_by not in choice.served_by:
             choice.served_by.append(chunk.served_by)
@@ -155,8 +200,7 @@ class Serving:
     def _prompts(self, body: GenerationBody) -> list[tuple[list[int], str | None]]:
         if isinstance(body, ChatBody):
             messages = [m.to_template() for m in body.messages]
-            generation_prompt = body.add_generation_prompt is not False
-            return [(self.tokenizer.encode_chat(messages, generation_prompt), None)]
+            return [(self._chat_prompt(body, messages), None)]
         if not isinstance(body, CompletionBody):
             raise InvalidRequest("unknown kind of body")
         if body.best_of is not None and body.best_of != (body.n or 1):
@@ -165,10 +209,39 @@ class Serving:
             )
         prompt = body.prompt
         if isinstance(prompt, str):
-            return [(self.tokenizer.encode(prompt), prompt)]
+            return [(self._encoded(prompt), prompt)]
         if isinstance(prompt[0], int):
             return [(self._checked(prompt), None)]
-        return [(self.tokenizer.encode(p), p) if isinstance(p, str) else (self._checked(p), None) for p in prompt]
+        return [(self._encoded(p), p) if isinstance(p, str) else (self._checked(p), None) for p in prompt]
+
+    def _chat_prompt(self, body: ChatBody, messages: list[dict[str, Any]]) -> list[int]:
+        if body.continue_final_message and body.add_generation_prompt:
+            raise InvalidRequest(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other",
+                param="continue_final_message",
+            )
+        if body.continue_final_message and messages[-1]["role"] != "assistant":
+            raise InvalidRequest(
+                f"'continue_final_message' needs a last message of role 'assistant', not {messages[-1]['role']!r}",
+                param="continue_final_message",
+            )
+        self._check_length("".join(m["content"] for m in messages), "messages")
+        generation_prompt = body.add_generation_prompt is not False and not body.continue_final_message
+        return self.tokenizer.encode_chat(messages, generation_prompt, bool(body.continue_final_message))
+
+    def _encoded(self, prompt: str) -> list[int]:
+        self._check_length(prompt, "prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what cannot fit before time is spent on its tokens."""
+        fewest = self.tokenizer.fewest_tokens(text)
+        if fewest >= self.options.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.options.max_model_len} tokens. However, your {param} "
+                f"have at least {fewest} tokens.",
+                param=param,
+            )
 
     def _checked(self, token_ids: Any) -> list[int]:
         for token_id in token_ids:
@@ -202,35 +275,20 @@ class Serving:
             priority=body.priority or 0,
             output_token_ids=list(delivered),
         )
-        skip = body.skip_special_tokens is not False
-        matcher = StopMatcher(sampling.stop, bool(body.include_stop_str_in_output))
-        detokenizer = IncrementalDetokenizer(self.tokenizer, ids, skip)
-        return Choice(index, request, text, detokenizer, matcher, is_scoring=body.max_tokens == 0)
+        is_stop_shown = bool(body.include_stop_str_in_output)
+        return Choice(
+            index,
+            request,
+            text,
+            make_detokenizer(self.tokenizer, ids, body.skip_special_tokens is not False),
+            StopMatcher(sampling.stop, is_stop_shown),
+            is_scoring=body.max_tokens == 0,
+            is_stop_shown=is_stop_shown,
+            num_output=len(delivered),
+        )
 
     def _sampling(self, body: GenerationBody, ids: list[int], seed: int) -> SamplingParams:
-        room = self.options.max_model_len - len(ids)
-        wanted = body.max_tokens
-        if isinstance(body, ChatBody):
-            wanted = body.max_completion_tokens if body.max_completion_tokens is not None else wanted
-        max_tokens = (
-            wanted
-            if wanted is not None
-            else room
-            if isinstance(body, ChatBody)
-            else min(room, DEFAULT_COMPLETION_TOKENS)
-        )
-        if room < 1 or max_tokens > room:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.options.max_model_len} tokens. However, you requested "
-                f"{len(ids) + max(max_tokens, 1)} tokens ({len(ids)} in the prompt, {max(max_tokens, 1)} for the answer).",
-                param="messages" if isinstance(body, ChatBody) else "prompt",
-            )
-        if max_tokens == 0 and isinstance(body, ChatBody):
-            raise InvalidRequest(
-                "Invalid 'max_tokens': it must be at least 1, but got 0.",
-                param="max_tokens",
-                code="integer_below_min_value",
-            )
+        max_tokens = self._max_tokens(body, len(ids))
         defaults = self.options.sampling_defaults
 
         def given(name: str, default: Any) -> Any:
@@ -240,7 +298,7 @@ class Serving:
         logprobs, prompt_logprobs = self._logprobs(body)
         stop = body.stop
         return SamplingParams(
-            max_tokens=max(max_tokens, 1),
+            max_tokens=max_tokens,
             min_tokens=body.min_tokens or 0,
             temperature=given("temperature", 1.0),
             top_p=given("top_p", 1.0),
@@ -257,6 +315,21 @@ class Serving:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _max_tokens(self, body: GenerationBody, num_prompt: int) -> int:
+        room = self.options.max_model_len - num_prompt
+        wanted, default = body.max_tokens, min(room, DEFAULT_COMPLETION_TOKENS)
+        if isinstance(body, ChatBody):
+            wanted = body.max_completion_tokens if body.max_completion_tokens is not None else wanted
+            default = room
+        max_tokens = max(1, wanted if wanted is not None else default)  # the engine makes at least one
+        if max_tokens > room:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.options.max_model_len} tokens. However, you requested "
+                f"{num_prompt + max_tokens} tokens ({num_prompt} in the prompt, {max_tokens} for the answer).",
+                param="messages" if isinstance(body, ChatBody) else "prompt",
+            )
+        return max_tokens
 
     def _logprobs(self, body: GenerationBody) -> tuple[int | None, int | None]:
         if isinstance(body, ChatBody):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,9 @@ from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.chat import stream_chat, whole_chat
 from fastdeploy_pd.entrypoints.openai.completions import stream_completion, whole_completion
 from fastdeploy_pd.entrypoints.openai.generation import EndObserver, Generation
-from fastdeploy_pd.entrypoints.openai.guard import BODY_TIMEOUT_S, MAX_BODY_BYTES, Guard, refusal
-from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, parse_body
+from fastdeploy_pd.entrypoints.openai.guard import Guard, refusal
+from fastdeploy_pd.entrypoints.openai.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES
+from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
 from fastdeploy_pd.entrypoints.openai.stream import (
     EventStream,
     error_body,
@@ -26,11 +28,13 @@ from fastdeploy_pd.entrypoints.openai.stream import (
     read_body,
     unless_client_leaves,
 )
-from fastdeploy_pd.entrypoints.serving import Serving, ServingOptions, new_id
+from fastdeploy_pd.entrypoints.openai.validation import parse_body
+from fastdeploy_pd.entrypoints.serving import Choice, Serving, ServingOptions, new_id
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.errors import FastDeployPDError
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LARGE_BODY_BYTES = 64 * 2**10
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -47,7 +51,7 @@ ERROR_SCHEMA = {
         }
     },
 }
-ERROR_STATUSES = (400, 401, 404, 408, 413, 414, 415, 429, 431, 500, 503, 504)
+ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 414, 415, 429, 431, 500, 503, 504)
 
 
 class Api:
@@ -59,11 +63,13 @@ class Api:
 
     async def generate(self, kind: type[ChatBody] | type[CompletionBody], request: Request) -> Any:
         """Answer one of the two generating endpoints."""
-        body = parse_body(kind, await read_body(request.receive, MAX_BODY_BYTES, BODY_TIMEOUT_S))
-        answer_id = new_id("chatcmpl" if isinstance(body, ChatBody) else "cmpl")
-        generation = Generation(
-            self.client, self.serving, self.serving.choices(body, answer_id), self.clock, self.observer
-        )
+        raw = await read_body(request.receive, MAX_BODY_BYTES, BODY_TIMEOUT_S)
+        answer_id = new_id("chatcmpl" if kind is ChatBody else "cmpl")
+        if len(raw) > LARGE_BODY_BYTES:  # other streams go on while this one is tokenised
+            body, choices = await asyncio.to_thread(self._prepare, kind, raw, answer_id)
+        else:
+            body, choices = self._prepare(kind, raw, answer_id)
+        generation = Generation(self.client, self.serving, choices, self.clock, self.observer)
         created = int(self.clock.unix_s())
         headers = [(b"x-fastdeploy-pd-request-id", answer_id.encode())]
         given = request.headers.get("x-request-id", "")
@@ -85,6 +91,12 @@ class Api:
         return Response(
             data or b"", media_type="application/json", headers={k.decode(): v.decode() for k, v in headers}
         )
+
+    def _prepare(
+        self, kind: type[ChatBody] | type[CompletionBody], raw: bytes, answer_id: str
+    ) -> tuple[ChatBody | CompletionBody, list[Choice]]:
+        body = parse_body(kind, raw)
+        return body, self.serving.choices(body, answer_id)
 
 
 def create_app(
@@ -155,8 +167,12 @@ def _add_models(app: FastAPI, options: ServingOptions) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card(n) for n in options.model_names]}
 
-    @app.get("/v1/models/{name:path}", responses=_responses())
-    async def model(name: str) -> dict[str, Any]:
+    parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+    # Read from the request by hand: a declared parameter would put FastAPI's 422 into the schema, which is never answered.
+    @app.get("/v1/models/{name:path}", responses=_responses(), openapi_extra={"parameters": [parameter]})
+    async def model(request: Request) -> dict[str, Any]:
+        name = request.path_params["name"]
         if name not in options.model_names:
             raise refusal(404, f"The model '{name[:80]}' does not exist", "model_not_found")
         return card(name)

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-from fastdeploy_pd.entrypoints.openai.generation import Generation, reason_word
+from fastdeploy_pd.entrypoints.openai.generation import LEAST_LOGPROB, Generation, reason_word
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody
-from fastdeploy_pd.entrypoints.openai.stream import DONE, event
+from fastdeploy_pd.entrypoints.openai.stream import DONE, event, text_json
 from fastdeploy_pd.entrypoints.serving import Choice, Delta
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.request import TokenLogprobs
@@ -19,8 +19,11 @@ def logprob_content(tokenizer: Tokenizer, logprobs: tuple[TokenLogprobs, ...]) -
     """Returns: OpenAI's logprobs.content."""
 
     def shown(token_id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.token_text(token_id)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {
+            "token": tokenizer.token_text(token_id),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
 
     return [{**shown(p.token_id, p.logprob), "top_logprobs": [shown(i, v) for i, v in p.top]} for p in logprobs]
 
@@ -46,7 +49,7 @@ async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, cr
                     % choice.index
                 )
                 data += event(head + role + tail)
-            if delta.text or body.logprobs or body.return_token_ids:
+            if delta.text or (delta.token_ids and (body.logprobs or body.return_token_ids)):
                 data += event(head + _text_choice(body, tokenizer, choice, delta) + tail)
             if delta.finish_reason is not None:
                 end = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % (
@@ -70,7 +73,7 @@ def _text_choice(body: ChatBody, tokenizer: Tokenizer, choice: Choice, delta: De
     ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if body.return_token_ids else b""
     return b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % (
         choice.index,
-        orjson.dumps(delta.text),
+        text_json(delta.text),
         logprobs,
         ids,
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from fastdeploy_pd.entrypoints.openai.generation import Generation, reason_word
+from fastdeploy_pd.entrypoints.openai.generation import LEAST_LOGPROB, Generation, reason_word
 from fastdeploy_pd.entrypoints.openai.protocol import CompletionBody
-from fastdeploy_pd.entrypoints.openai.stream import DONE, event
+from fastdeploy_pd.entrypoints.openai.stream import DONE, event, text_json
 from fastdeploy_pd.entrypoints.serving import Choice, Delta
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.request import TokenLogprobs
@@ -35,8 +35,8 @@ class LegacyLogprobs:
         for entry, fallback in zip(logprobs, first_ids, strict=False):
             text = tokenizer.token_text(entry.token_id if entry is not None else fallback)
             self.tokens.append(text)
-            self.token_logprobs.append(max(entry.logprob, -9999.0) if entry is not None else None)
-            top = {tokenizer.token_text(i): max(v, -9999.0) for i, v in entry.top} if entry is not None else None
+            self.token_logprobs.append(max(entry.logprob, LEAST_LOGPROB) if entry is not None else None)
+            top = {tokenizer.token_text(i): max(v, LEAST_LOGPROB) for i, v in entry.top} if entry is not None else None
             self.top_logprobs.append(top)
             self.text_offset.append(offset)
             offset += len(text)
@@ -92,13 +92,14 @@ async def stream_completion(
     try:
         async for choice, delta in deltas:
             text, logprobs = _render(body, tokenizer, choice, delta, states[choice.index])
-            if text or logprobs or body.return_token_ids or delta.finish_reason is not None:
+            has_silent_tokens = bool(body.return_token_ids and delta.token_ids)
+            if text or logprobs or has_silent_tokens or delta.finish_reason is not None:
                 reason = b'"%s"' % delta.finish_reason.value.encode() if delta.finish_reason is not None else b"null"
                 ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if body.return_token_ids else b""
                 yield event(
                     head
                     + b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}'
-                    % (choice.index, orjson.dumps(text), orjson.dumps(logprobs), reason, ids)
+                    % (choice.index, text_json(text), orjson.dumps(logprobs), reason, ids)
                     + tail
                 )
     finally:

@@ -13,6 +13,8 @@ from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import FinishReason, TokenChunk
 
+LEAST_LOGPROB = -9999.0  # what OpenAI shows for a token that cannot be (JSON has no infinity)
+
 
 class EndObserver(Protocol):
     """Receives the numbers of ended requests; see observe.metrics.FrontEndMetrics."""
@@ -42,28 +44,20 @@ class Generation:
     observer: EndObserver | None = None
     timings: list[Timing] = field(default_factory=list)
 
-    async def deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
-        """Yield what comes, of whichever choice. Closing it early aborts all of them."""
+    def deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
+        """Returns: what comes, of whichever choice. Closing it early aborts all of them."""
         start_s = self.clock.now_s()
         self.timings = [Timing(start_s) for _ in self.choices]
-        if len(self.choices) == 1:
-            stream = self._one(self.choices[0], self.timings[0])
-            try:
-                async for delta in stream:
-                    yield self.choices[0], delta
-            finally:
-                await stream.aclose()
-            return
-        async for item in self._several():
-            yield item
+        # One choice alone is passed on as it is: each generator more costs every token.
+        return self._one(self.choices[0], self.timings[0]) if len(self.choices) == 1 else self._several()
 
-    async def _one(self, choice: Choice, timing: Timing) -> AsyncIterator[Delta]:
+    async def _one(self, choice: Choice, timing: Timing) -> AsyncIterator[tuple[Choice, Delta]]:
         reason = "abort"
         stream = self.client.generate(choice.request)
         try:
             async for chunks in stream:
                 delta = self._take(choice, timing, chunks)
-                yield delta
+                yield choice, delta
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason.value
                     return
@@ -90,8 +84,8 @@ class Generation:
 
         async def pump(choice: Choice, timing: Timing) -> None:
             try:
-                async for delta in self._one(choice, timing):
-                    arrived.put_nowait((choice, delta))
+                async for item in self._one(choice, timing):
+                    arrived.put_nowait(item)
             except FastDeployPDError as error:
                 arrived.put_nowait(error)
                 return
@@ -115,25 +109,26 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """Returns: OpenAI's usage object; a prompt with several answers counts once."""
-        num_prompt = sum(
-            len(c.request.prompt_token_ids) for c in {id(c.request.prompt_token_ids): c for c in self.choices}.values()
-        )
-        num_output = sum(c.num_output for c in self.choices)
+        prompts = {id(c.request.prompt_token_ids): len(c.request.prompt_token_ids) for c in self.choices}
+        cached: dict[int, int] = {}
+        for choice in self.choices:
+            key = id(choice.request.prompt_token_ids)
+            cached[key] = max(cached.get(key, 0), choice.num_cached_tokens)
+        num_prompt, num_output = sum(prompts.values()), sum(c.num_output for c in self.choices)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": max(c.num_cached_tokens for c in self.choices)},
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
     def report(self) -> dict[str, Any]:
         """Returns: our extension: who served the first choice, how fast, and the KV bytes that moved."""
         choice, timing = self.choices[0], self.timings[0]
         tpot_s = (timing.last_s - (timing.first_s or 0.0)) / (choice.num_output - 1) if choice.num_output > 1 else None
-        first, last = (choice.served_by or [None])[0], (choice.served_by or [None])[-1]
         return {
-            "prefill": first,
-            "decode": last,
+            "prefill": choice.served_by[0] if choice.served_by else None,
+            "decode": choice.served_by[-1] if choice.served_by else None,
             "ttft_s": timing.first_s,
             "tpot_s": tpot_s,
             "kv_bytes": choice.num_kv_bytes,

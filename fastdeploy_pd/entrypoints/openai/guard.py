@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
 
-from fastdeploy_pd.entrypoints.openai.stream import Receive, Scope, Send, error_body, error_headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastdeploy_pd.entrypoints.openai.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MAX_URL_BYTES
+from fastdeploy_pd.entrypoints.openai.stream import error_body, error_headers
 from fastdeploy_pd.errors import AuthenticationFailed, FastDeployPDError, InvalidRequest
 
 log = logging.getLogger("fastdeploy_pd.api")
 
-MAX_BODY_BYTES = 8 * 2**20
-MAX_HEADER_BYTES = 16 * 2**10
-MAX_HEADERS = 100
-MAX_URL_BYTES = 8 * 2**10
-BODY_TIMEOUT_S = 30.0
+#: What answers without a key: probes alone. /metrics needs one too (a scraper without it uses --metrics-port, on a network of its own).
 OPEN_PATHS = frozenset({"/health", "/healthcheck", "/live"})
 
 
@@ -39,7 +36,7 @@ async def send_error(send: Send, error: FastDeployPDError) -> None:
 class Guard:
     """ASGI middleware; only requests within the limits and with a valid key go on."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], api_keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]) -> None:
         self._app = app
         # Digests are compared, so that neither time nor length tells anything of the keys.
         self._digests = [hashlib.sha256(k.encode()).digest() for k in api_keys]
@@ -59,7 +56,7 @@ class Guard:
         """The last resort of an API process: a defect of ours must not take the other requests with it."""
         has_begun = False
 
-        async def noting(message: dict[str, Any]) -> None:
+        async def noting(message: Message) -> None:
             nonlocal has_begun
             has_begun = has_begun or message["type"] == "http.response.start"
             await send(message)
@@ -76,10 +73,18 @@ class Guard:
 
     def _check(self, scope: Scope) -> FastDeployPDError | None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return refusal(505, f"HTTP/{scope['http_version']} is not spoken here; use HTTP/1.1")
+        num_hosts = sum(name == b"host" for name, _ in headers)
+        if num_hosts != 1 and not (num_hosts == 0 and scope["http_version"] == "1.0"):
+            return refusal(400, f"there are {num_hosts} Host headers; there must be one")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
             return refusal(414, f"the URL is longer than {MAX_URL_BYTES} bytes")
         if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
             return refusal(431, f"there are more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them")
+        raw_path = (scope.get("raw_path") or b"").lower()
+        if b"%2f" in raw_path and not raw_path.startswith(b"/v1/models/"):
+            return refusal(404, "there is no such path here")  # proxies and we may differ about what it means
         return self._authenticate(scope["path"], headers) or self._check_body(scope, dict(headers))
 
     def _check_body(self, scope: Scope, headers: dict[bytes, bytes]) -> FastDeployPDError | None:

@@ -1,25 +1,37 @@
 """Request bodies of the OpenAI API and our extensions, validated strictly: a wrong type is an error, an unknown field too.
 
-Errors name the field, the value and what is allowed, in OpenAI's shape.
+Errors name the field, the value and what is allowed, in OpenAI's shape (see `validation`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from fastdeploy_pd.errors import InvalidRequest
+from fastdeploy_pd.entrypoints.openai import limits
+from fastdeploy_pd.entrypoints.openai.validation import parse_body
 
-MAX_DEPTH = 64
-MAX_CHOICES = 8
-MAX_PROMPTS = 64
-MAX_STOP_BYTES = 4096
-
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
+StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
+def _shape(value: Any) -> str | None:
+    """Which branch of a union a value is meant for, so that errors speak of that one alone."""
+    if isinstance(value, str):
+        return "one"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "many" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
+
+
+def _stop_shape(value: Any) -> str | None:
+    return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
 
 
 class StreamOptions(BaseModel):
@@ -39,13 +51,26 @@ class GenerationBody(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopString, Tag("one")]
+            | Annotated[list[StopString], Field(max_length=limits.MAX_STOPS), Tag("many")],
+            Discriminator(
+                _stop_shape,
+                custom_error_type="stop_type",
+                custom_error_message="Input should be a string or a list of strings",
+            ),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=limits.MAX_LOGIT_BIASES)] | None
+    ) = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     # extensions
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -53,11 +78,11 @@ class GenerationBody(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Int32 | None = None
     return_token_ids: bool | None = None
     return_timings: bool | None = None
 
@@ -66,14 +91,22 @@ class GenerationBody(BaseModel):
     )
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
+        return float(value) if type(value) is int and abs(value) < 2**53 else value
 
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _biases_are_numbers(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in value.items()}
+            return {k: float(v) if type(v) is int and abs(v) < 2**53 else v for k, v in value.items()}
         return value
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            )
+        return self
 
 
 class TextPart(BaseModel):
@@ -89,16 +122,29 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None
+    content: (
+        Annotated[
+            Annotated[str, Tag("one")] | Annotated[list[TextPart], Field(min_length=1), Tag("many")],
+            Discriminator(
+                _stop_shape, custom_error_type="content_type", custom_error_message="Input should be a string or a list"
+            ),
+        ]
+        | None
+    ) = None
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: str | None = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content_missing", "a message of this role needs 'content'")
+        return self
+
     def to_template(self) -> dict[str, Any]:
-        """Returns: what chat templates expect; `developer` is what older templates call `system`."""
+        """Returns: what chat templates expect: role, content as one text, and the name if there is one."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message | ({"name": self.name} if self.name else {})
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
 
 class TextFormat(BaseModel):
@@ -111,145 +157,41 @@ class TextFormat(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
     tools: None = None
-    tool_choice: None = None
-    parallel_tool_calls: bool | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    # extensions
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("one")]
+        | Annotated[list[str], Field(min_length=1, max_length=limits.MAX_PROMPTS), Tag("many")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=limits.MAX_PROMPTS), Tag("lists")],
+        Discriminator(
+            _shape,
+            custom_error_type="prompt_type",
+            custom_error_message="Input should be a string, a list of strings, a list of token ids or a list of such lists",
+        ),
+    ]
+    #: 0 scores the prompt alone (with echo and logprobs)
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_COMPLETION_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     suffix: None = None
 
 
-Body = TypeVar("Body", bound=BaseModel)
-
-_UNSUPPORTED = {
-    "tools",
-    "tool_choice",
-    "response_format",
-    "suffix",
-    "functions",
-    "function_call",
-    "audio",
-    "modalities",
-    "prediction",
-    "web_search_options",
-}
-
-
-def parse_json(raw: bytes) -> Any:
-    """Returns: the body's value. Raises: InvalidRequest: not JSON as the standard has it, a key twice, or too deep."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            raise ValueError("a key appears twice in one object")
-        return found
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a JSON number")
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is out of range")
-        return value
-
-    try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
-        _check_depth(value, 0)
-        return value
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise InvalidRequest(f"We could not parse the JSON body of your request: {reason}") from error
-
-
-def _check_depth(value: Any, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise RecursionError
-    if isinstance(value, str):
-        value.encode("utf-8")  # a lone surrogate is no text
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            key.encode("utf-8")
-            _check_depth(item, depth + 1)
-    elif isinstance(value, list):
-        if value and type(value[0]) is int and len(value) > 64:
-            return
-        for item in value:
-            _check_depth(item, depth + 1)
-
-
-def parse_body(kind: type[Body], raw: bytes) -> Body:
-    """Returns: a validated body. Raises: InvalidRequest."""
-    value = parse_json(raw)
-    if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise _translate(error) from error
-
-
-_CODES = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
-    "greater_than_equal": "below_min_value",
-    "greater_than": "below_min_value",
-    "less_than_equal": "above_max_value",
-    "less_than": "above_max_value",
-    "too_long": "array_above_max_length",
-    "too_short": "empty_array",
-    "string_too_long": "string_above_max_length",
-    "string_too_short": "empty_string",
-    "literal_error": "invalid_value",
-}
-
-
-def _translate(error: ValidationError) -> InvalidRequest:
-    """The first problem, as OpenAI would say it. Of a union's problems the deepest is the likeliest to be meant."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    same_field = [p for p in problems if p["loc"][:1] == first["loc"][:1]]
-    problem = max(same_field, key=lambda p: sum(isinstance(x, int) for x in p["loc"]))
-    path = ""
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "TextPart"):
-            path += f".{part}" if path else part
-    field = path.split(".")[0].split("[")[0]
-    kind = problem["type"]
-    if kind == "missing":
-        return InvalidRequest(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
-    if field in _UNSUPPORTED:
-        return InvalidRequest(
-            f"'{field}' is not supported yet; leave it out.", param=field, code="unsupported_parameter"
-        )
-    if kind == "extra_forbidden":
-        return InvalidRequest(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    code = _CODES.get(kind, "invalid_type")
-    if code in ("below_min_value", "above_max_value"):
-        code = ("decimal_" if isinstance(problem["input"], float) else "integer_") + code
-    return InvalidRequest(f"Invalid '{path}': {problem['msg']}, but got {shown}.", param=path, code=code)
+__all__ = ["ChatBody", "ChatMessage", "CompletionBody", "GenerationBody", "StreamOptions", "TextPart", "parse_body"]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -21,6 +17,15 @@ DONE = b"data: [DONE]\n\n"
 def event(data: bytes) -> bytes:
     """Returns: one server-sent event."""
     return b"data: " + data + b"\n\n"
+
+
+def text_json(text: str) -> bytes:
+    """Returns: a JSON string without the characters at which some clients break lines (U+0085, U+2028, U+2029)."""
+    data = orjson.dumps(text)
+    if len(data) != len(text) + 2:  # not ASCII alone, or something was escaped
+        for raw, escaped in ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029")):
+            data = data.replace(raw, escaped)
+    return data
 
 
 def error_body(error: FastDeployPDError) -> bytes:
@@ -36,6 +41,8 @@ def error_headers(error: FastDeployPDError) -> list[tuple[bytes, bytes]]:
         headers += [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
     elif error.code == "poison":
         headers.append((b"x-should-retry", b"false"))
+    if error.status in (408, 413):
+        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     return headers
 
 
@@ -53,17 +60,19 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncIterator[bytes], headers: list[tuple[bytes, bytes]]) -> None:
         super().__init__()
-        self._events, self._headers = events, headers
+        self._events, self._extra_headers = events, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client leaves; leaving closes the iterator, which aborts the request."""
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(client_left(receive))
-        await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-        for task in (sending, leaving):
-            task.cancel()
-        results = await asyncio.gather(sending, leaving, return_exceptions=True)
-        await self._events.aclose()  # type: ignore[attr-defined]
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when the server itself is told to stop now
+            sending.cancel()
+            leaving.cancel()
+            results = await asyncio.gather(sending, leaving, return_exceptions=True)
+            await self._events.aclose()  # type: ignore[attr-defined]
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
@@ -77,7 +86,7 @@ class EventStream(Response):
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
-            *self._headers,
+            *self._extra_headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": first, "more_body": True})
@@ -94,13 +103,13 @@ async def unless_client_leaves(work: Awaitable[bytes], receive: Receive) -> byte
     """Returns: what the work yields, or None if the client left first (the work is cancelled then)."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(client_left(receive))
-    await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if not working.done():
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
         working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-        return None
-    return working.result()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def read_body(receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:

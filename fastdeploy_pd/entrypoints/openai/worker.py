@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import random
 import signal
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +26,7 @@ from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.app import create_app
+from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
@@ -96,21 +98,28 @@ class Membership:
             await asyncio.sleep(LOCAL_POLL_S)
 
 
+class _Server(uvicorn.Server):
+    """A server that leaves signals to its process: a drain is more than the end of HTTP."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
 def uvicorn_server(app: object) -> uvicorn.Server:
-    """Returns: a server with the fast event loop and parser; signals are ours."""
+    """Returns: a server with the fast event loop and parser."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="httptools",
+        http=BoundedHttpProtocol,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=30,
         lifespan="off",
         log_config=None,
     )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None
-    return server
+    return _Server(config)
 
 
 async def serve_api(
@@ -175,20 +184,20 @@ async def _run(
         consumer = QueueConsumer(redis_options(config.cluster), client, serving, client.front_end.front_end_id)
         consumer.start()
     servers = [uvicorn_server(app)]
-    serving = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
+    running = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
     if sockets[1] is not None:
         servers.append(uvicorn_server(metrics_app()))
-        serving.append(asyncio.create_task(servers[1].serve(sockets=[sockets[1]])))
-    while not servers[0].started and not serving[0].done():
+        running.append(asyncio.create_task(servers[1].serve(sockets=[sockets[1]])))
+    while not servers[0].started and not running[0].done():
         await asyncio.sleep(0.005)
     on_ready()
     log.info("serving as %s (pid %d)", client.front_end.front_end_id, os.getpid())
-    await asyncio.wait([asyncio.create_task(stop.wait()), *serving], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
     is_gentle = bool(received) and received[0] == signal.SIGTERM
     for server in servers:
         server.should_exit = True
         server.force_exit = not is_gentle
-    await asyncio.gather(*serving, return_exceptions=True)
+    await asyncio.gather(*running, return_exceptions=True)
     if consumer is not None:
         await consumer.stop()
     await membership.stop()
