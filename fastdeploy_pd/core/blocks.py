@@ -147,6 +147,11 @@ class BlockPool:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Make the content of these blocks findable no more; whoever holds them keeps them."""
+        for block_id in block_ids:
+            self._forget(block_id)
+
     def forget_all(self) -> None:
         """Make no block findable any more."""
         self._hash_of.clear()

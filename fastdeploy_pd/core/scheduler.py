@@ -9,6 +9,7 @@ Source: the budget rule is Sarathi-Serve's (Agrawal et al., OSDI 2024); recomput
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
@@ -69,6 +70,10 @@ class Scheduler:
         request.local.num_computed_tokens = 0
         request.local.num_findable_blocks = 0
 
+    def forget_content(self, request: Request) -> None:
+        """Let no later request find this one's blocks: something is wrong with what they hold."""
+        self.pool.forget(request.local.block_table)
+
     def schedule(self, now_s: float) -> Batch:
         """Choose the next step's work and allocate its blocks.
 
@@ -106,9 +111,9 @@ class Scheduler:
             budget -= num_new
         return Batch(sequences, self.pool.block_size)
 
-    def computed(self, batch: Batch) -> None:
-        """Record that a batch was computed: counts move on, full blocks become findable."""
-        for sequence in batch.sequences:
+    def computed(self, sequences: Iterable[ScheduledSequence]) -> None:
+        """Record that a batch's sequences were computed: counts move on, full blocks become findable."""
+        for sequence in sequences:
             sequence.request.local.num_computed_tokens = sequence.stop
             self.make_findable(sequence.request)
 

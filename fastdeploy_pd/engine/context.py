@@ -9,6 +9,7 @@ from typing import Protocol
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.scheduler import Scheduler
 from fastdeploy_pd.engine.outbox import Outbox
+from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import TokenLogprobs
 from fastdeploy_pd.transfer.base import Transfer
 
@@ -19,13 +20,17 @@ class StepOutput(Protocol):
     token_id: int | None  #: sampled iff the sequence reached its last known token
     logprobs: TokenLogprobs | None
     prompt_logprobs: tuple[TokenLogprobs | None, ...]
+    error: FastDeployPDError | None  #: why this sequence, and it alone, cannot go on
 
 
 class Runner(Protocol):
     """Computes batches; see `model/runner.py`."""
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
-        """Returns: one output a sequence. Calls on_layer(layer) when that layer's K and V of the whole batch are in the pool."""
+        """Calls on_layer(layer) when that layer's K and V of the whole batch are in the pool.
+
+        Returns: one output a sequence. Raises: FastDeployPDError: none of them can go on.
+        """
         ...
 
 

@@ -32,7 +32,7 @@ from fastdeploy_pd.cluster.messages import (
 )
 from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.errors import InvalidRequest
-from fastdeploy_pd.request import FinishReason, Phase, Request, TokenChunk
+from fastdeploy_pd.request import Phase, Request, TokenChunk
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, TransferEvent
 
 
@@ -238,12 +238,9 @@ class DecodeSide:
         if chunk.finish_reason is not None:
             self._end(served, Phase.FINISHED, now_s)
 
-    def on_error(self, request: Request, reason: str, now_s: float) -> None:
+    def on_error(self, request: Request, chunk: TokenChunk, now_s: float) -> None:
         """The engine could not compute this request; no other instance would."""
         served = self._by_request[id(request)]
-        chunk = TokenChunk(
-            *served.key, len(request.output_token_ids), (), FinishReason.ERROR, error=reason, error_code="engine_error"
-        )
         served.chunks.append(chunk)
         self.context.outbox.emit(served.front_end_id, chunk)
         self._end(served, Phase.FAILED, now_s)

@@ -180,17 +180,7 @@ class FrontEnd:
             view.is_lost = True
         self._liveness.forget(peer_id)
         for tracked in [t for t in self.requests.values() if t.decode_id == peer_id]:
-            tracked.num_lost += 1
-            if tracked.num_lost >= self.options.max_lost_instances:
-                self._fail(
-                    tracked,
-                    FastDeployPDError(
-                        f"{tracked.num_lost} instances were lost while serving this request", code="poison"
-                    ),
-                    now_s,
-                )
-                continue
-            self._place_again(tracked, "decode_lost", now_s)
+            self._place_after_loss(tracked, "decode_lost", now_s)
 
     # requests
 
@@ -281,6 +271,15 @@ class FrontEnd:
             return
         view = self._views.get(placement.prefill_id or "")
         self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(), view.instance.peer if view else None))
+
+    def _place_after_loss(self, tracked: Tracked, reason: str, now_s: float) -> None:
+        """Begin the next attempt, unless the request has been there too often when an instance died: it may be what kills them."""
+        tracked.num_lost += 1
+        if tracked.num_lost >= self.options.max_lost_instances:
+            lost = f"{tracked.num_lost} instances were lost while serving this request"
+            self._fail(tracked, FastDeployPDError(lost, code="poison"), now_s)
+        else:
+            self._place_again(tracked, reason, now_s)
 
     def _place_again(self, tracked: Tracked, reason: str, now_s: float) -> None:
         """Begin the next attempt: the tokens so far become part of what is prefilled."""
@@ -391,7 +390,10 @@ class FrontEnd:
             tracked.avoid[prefill_id] = message.code
         elif message.code != "checksum_mismatch":
             tracked.avoid[sender_id] = message.code
-        self._place_again(tracked, message.code, now_s)
+        if message.code == "prefill_lost":
+            self._place_after_loss(tracked, message.code, now_s)
+        else:
+            self._place_again(tracked, message.code, now_s)
 
     def _on_beat(self, sender_id: str, beat: Beat, now_s: float) -> None:
         view = self._views.get(sender_id)

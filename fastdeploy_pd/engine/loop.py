@@ -25,14 +25,14 @@ from fastdeploy_pd.cluster.messages import (
     Refused,
     Reserve,
 )
-from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.engine.context import EngineContext, Runner, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
 from fastdeploy_pd.engine.outbox import Action, Connect
 from fastdeploy_pd.engine.prefill import PrefillSide
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.request import Request, TokenChunk, TokenLogprobs
+from fastdeploy_pd.request import FinishReason, Request, TokenChunk, TokenLogprobs
 
 TICK_S = 0.05
 LONGEST_STEP_MEMORY = (
@@ -167,11 +167,17 @@ class Engine:
             outputs = self.runner.execute(batch, self.prefill.layer_hook(batch))
         except FastDeployPDError as error:
             for sequence in batch.sequences:
-                self._fail(sequence.request, error.message)
+                self._fail(sequence.request, error)
             return
-        self.context.scheduler.computed(batch)
-        now_s = self.clock.now_s()
+        good: list[tuple[ScheduledSequence, StepOutput]] = []
         for sequence, output in zip(batch.sequences, outputs, strict=True):
+            if output.error is not None:
+                self._fail(sequence.request, output.error)
+            else:
+                good.append((sequence, output))
+        self.context.scheduler.computed([s for s, _ in good])
+        now_s = self.clock.now_s()
+        for sequence, output in good:
             request = sequence.request
             if output.prompt_logprobs:
                 self._prompt_logprobs.setdefault(id(request), []).extend(output.prompt_logprobs)
@@ -199,10 +205,21 @@ class Engine:
         side = self.prefill if self.prefill.owns(request) else self.decode
         side.on_token(request, chunk, now_s)
 
-    def _fail(self, request: Request, reason: str) -> None:
+    def _fail(self, request: Request, error: FastDeployPDError) -> None:
+        """End a request that could not be computed: its front end is told, and what it left in its blocks is not used again."""
         self._prompt_logprobs.pop(id(request), None)
+        self.context.scheduler.forget_content(request)
+        chunk = TokenChunk(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            index=len(request.output_token_ids),
+            token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            error=error.message,
+            error_code=error.code or "engine_error",
+        )
         side = self.prefill if self.prefill.owns(request) else self.decode
-        side.on_error(request, reason, self.clock.now_s())
+        side.on_error(request, chunk, self.clock.now_s())
 
     def _on_reserve(self, sender_id: str, message: Reserve, now_s: float) -> None:
         request_id, attempt = str(message.request.get("request_id", "")), int(message.request.get("attempt", 1))

@@ -176,9 +176,10 @@ class PrefillSide:
         order.transfer.finish(order.grant_id)
         self.context.scheduler.remove(request)
 
-    def on_error(self, request: Request, reason: str, now_s: float) -> None:
-        """The engine could not compute this order's request."""
-        self._end(self.order_of[id(request)], reason, now_s)
+    def on_error(self, request: Request, chunk: TokenChunk, now_s: float) -> None:
+        """The engine could not compute this order's request; no other instance would, so the front end is told at once."""
+        self.context.outbox.emit(request.front_end_id, chunk)
+        self._end(self.order_of[id(request)], chunk.error, now_s)
 
     def on_transfer(self, event: TransferEvent, now_s: float) -> None:
         """An epoch of ours was sent or failed."""

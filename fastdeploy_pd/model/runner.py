@@ -31,6 +31,7 @@ class StepOutput:
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    error: FastDeployPDError | None = None  #: a token id is not in the vocabulary, or the logits are not numbers
 
 
 def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads: int | None = None) -> Ops:
@@ -102,34 +103,46 @@ class ModelRunner:
 
         Args:
             on_layer: called with each layer's index as soon as its K and V are in the pool.
-        Returns: one output a sequence, in the batch's order.
-        Raises: FastDeployPDError: a token id is not in the vocabulary, or the logits are not numbers.
+        Returns: one output a sequence, in the batch's order. What is wrong with one of them is its own error alone.
         """
         token_ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)
-        self._check(batch, token_ids)
+        errors = self._unknown_tokens(batch, token_ids)
         positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
         rows = self._logit_rows(batch)
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
         plan = attention_plan(batch.sequences, self.layout.block_size)
         logits = self.decoder.forward(token_ids, positions, plan, self.caches, flat_rows, on_layer)
         outputs, first = [], 0
-        for sequence, wanted in zip(batch.sequences, rows, strict=True):
-            outputs.append(_output(sequence, logits[first : first + len(wanted)]))
+        for index, (sequence, wanted) in enumerate(zip(batch.sequences, rows, strict=True)):
+            try:
+                if index in errors:
+                    raise errors[index]
+                outputs.append(_output(sequence, logits[first : first + len(wanted)]))
+            except FastDeployPDError as error:
+                outputs.append(StepOutput(error=error))
             first += len(wanted)
         return outputs
 
-    def _check(self, batch: Batch, token_ids: np.ndarray) -> None:
-        """Backends don't look where they read: an id past the table would be someone else's memory."""
-        is_known = (token_ids >= 0) & (token_ids < self.config.vocab_size)
-        if is_known.all():
-            return
-        for sequence in batch.sequences:
-            for token_id in sequence.token_ids:
-                if not 0 <= token_id < self.config.vocab_size:
-                    raise FastDeployPDError(
-                        f"request {sequence.request.request_id} has token id {token_id}; it must be between 0 and "
-                        f"{self.config.vocab_size - 1}"
-                    )
+    def _unknown_tokens(self, batch: Batch, token_ids: np.ndarray) -> dict[int, FastDeployPDError]:
+        """Backends don't look where they read, and an id past the table would be someone else's memory: it becomes 0, in place.
+
+        Returns: what to say of the sequences that had such ids, by index.
+        """
+        is_unknown = (token_ids < 0) | (token_ids >= self.config.vocab_size)
+        if not is_unknown.any():
+            return {}
+        errors, first = {}, 0
+        for index, sequence in enumerate(batch.sequences):
+            found = np.flatnonzero(is_unknown[first : first + sequence.num_tokens])
+            if len(found):
+                errors[index] = FastDeployPDError(
+                    f"request {sequence.request.request_id} has token id {token_ids[first + found[0]]}; it must be between "
+                    f"0 and {self.config.vocab_size - 1}",
+                    code="unknown_token",
+                )
+            first += sequence.num_tokens
+        token_ids[is_unknown] = 0
+        return errors
 
     def _logit_rows(self, batch: Batch) -> list[list[int]]:
         """Rows whose logits are needed: the last where a token is sampled, those before prompt tokens where asked for."""

@@ -22,7 +22,7 @@ def new_request(name: str, prompt: list[int], max_tokens: int = 4, **changes: ob
 
 def compute(scheduler: Scheduler, batch: Batch) -> None:
     """What an engine does with a batch, with token 7 as every answer."""
-    scheduler.computed(batch)
+    scheduler.computed(batch.sequences)
     for sequence in batch.sequences:
         request = sequence.request
         if sequence.stop == request.num_tokens:

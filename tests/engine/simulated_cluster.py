@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Message, Peer
-from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
@@ -31,6 +31,7 @@ from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 BLOCK_SIZE = 4
 VOCAB = 997
 STEP_S = 0.02
+BAD_TOKEN = VOCAB  # the model computes nonsense from it
 TOKEN_BYTES = 16  # K and V of one token in one layer
 NUM_LAYERS = 2
 
@@ -62,6 +63,7 @@ class SimulatedOutput:
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    error: FastDeployPDError | None = None
 
 
 class SimulatedRunner:
@@ -79,7 +81,12 @@ class SimulatedRunner:
                     self._slot(sequence.request, layer, position)[:] = kv_of(token_id, position, layer)
             if on_layer is not None:
                 on_layer(layer)
-        return [SimulatedOutput(self._sample(s.request, s.stop) if s.needs_sample else None) for s in batch.sequences]
+        return [self._output(s) for s in batch.sequences]
+
+    def _output(self, sequence: ScheduledSequence) -> SimulatedOutput:
+        if BAD_TOKEN in sequence.token_ids:
+            return SimulatedOutput(None, error=FastDeployPDError("the logits are not numbers", code="bad_logits"))
+        return SimulatedOutput(self._sample(sequence.request, sequence.stop) if sequence.needs_sample else None)
 
     def _slot(self, request: Request, layer: int, position: int) -> memoryview:
         block = self.pool.block(layer, request.local.block_table[position // BLOCK_SIZE])
@@ -128,7 +135,13 @@ class SimulatedCluster:
     """Runs front ends and engines until everything has ended."""
 
     def __init__(
-        self, seed: int, roles: Sequence[Role], faults: Faults, num_blocks: int = 24, num_front_ends: int = 2
+        self,
+        seed: int,
+        roles: Sequence[Role],
+        faults: Faults,
+        num_blocks: int = 24,
+        num_front_ends: int = 2,
+        max_lost_instances: int = 10**6,
     ) -> None:
         self.rng = random.Random(seed)
         self.faults = faults
@@ -146,7 +159,7 @@ class SimulatedCluster:
             f"front-{i}": FrontEnd(
                 f"front-{i}",
                 random.Random(f"{seed}-{i}"),
-                FrontEndOptions(placement_timeout_s=600, max_lost_instances=10**6),
+                FrontEndOptions(placement_timeout_s=600, max_lost_instances=max_lost_instances),
             )
             for i in range(num_front_ends)
         }

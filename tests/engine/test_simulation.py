@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from fastdeploy_pd.cluster.messages import Refused
 from fastdeploy_pd.engine.roles import Role
-from tests.engine.simulated_cluster import Faults, SimulatedCluster, expected_tokens
+from tests.engine.simulated_cluster import BAD_TOKEN, Faults, SimulatedCluster, expected_tokens
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LIMIT_S = 400.0
@@ -83,3 +84,43 @@ def test_pool_so_small_that_requests_are_preempted() -> None:
         cluster = run_one(seed, [P, D], Faults(until_s=0), num_requests=10, num_blocks=12)
         num_preemptions += sum(n.engine.context.scheduler.num_preemptions for n in cluster.nodes.values())
     assert num_preemptions > 0
+
+
+@pytest.mark.parametrize("roles", [[P, D], [M]], ids=["pd", "m"])
+def test_one_bad_sequence_fails_alone(roles: list[Role]) -> None:
+    """Its neighbours in the batch go on, it ends once with an error, and nobody is given the blocks it spoilt."""
+    cluster = SimulatedCluster(3, roles, Faults(until_s=0), 64)
+    shared = list(range(100, 109))
+    for number in range(6):
+        cluster.submit(f"good{number}", [*shared, 7 + number], 9, 1.0)
+    cluster.submit("bad", [*shared, 4, 5, 6, BAD_TOKEN], 9, 1.0)
+    cluster.submit("bad-later", [*shared, 4, 5, 6, BAD_TOKEN], 9, 5.0)
+    cluster.submit("good-later", [*shared, 4, 5, 6], 9, 5.0)
+    cluster.run(LIMIT_S)
+    for request_id, client in cluster.clients.items():
+        assert client.num_terminal == 1
+        if request_id.startswith("bad"):
+            assert client.error is not None and client.error.code == "bad_logits"
+        else:
+            assert client.error is None
+            assert client.tokens == expected_tokens(client.prompt, client.max_tokens)
+    assert cluster.is_quiet()
+
+
+def test_a_request_that_kills_prefill_instances_is_given_up() -> None:
+    cluster = SimulatedCluster(1, [P, P, D], Faults(until_s=0), num_front_ends=1, max_lost_instances=6)
+    cluster.submit("poison", [3, 1, 4], 5, 1.0)
+    front_end = next(iter(cluster.front_ends.values()))
+
+    def lose() -> None:
+        tracked = front_end.requests.get("poison")
+        if tracked is not None and tracked.placement is not None:
+            message = Refused("poison", tracked.request.attempt, "the prefill instance was lost", "prefill_lost")
+            front_end.receive(tracked.decode_id, message, cluster.clock.now_s())
+
+    for number in range(200):
+        cluster.at(1.001 + 0.005 * number, lose)
+    cluster.run(LIMIT_S)
+    error = cluster.clients["poison"].error
+    assert error is not None and error.code == "poison"
+    assert cluster.is_quiet()

@@ -10,7 +10,7 @@ import pytest
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.ops.environment import default_num_threads
 from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups
@@ -167,8 +167,13 @@ def test_refusals(directory: Path) -> None:
 @pytest.mark.parametrize("token_id", [-1, 199])
 def test_token_outside_the_vocabulary(directory: Path, token_id: int) -> None:
     engine = TinyEngine(directory, "torch")
-    with pytest.raises(FastDeployPDError, match=rf"request r3 has token id {token_id}; it must be between 0 and 198"):
-        engine.step([engine.request([5, token_id, 6])])
+    bad, good = engine.request([5, token_id, 6]), engine.request([5, 7, 6])
+    spoilt, output = engine.step([bad, good])
+    assert spoilt.token_id is None
+    assert spoilt.error is not None
+    assert f"has token id {token_id}; it must be between 0 and 198" in spoilt.error.message
+    alone = TinyEngine(directory, "torch")
+    assert output.token_id == alone.step([alone.request([5, 7, 6])])[0].token_id
 
 
 def test_sampling_happens_at_the_last_known_token_only(directory: Path) -> None:
