@@ -7,6 +7,7 @@ already, and goes on from there with the same seed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import msgspec
@@ -56,14 +57,23 @@ class QueueConsumer:
         self._client, self._serving, self._consumer = client, serving, consumer
         self._active: dict[str, tuple[Claimed, asyncio.Task[None]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._is_stopping = False
+        self._is_draining = self._is_stopping = False
 
     def start(self) -> None:
         """Begin to claim."""
         self._tasks = [asyncio.create_task(self._claim()), asyncio.create_task(self._keep())]
 
+    async def drain(self, timeout_s: float) -> None:
+        """Claim nothing any more and wait until what is being served has ended."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wait(self._tasks[:1])  # a claim that is under way brings more to serve
+                while self._active:
+                    await asyncio.wait([t for _, t in self._active.values()])
+
     async def stop(self) -> None:
-        """Stop; what is being served is left for another front end to reclaim."""
+        """Stop; what is still being served is left for another front end to reclaim."""
         self._is_stopping = True
         tasks = [*self._tasks, *(t for _, t in self._active.values())]
         for task in tasks:
@@ -72,7 +82,7 @@ class QueueConsumer:
         self._queue.close()
 
     async def _claim(self) -> None:
-        while not self._is_stopping:
+        while not self._is_draining:
             room = MAX_CLAIMED - len(self._active)
             try:
                 if room > 0 and (await self._client.health()).is_ready:
@@ -91,8 +101,9 @@ class QueueConsumer:
             await asyncio.sleep(RENEW_S)
             try:
                 await asyncio.to_thread(self._queue.renew, self._consumer, list(self._active))
-                for claimed in await asyncio.to_thread(self._queue.reclaim, self._consumer, 16):
-                    self._begin(claimed)
+                if not self._is_draining:
+                    for claimed in await asyncio.to_thread(self._queue.reclaim, self._consumer, 16):
+                        self._begin(claimed)
                 by_request = {c.request_id: t for c, t in self._active.values()}
                 for request_id in await asyncio.to_thread(self._queue.cancelled, list(by_request)):
                     by_request[request_id].cancel("cancelled by its client")
@@ -100,6 +111,7 @@ class QueueConsumer:
                 log.warning("claims could not be renewed: %s", error.message)
 
     def _begin(self, claimed: Claimed) -> None:
+        # A claim that comes while draining is served too: it is ours now, and the drain waits for it.
         if claimed.entry_id in self._active:
             return
         task = asyncio.create_task(self._serve(claimed))

@@ -174,3 +174,29 @@ def test_a_dead_front_end_loses_no_submission(redis_server: EmbeddedRedis) -> No
                 text += chunk["text"]
             assert len(tokens) == NUM_TOKENS
             assert text == whole
+
+
+@pytest.mark.parametrize("leaver_role", ["prefill", "decode", "mixed"])
+def test_terminated_instance_drains(redis_server: EmbeddedRedis, leaver_role: str) -> None:
+    """SIGTERM during streams, its own and others', and while new requests come: all of them end as if nothing had happened."""
+    with LocalCluster(redis_server.url, f"drain-{leaver_role}", FLAGS, ENV) as cluster:
+        instances = cluster.start(["mixed", "mixed"] if leaver_role == "mixed" else ["mixed", "prefill", "decode"])
+        leaver = of_role(instances, leaver_role)[-1]
+        other = of_role(instances, "mixed")[0]
+
+        async def leave() -> None:
+            async with httpx.AsyncClient(timeout=60) as client:
+                own = asyncio.create_task(
+                    stream_tokens(client, leaver.http_url, PROMPT, max_tokens=NUM_TOKENS, temperature=0.9, seed=0)
+                )
+                await asyncio.sleep(0.3)
+                leaver.process.send_signal(signal.SIGTERM)
+                for number in range(20):
+                    answer = await complete(client, other.http_url, PROMPT[: 20 + number], max_tokens=4)
+                    assert len(answer) == 4
+                tokens, reason = await own
+                assert (len(tokens), reason) == (NUM_TOKENS, "length")
+
+        asyncio.run(during_streams(other.http_url, leave))
+        assert leaver.process.wait(20) == 0
+        assert "Traceback" not in leaver.last_lines()

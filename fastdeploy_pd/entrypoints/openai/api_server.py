@@ -64,6 +64,12 @@ class EngineSupervisor:
         threading.Thread(target=self._watch, name="engine-supervisor", daemon=True).start()
         return json.loads(ready.read_text())
 
+    def drain(self) -> None:
+        """Let the engine take nothing new and end when what it serves has ended."""
+        self._is_stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def stop(self, is_gentle: bool) -> None:
         """End the engine: SIGTERM lets it drain, SIGINT does not; SIGKILL follows when it takes too long."""
         self._is_stopping = True
@@ -160,7 +166,9 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
         facts = supervisor.start()
         if config.server.workers == 1:
             ready = lambda: write_ready_file(config, address, facts)  # noqa: E731
-            is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready))
+            # Alone, the engine has to serve what its own API has accepted; in a topic others take what comes from now on.
+            drain = supervisor.drain if config.cluster.scheduler_name != "local" else lambda: None
+            is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready, drain))
         else:
             if metrics_socket is not None:
                 metrics_socket.close()  # the first worker binds it
@@ -220,7 +228,7 @@ def run_worker(config: InstanceConfig, run_dir: Path) -> int:
     if config.server.metrics_port and os.environ["FD_API_WORKER"] == "0":
         metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
     facts = json.loads((run_dir / "engine.json").read_text())
-    uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None))
+    uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None, lambda: None))
     return 0
 
 

@@ -35,6 +35,7 @@ from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, 
 log = logging.getLogger("fastdeploy_pd.api")
 
 LOCAL_POLL_S = 0.25
+DRAIN_S = 30.0  # how long SIGTERM waits for answers to end
 
 
 def fitting_instances(records: tuple[MemberRecord, ...], fingerprint: str) -> list[Instance]:
@@ -115,7 +116,7 @@ def uvicorn_server(app: object) -> uvicorn.Server:
         http=BoundedHttpProtocol,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=int(DRAIN_S),
         lifespan="off",
         log_config=None,
     )
@@ -129,12 +130,14 @@ async def serve_api(
     http_socket: socket.socket,
     metrics_socket: socket.socket | None,
     on_ready: Callable[[], None],
+    on_drain: Callable[[], None],
 ) -> bool:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         facts: what the engine announced.
         on_ready: called when the port answers.
+        on_drain: called when SIGTERM came, before the answers that are under way have ended.
     Returns: whether the stop was gentle (SIGTERM): running requests may end.
     """
     enable_multiprocess(run_dir / "metrics")
@@ -157,32 +160,36 @@ async def serve_api(
     client = ClusterClient(front_end, links, WallClock(), metrics)
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
     app = create_app(client, tokenizer, options, metrics=render, observer=metrics)
-    return await _run(
-        config, client, membership, app, (http_socket, metrics_socket), on_ready, links, Serving(tokenizer, options)
-    )
+    consumer = None
+    if config.cluster.scheduler_name != "local":
+        serving = Serving(tokenizer, options)
+        consumer = QueueConsumer(redis_options(config.cluster), client, serving, front_end_id)
+    await client.start()
+    membership.start()
+    if consumer is not None:
+        consumer.start()
+    is_gentle = await _serve_http(app, (http_socket, metrics_socket), consumer, on_ready, on_drain)
+    if consumer is not None:
+        await consumer.stop()
+    await membership.stop()
+    await client.stop()
+    links.close()
+    return is_gentle
 
 
-async def _run(
-    config: InstanceConfig,
-    client: ClusterClient,
-    membership: Membership,
+async def _serve_http(
     app: object,
     sockets: tuple[socket.socket, socket.socket | None],
+    consumer: QueueConsumer | None,
     on_ready: Callable[[], None],
-    links: AsyncLinks,
-    serving: Serving,
+    on_drain: Callable[[], None],
 ) -> bool:
+    """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended. Returns: whether it was SIGTERM."""
     stop = asyncio.Event()
     received: list[int] = []
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda n=number: (received.append(n), stop.set()))
-    await client.start()
-    membership.start()
-    consumer = None
-    if config.cluster.scheduler_name != "local":
-        consumer = QueueConsumer(redis_options(config.cluster), client, serving, client.front_end.front_end_id)
-        consumer.start()
     servers = [uvicorn_server(app)]
     running = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
     if sockets[1] is not None:
@@ -191,18 +198,31 @@ async def _run(
     while not servers[0].started and not running[0].done():
         await asyncio.sleep(0.005)
     on_ready()
-    log.info("serving as %s (pid %d)", client.front_end.front_end_id, os.getpid())
-    await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
-    is_gentle = bool(received) and received[0] == signal.SIGTERM
+    log.info("ready (pid %d)", os.getpid())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
+    is_gentle = received[:1] == [signal.SIGTERM]
     for server in servers:
         server.should_exit = True
         server.force_exit = not is_gentle
-    await asyncio.gather(*running, return_exceptions=True)
-    if consumer is not None:
-        await consumer.stop()
-    await membership.stop()
-    await client.stop()
-    links.close()
+    if is_gentle:
+        log.info("draining")
+        on_drain()
+    if is_gentle and consumer is not None:
+        running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
+    ended = asyncio.gather(*running, return_exceptions=True)
+    while not ended.done():
+        stop.clear()
+        hurried = asyncio.create_task(stop.wait())
+        await asyncio.wait([ended, hurried], return_when=asyncio.FIRST_COMPLETED)
+        if hurried.done():  # a second signal: whoever sends it doesn't want to wait
+            is_gentle = False
+            for server in servers:
+                server.force_exit = True
+            for task in running[len(servers) :]:
+                task.cancel()
+        hurried.cancel()
+    stopping.cancel()
     return is_gentle
 
 
