@@ -3,7 +3,8 @@
     python -m benchmarks.bench_frontend --json out.json
 
 A server process runs the real application over an engine that emits one character a token and stream at each step; a client process
-reads all streams from raw sockets. Three loads: "lockstep" starts the next step when every stream has taken the last one (one event a
+reads all streams from raw sockets. The loads: "plain" is a bare FastAPI application that streams ready bytes, one event a turn of the
+loop, to compare with; "lockstep" starts the next step when every stream has taken the last one (one event a
 token: what the code path costs), "bundles" does so with eight tokens a step (what comes together goes out together), "paced" makes
 a step every 25 ms, as a decode batch does, and compares when each token was emitted with when it was received.
 Tokens a core and second are tokens over the server process's CPU time, the stub engine's own included.
@@ -28,8 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp
 
 from fastdeploy_pd.config import DEMO_MODEL
+from fastdeploy_pd.engine.client import Mailbox
 from fastdeploy_pd.engine.client_api import HealthReport
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
@@ -38,13 +43,11 @@ from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.request import FinishReason, Request, TokenChunk
 
 LETTER = b"Z"  # what every token decodes to; nothing else in an event contains it
-TOKENS = 300
+TOKENS = 1000
 BUNDLE = 8
 PACE_S = 0.025
 TIMEOUT_S = 120.0
-LOADS = ("lockstep", "bundles", "paced")
-
-Queue = asyncio.Queue[list[TokenChunk]]
+LOADS = ("plain", "lockstep", "bundles", "paced")
 
 
 class SteppedEngine:
@@ -53,7 +56,7 @@ class SteppedEngine:
     def __init__(self, token_id: int, num_streams: int, bundle: int, pace_s: float) -> None:
         self._token_id, self._num_streams = token_id, num_streams
         self._bundle, self._pace_s = bundle, pace_s
-        self._streams: dict[str, Queue] = {}
+        self._streams: dict[str, Mailbox] = {}
         self._num_untaken = 0
         self._taken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -63,14 +66,11 @@ class SteppedEngine:
 
     async def generate(self, request: Request) -> AsyncIterator[list[TokenChunk]]:
         """Yield what each step emits."""
-        queue: Queue = asyncio.Queue()
-        self._streams[request.request_id] = queue
+        mailbox = self._streams[request.request_id] = Mailbox()
         if len(self._streams) == self._num_streams:
             self._task = asyncio.create_task(self._run())
         while True:
-            chunks = await queue.get()
-            while not queue.empty():
-                chunks = chunks + queue.get_nowait()
+            chunks = await mailbox.take()
             yield chunks
             self._num_untaken -= 1
             if self._num_untaken <= 0:
@@ -88,8 +88,9 @@ class SteppedEngine:
             self._taken.clear()
             self._num_untaken = len(self._streams)
             self.step_s += [time.monotonic()] * count
-            for request_id, queue in self._streams.items():
-                queue.put_nowait([self._chunk(request_id, index + k) for k in range(count)])
+            for request_id, mailbox in self._streams.items():
+                for k in range(count):
+                    mailbox.put(self._chunk(request_id, index + k))
             if not self._pace_s and index + count < TOKENS:
                 await self._taken.wait()
         await asyncio.sleep(0.3)
@@ -106,12 +107,46 @@ class SteppedEngine:
         return HealthReport(True, {"step_s": self.step_s, "cpu_s": self.cpu_s, "kernel_s": self.kernel_s})
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    """The server process."""
+def plain_app() -> FastAPI:
+    """Returns: what any stream costs with this server: no engine, no text, no requests to keep apart."""
+    app = FastAPI()
+    head = (
+        b'data: {"id":"chatcmpl-%032x","object":"chat.completion.chunk","created":1700000000,"model":"m","choices":['
+        % 0
+    )
+    data = head + b'{"index":0,"delta":{"content":"%s"},"logprobs":null,"finish_reason":null}]}\n\n' % LETTER
+    before: list[resource.struct_rusage] = []
+
+    async def events() -> AsyncIterator[bytes]:
+        before.append(resource.getrusage(resource.RUSAGE_SELF))
+        for _ in range(TOKENS):
+            yield data
+            await asyncio.sleep(0)
+
+    @app.post("/v1/chat/completions")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        kernel_s = after.ru_stime - before[0].ru_stime
+        return {"step_s": [], "kernel_s": kernel_s, "cpu_s": kernel_s + after.ru_utime - before[0].ru_utime}
+
+    return app
+
+
+def cluster_app(arguments: argparse.Namespace) -> ASGIApp:
+    """Returns: the real application over a `SteppedEngine`."""
     tokenizer = Tokenizer.from_directory(DEMO_MODEL)
     token_id = tokenizer.encode(LETTER.decode())[0]
     engine = SteppedEngine(token_id, arguments.streams, arguments.bundle, arguments.pace_s)
-    app = create_app(engine, tokenizer, ServingOptions(("m",), 4096, tokenizer.vocab_size))
+    return create_app(engine, tokenizer, ServingOptions(("m",), 4096, tokenizer.vocab_size))
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """The server process."""
+    app = plain_app() if arguments.plain else cluster_app(arguments)
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     part = Path(arguments.port_file + ".part")
     part.write_text(str(listener.getsockname()[1]))
@@ -182,6 +217,7 @@ def measure(load: str, num_streams: int, loop: str) -> dict[str, Any]:
         port_file = Path(directory) / "port"
         command = [sys.executable, "-m", "benchmarks.bench_frontend", "--serve", "--streams", str(num_streams)]
         command += ["--bundle", str(bundle), "--pace-s", str(pace_s), "--loop", loop, "--port-file", str(port_file)]
+        command += ["--plain"] if load == "plain" else []
         server = subprocess.Popen(command)
         try:
             while not port_file.exists():
@@ -202,8 +238,13 @@ def row(
 ) -> dict[str, Any]:
     """Returns: the figures of one measurement."""
     tokens = num_streams * TOKENS
-    wall_s = max(s[-1][0] for s in arrivals) - measured["step_s"][0]
-    cuts_s = statistics.quantiles(latencies_s(arrivals, measured["step_s"]), n=100)
+    first_s = min(s[0][0] for s in arrivals)
+    figures = {}
+    if measured["step_s"]:
+        first_s = measured["step_s"][0]
+        cuts_s = statistics.quantiles(latencies_s(arrivals, measured["step_s"]), n=100)
+        figures = {"added_p50_ms": round(1e3 * cuts_s[49], 2), "added_p99_ms": round(1e3 * cuts_s[98], 2)}
+    wall_s = max(s[-1][0] for s in arrivals) - first_s
     return {
         "load": load,
         "streams": num_streams,
@@ -213,8 +254,7 @@ def row(
         "tokens_per_core_s": round(tokens / measured["cpu_s"]),
         "cpu_us_per_token": round(1e6 * measured["cpu_s"] / tokens, 2),
         "kernel_us_per_token": round(1e6 * measured["kernel_s"] / tokens, 2),
-        "added_p50_ms": round(1e3 * cuts_s[49], 2),
-        "added_p99_ms": round(1e3 * cuts_s[98], 2),
+        **figures,
     }
 
 
@@ -226,6 +266,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--num-streams", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--streams", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pace-s", type=float, help=argparse.SUPPRESS)

@@ -240,7 +240,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()  #: (token id, logprob), likeliest first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one a token, and freezing makes it six times as slow to make
 class TokenChunk:
     """Some consecutive output tokens of one request; idempotent by (request_id, attempt, index)."""
 

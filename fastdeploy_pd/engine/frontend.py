@@ -67,7 +67,7 @@ class FrontEndOptions:
     max_lost_instances: int = 6  #: a request that has seen so many die is suspected of killing them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, like TokenChunk
 class Delivered:
     """New tokens for the client, in order, each once."""
 

@@ -68,7 +68,7 @@ class Choice:
     num_kv_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, like TokenChunk
 class Delta:
     """What new tokens add to an answer."""
 

@@ -30,7 +30,7 @@ log = logging.getLogger("fastdeploy_pd.transfer")
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
 CONNECT_TIMEOUT_S = 3.0
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 MAX_CONNECTIONS = 1024
 
 

@@ -9,7 +9,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastdeploy_pd.entrypoints.openai.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MAX_URL_BYTES
-from fastdeploy_pd.entrypoints.openai.stream import error_body, error_headers
+from fastdeploy_pd.entrypoints.openai.stream import DIRECT_SEND, error_body, error_headers
 from fastdeploy_pd.errors import AuthenticationFailed, FastDeployPDError, InvalidRequest
 
 log = logging.getLogger("fastdeploy_pd.api")
@@ -55,6 +55,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The last resort of an API process: a defect of ours must not take the other requests with it."""
         has_begun = False
+        scope[DIRECT_SEND] = send
 
         async def noting(message: Message) -> None:
             nonlocal has_begun

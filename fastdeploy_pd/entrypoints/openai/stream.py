@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
 
 DONE = b"data: [DONE]\n\n"
+#: Where a scope holds the server's own `send`: a stream uses it for all but its head, because every layer that wraps it costs each token.
+DIRECT_SEND = "fastdeploy_pd.send"
 
 
 def event(data: bytes) -> bytes:
@@ -64,7 +66,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client leaves; leaving closes the iterator, which aborts the request."""
-        sending = asyncio.create_task(self._send(send))
+        sending = asyncio.create_task(self._send(send, scope.get(DIRECT_SEND, send)))
         leaving = asyncio.create_task(client_left(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -76,7 +78,7 @@ class EventStream(Response):
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, send_body: Send) -> None:
         try:
             first = await anext(self._events, b"")
         except FastDeployPDError as error:
@@ -89,14 +91,14 @@ class EventStream(Response):
             *self._extra_headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": first, "more_body": True})
+        await send_body({"type": "http.response.body", "body": first, "more_body": True})
         try:
             async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send_body({"type": "http.response.body", "body": data, "more_body": True})
         except FastDeployPDError as error:
             # No [DONE]: that is how OpenAI's clients see that the answer is not whole.
-            await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+            await send_body({"type": "http.response.body", "body": event(error_body(error)), "more_body": True})
+        await send_body({"type": "http.response.body", "body": b""})
 
 
 async def unless_client_leaves(work: Awaitable[bytes], receive: Receive) -> bytes | None:
