@@ -1,8 +1,9 @@
 .PHONY: help check test bench demo-model
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
-check: ## style alone
+check: ## style and types alone
 	.venv/bin/ruff check .
+	.venv/bin/mypy
 test: ## install what tests need and run all of them
 	scripts/test.sh
 bench: ## measure; writes bench-results/*.json (docs/benchmarks.md)

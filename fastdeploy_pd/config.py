@@ -7,6 +7,7 @@ does not have is refused too, with what to use instead: nothing is swallowed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import ipaddress
 import re
@@ -133,7 +134,7 @@ class InstanceConfig:
 
 
 def _pick(kind: type, args: argparse.Namespace, env: Mapping[str, str], secret: bytes | None) -> Any:
-    values = {name: getattr(args, name) for name in kind.__slots__ if hasattr(args, name)}
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}
     if kind is ModelOptions:
         values["served_model_name"] = tuple(
             args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")]

@@ -13,7 +13,7 @@ class FastDeployPDError(Exception):
     """Something went wrong inside the cluster."""
 
     fault: ClassVar[Literal["client", "server", "operator"]] = "server"
-    status: ClassVar[int] = 500
+    status: int = 500  #: the class's, unless one error says otherwise
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
     retryable: ClassVar[bool] = False

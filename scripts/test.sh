@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 . scripts/common.sh
 ensure_venv test requirements.txt requirements-test.txt
 .venv/bin/ruff check .
+.venv/bin/mypy --no-error-summary
 exec .venv/bin/python -m pytest -q "$@"

@@ -19,8 +19,10 @@ class _Envelope(msgspec.Struct, array_like=True):
     body: msgspec.Raw
 
 
-_TYPES: dict[str, type] = {t.__name__: t for t in typing.get_args(messages.Message)}
-_DECODERS = {name: msgspec.msgpack.Decoder(t) for name, t in _TYPES.items()}
+_TYPES: dict[str, type[Message]] = {t.__name__: t for t in typing.get_args(messages.Message)}
+_DECODERS: dict[str, msgspec.msgpack.Decoder[Message]] = {
+    name: msgspec.msgpack.Decoder(t) for name, t in _TYPES.items()
+}
 _ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
 _ENCODER = msgspec.msgpack.Encoder()
 

@@ -192,7 +192,7 @@ class Links:
             except zmq.ZMQError as error:
                 router.close(0)
                 raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}") from error
-            self.addresses.append(router.getsockopt(zmq.LAST_ENDPOINT).decode().rstrip("\0"))
+            self.addresses.append(router.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
         self._router = router
         self._poller.register(router, zmq.POLLIN)
 
@@ -263,7 +263,7 @@ class AsyncLinks(Links):
             if items:
                 return items
             arrived = asyncio.Event()
-            descriptors = [s.getsockopt(zmq.FD) for s in self.sockets()]
+            descriptors = [int(s.getsockopt(zmq.FD)) for s in self.sockets()]
             for descriptor in descriptors:
                 loop.add_reader(descriptor, arrived.set)
             try:

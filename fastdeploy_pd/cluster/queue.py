@@ -119,7 +119,7 @@ class RedisQueue:
     def claim(self, consumer: str, count: int, block_s: float) -> list[Claimed]:
         """See RequestQueue."""
         block_ms = max(1, min(int(block_s * 1000), int(BLOCKING_TIMEOUT_S * 500)))
-        reply = self._in_group(
+        reply: Any = self._in_group(
             lambda: self._blocking.run(
                 lambda c: c.xreadgroup(GROUP, consumer, {self._keys.requests: ">"}, count=count, block=block_ms)
             )
@@ -131,13 +131,13 @@ class RedisQueue:
         if entry_ids:
             # Only what is ours already: claiming by id alone would take back what another one has reclaimed meanwhile.
             mine = {e["message_id"].decode() for e in self._pending(consumer, len(entry_ids) + 100)}
-            kept = [i for i in entry_ids if i in mine]
+            kept: list[Any] = [i for i in entry_ids if i in mine]
             if kept:
                 self._connection.run(lambda c: c.xclaim(self._keys.requests, GROUP, consumer, 0, kept, justid=True))
 
     def reclaim(self, consumer: str, count: int) -> list[Claimed]:
         """See RequestQueue."""
-        reply = self._in_group(
+        reply: Any = self._in_group(
             lambda: self._connection.run(
                 lambda c: c.xautoclaim(self._keys.requests, GROUP, consumer, self._lease_ms, "0-0", count=count)
             )
@@ -158,7 +158,7 @@ class RedisQueue:
         """See RequestQueue."""
         key = self._keys.out(request_id)
         block_ms = min(int(block_s * 1000), int(BLOCKING_TIMEOUT_S * 500)) or None
-        reply = self._blocking.run(lambda c: c.xread({key: after}, count=1000, block=block_ms))
+        reply: Any = self._blocking.run(lambda c: c.xread({key: after}, count=1000, block=block_ms))
         return [OutputEntry(i.decode(), f.get(b"payload", b"")) for _, entries in reply or () for i, f in entries]
 
     def exists(self, request_id: str) -> bool:

@@ -51,7 +51,7 @@ class RedisOptions:
         Raises: ConfigError: the URL is none of them. Its text is not repeated: it may hold a password.
         """
         try:
-            parsed = dict(redis.connection.parse_url(url))
+            parsed = dict(redis.connection.parse_url(url))  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ConfigError("the Redis URL must begin with redis://, rediss:// or unix://") from error
         names = {

@@ -105,7 +105,8 @@ class RedisRegistry:
     def members(self) -> tuple[MemberRecord, ...]:
         """See Registry. Ids whose lease has lapsed are removed on the way."""
         keys = self.connection.keys
-        ids = sorted(i.decode() for i in self.connection.run(lambda c: c.smembers(keys.members)))
+        found: set[Any] = self.connection.run(lambda c: c.smembers(keys.members))
+        ids = sorted(i.decode() for i in found)
         if not ids:
             return ()
         values = self.connection.run(lambda c: c.mget([keys.member(i) for i in ids]))
@@ -220,7 +221,7 @@ class MemberWatcher(threading.Thread):
         self._registry.close()
 
     def _follow(self) -> None:
-        pubsub = self._registry.connection.client.pubsub(ignore_subscribe_messages=True)
+        pubsub = self._registry.connection.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         try:
             pubsub.subscribe(self._registry.connection.keys.changes)
             while not self._stop_event.is_set():

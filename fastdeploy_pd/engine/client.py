@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Protocol
 
 from fastdeploy_pd.clock import Clock
@@ -107,7 +107,7 @@ class ClusterClient:
         instances = [i.instance_id for i in self.front_end.live_instances()]
         return HealthReport(self.front_end.is_serving_possible(), {"instances": instances, **self.detail})
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenChunk]]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenChunk], None]:
         """Yield the request's chunks in order, all that are there at once, each token once; closing it early aborts the request.
 
         Raises: FastDeployPDError: the terminal answer is an error.

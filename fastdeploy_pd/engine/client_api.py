@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class HealthReport:
 class EngineClient(Protocol):
     """Generates tokens, somewhere."""
 
-    def generate(self, request: Request) -> AsyncIterator[list[TokenChunk]]:
+    def generate(self, request: Request) -> AsyncGenerator[list[TokenChunk], None]:
         """Yield the request's chunks in order, all that are there at once; each token index exactly once; the last has a finish reason.
 
         Closing the iterator early aborts the request on all instances.

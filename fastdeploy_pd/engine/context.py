@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class StepOutput(Protocol):
 class Runner(Protocol):
     """Computes batches; see `model/runner.py`."""
 
-    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> Sequence[StepOutput]:
         """Calls on_layer(layer) when that layer's K and V of the whole batch are in the pool.
 
         Returns: one output a sequence. Raises: FastDeployPDError: none of them can go on.

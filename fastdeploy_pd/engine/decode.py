@@ -75,7 +75,8 @@ class Served:
     chunks: list[TokenChunk] = field(default_factory=list)
     answer: Refused | None = None  #: why it ended without tokens; repeated if the front end asks again
     over_s: float = 0.0
-    first_chunk_extras: dict[str, object] = field(default_factory=dict)
+    stage_s: tuple[tuple[str, float], ...] = ()  # of its hand-over; goes out with the first chunk, like num_kv_bytes
+    num_kv_bytes: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -230,9 +231,9 @@ class DecodeSide:
         served = self._by_request[id(request)]
         if request.phase is Phase.PREFILLING:
             request.advance(Phase.DECODING, now_s)
-        if served.first_chunk_extras:
-            chunk = replace(chunk, **served.first_chunk_extras)
-            served.first_chunk_extras = {}
+        if served.stage_s:
+            chunk = replace(chunk, stage_s=served.stage_s, num_kv_bytes=served.num_kv_bytes)
+            served.stage_s = ()
         served.chunks.append(chunk)
         self.context.outbox.emit(served.front_end_id, chunk)
         if chunk.finish_reason is not None:
@@ -360,7 +361,7 @@ class DecodeSide:
             "hand_over": now_s - grant.ordered_s,
         }
         self.context.observer.handover(stages, hand_over.num_bytes, hand_over.backend)
-        served.first_chunk_extras = {"stage_s": tuple(stages.items()), "num_kv_bytes": hand_over.num_bytes}
+        served.stage_s, served.num_kv_bytes = tuple(stages.items()), hand_over.num_bytes
         self._go_on(served, hand_over.chunk, now_s)
 
     def _go_on(self, served: Served, chunk: TokenChunk, now_s: float) -> None:

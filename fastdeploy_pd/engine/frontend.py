@@ -154,14 +154,14 @@ class FrontEnd:
 
     def set_members(self, members: Iterable[Instance], now_s: float) -> None:
         """Take the newest snapshot. Who left it is not used for new requests; what runs there goes on while its link lives."""
-        members = {m.instance_id: m for m in members}
-        for instance_id in [i for i in self._views if i not in members]:
+        present = {m.instance_id: m for m in members}
+        for instance_id in [i for i in self._views if i not in present]:
             if not any(t.decode_id == instance_id for t in self.requests.values()):
                 del self._views[instance_id]
                 self._liveness.forget(instance_id)
             else:
                 self._views[instance_id].is_draining = True
-        for instance_id, member in members.items():
+        for instance_id, member in present.items():
             view = self._views.get(instance_id)
             if view is None:
                 self._views[instance_id] = _View(
@@ -259,7 +259,7 @@ class FrontEnd:
             return
         tracked.placement, tracked.decode_id, tracked.unplaced_since_s = placement, placement.decode_id, None
         request.advance(Phase.PLACED, now_s)
-        for instance_id in {placement.prefill_id, placement.decode_id} - {None}:
+        for instance_id in {placement.prefill_id or placement.decode_id, placement.decode_id}:
             self._views[instance_id].added_tokens += request.num_tokens
         tracked.heard_s = now_s
         self._send_reserve(tracked, now_s)

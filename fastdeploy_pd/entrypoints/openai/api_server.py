@@ -62,7 +62,8 @@ class EngineSupervisor:
                 raise ConfigError(self._why_not())
             threading.Event().wait(0.02)
         threading.Thread(target=self._watch, name="engine-supervisor", daemon=True).start()
-        return json.loads(ready.read_text())
+        facts: dict[str, object] = json.loads(ready.read_text())
+        return facts
 
     def drain(self) -> None:
         """Let the engine take nothing new and end when what it serves has ended."""

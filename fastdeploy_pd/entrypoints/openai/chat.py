@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import orjson
@@ -28,7 +28,9 @@ def logprob_content(tokenizer: Tokenizer, logprobs: tuple[TokenLogprobs, ...]) -
     return [{**shown(p.token_id, p.logprob), "top_logprobs": [shown(i, v) for i, v in p.top]} for p in logprobs]
 
 
-async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, created: int) -> AsyncIterator[bytes]:
+async def stream_chat(
+    body: ChatBody, generation: Generation, answer_id: str, created: int
+) -> AsyncGenerator[bytes, None]:
     """Yield events. Everything but the text is made once, before the first token."""
     tokenizer = generation.serving.tokenizer
     head = b'{"id":%s,"object":"chat.completion.chunk","created":%d,"model":%s,"choices":[' % (
@@ -60,7 +62,7 @@ async def stream_chat(body: ChatBody, generation: Generation, answer_id: str, cr
             if data:
                 yield data
     finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+        await deltas.aclose()
     yield _last_events(body, generation, head) + DONE
 
 
@@ -103,7 +105,7 @@ async def whole_chat(body: ChatBody, generation: Generation, answer_id: str, cre
             if body.logprobs:
                 logprobs[choice.index] += logprob_content(tokenizer, delta.logprobs)
     finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+        await deltas.aclose()
     answer = {
         "id": answer_id,
         "object": "chat.completion",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ def _render(
 
 async def stream_completion(
     body: CompletionBody, generation: Generation, answer_id: str, created: int
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Yield events. Everything but the text is made once, before the first token."""
     tokenizer = generation.serving.tokenizer
     head = b'{"id":%s,"object":"text_completion","created":%d,"model":%s,"choices":[' % (
@@ -103,7 +103,7 @@ async def stream_completion(
                     + tail
                 )
     finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+        await deltas.aclose()
     last = b""
     if wants_usage or body.return_timings:
         last = b'],"usage":%s' % (orjson.dumps(generation.usage()) if wants_usage else b"null")
@@ -128,7 +128,7 @@ async def whole_completion(body: CompletionBody, generation: Generation, answer_
             for name, values in (logprobs or {}).items():
                 getattr(legacy[choice.index], name).extend(values)
     finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
+        await deltas.aclose()
     answer = {
         "id": answer_id,
         "object": "text_completion",

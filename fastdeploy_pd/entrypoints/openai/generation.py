@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,14 +44,14 @@ class Generation:
     observer: EndObserver | None = None
     timings: list[Timing] = field(default_factory=list)
 
-    def deltas(self) -> AsyncIterator[tuple[Choice, Delta]]:
+    def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
         """Returns: what comes, of whichever choice. Closing it early aborts all of them."""
         start_s = self.clock.now_s()
         self.timings = [Timing(start_s) for _ in self.choices]
         # One choice alone is passed on as it is: each generator more costs every token.
         return self._one(self.choices[0], self.timings[0]) if len(self.choices) == 1 else self._several()
 
-    async def _one(self, choice: Choice, timing: Timing) -> AsyncIterator[tuple[Choice, Delta]]:
+    async def _one(self, choice: Choice, timing: Timing) -> AsyncGenerator[tuple[Choice, Delta], None]:
         reason = "abort"
         stream = self.client.generate(choice.request)
         try:
@@ -65,7 +65,7 @@ class Generation:
             reason = "error"
             raise
         finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
             self._ended(choice, timing, reason)
 
     def _take(self, choice: Choice, timing: Timing, chunks: list[TokenChunk]) -> Delta:
@@ -79,7 +79,7 @@ class Generation:
             e2e_s = self.clock.now_s() - timing.start_s
             self.observer.ended(reason, len(choice.request.prompt_token_ids), choice.num_output, timing.first_s, e2e_s)
 
-    async def _several(self) -> AsyncIterator[tuple[Choice, Delta]]:
+    async def _several(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
         arrived: asyncio.Queue[tuple[Choice, Delta] | FastDeployPDError | None] = asyncio.Queue()
 
         async def pump(choice: Choice, timing: Timing) -> None:

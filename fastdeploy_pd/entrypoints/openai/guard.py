@@ -21,7 +21,7 @@ OPEN_PATHS = frozenset({"/health", "/healthcheck", "/live"})
 def refusal(status: int, message: str, code: str | None = None) -> InvalidRequest:
     """Returns: an error with another status than 400."""
     error = InvalidRequest(message, code=code)
-    error.status = status  # type: ignore[misc]
+    error.status = status
     return error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 
 import orjson
 from starlette.responses import Response
@@ -60,7 +60,7 @@ class EventStream(Response):
     The first event comes before the status line, so that an early failure is a plain HTTP error.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: list[tuple[bytes, bytes]]) -> None:
         super().__init__()
         self._events, self._extra_headers = events, headers
 
@@ -74,7 +74,7 @@ class EventStream(Response):
             sending.cancel()
             leaving.cancel()
             results = await asyncio.gather(sending, leaving, return_exceptions=True)
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
@@ -126,11 +126,11 @@ async def read_body(receive: Receive, limit_bytes: int, timeout_s: float) -> byt
                 body += message.get("body", b"")
                 if len(body) > limit_bytes:
                     error = InvalidRequest(f"the body is larger than {limit_bytes} bytes", code="request_too_large")
-                    error.status = 413  # type: ignore[misc]
+                    error.status = 413
                     raise error
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError as timeout:
         error = InvalidRequest(f"the body did not arrive within {timeout_s:g} s")
-        error.status = 408  # type: ignore[misc]
+        error.status = 408
         raise error from timeout

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.links import AsyncLinks
@@ -108,7 +109,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def uvicorn_server(app: object) -> uvicorn.Server:
+def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
     """Returns: a server with the fast event loop and parser."""
     config = uvicorn.Config(
         app,
@@ -178,7 +179,7 @@ async def serve_api(
 
 
 async def _serve_http(
-    app: object,
+    app: ASGIApp,
     sockets: tuple[socket.socket, socket.socket | None],
     consumer: QueueConsumer | None,
     on_ready: Callable[[], None],
@@ -187,9 +188,14 @@ async def _serve_http(
     """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended. Returns: whether it was SIGTERM."""
     stop = asyncio.Event()
     received: list[int] = []
+
+    def on_signal(number: int) -> None:
+        received.append(number)
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda n=number: (received.append(n), stop.set()))
+        loop.add_signal_handler(number, on_signal, number)
     servers = [uvicorn_server(app)]
     running = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
     if sockets[1] is not None:
@@ -210,7 +216,7 @@ async def _serve_http(
         on_drain()
     if is_gentle and consumer is not None:
         running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
-    ended = asyncio.gather(*running, return_exceptions=True)
+    ended = asyncio.create_task(_all_ended(running))
     while not ended.done():
         stop.clear()
         hurried = asyncio.create_task(stop.wait())
@@ -226,10 +232,14 @@ async def _serve_http(
     return is_gentle
 
 
-def metrics_app() -> Callable[..., object]:
+async def _all_ended(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def metrics_app() -> ASGIApp:
     """Returns: an ASGI application that answers every GET with the metrics."""
 
-    async def app(scope: dict[str, object], receive: Callable[..., object], send: Callable[..., object]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         body, content_type = render()
