@@ -104,17 +104,21 @@ class InstanceConfig:
     server: ServerOptions
 
     @classmethod
-    def from_args(cls, argv: Sequence[str], env: Mapping[str, str]) -> InstanceConfig:
-        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET).
+    def from_args(cls, argv: Sequence[str], env: Mapping[str, str], program: str = "api_server") -> InstanceConfig:
+        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET, FD_SCHEDULER_PASSWORD).
+
+        Args:
+            program: what `--help` calls it.
 
         Raises: ConfigError: something is wrong; names it.
         """
-        args = make_parser().parse_args([_with_hyphens(a) for a in argv])
+        args = make_parser(program).parse_args([_with_hyphens(a) for a in argv])
         for name, check in UNSUPPORTED.items():
             value = getattr(args, name)
             if value is not None:
                 check(value)
         _check_ports(args)
+        args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
         secret = read_secret(args.cluster_secret_file, env)
         if secret is None and args.scheduler_name != "local" and not is_loopback(args.advertise_host):
             raise ConfigError(
@@ -275,9 +279,25 @@ UNSUPPORTED: dict[str, Callable[[Any], None]] = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+class _Help(argparse.HelpFormatter):
+    """Shows a flag's default where its text does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in text or text == "":
+            return action.help
+        value = ",".join(action.default) if isinstance(action.default, tuple) else action.default
+        return f"{text} (default: {'demo' if value == str(DEMO_MODEL) else value})".replace("%", "%%")
+
+
+def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
     """Returns: the parser of an instance's flags; docs/configuration.md is held against it by a test."""
-    parser = _Parser(prog="api_server", allow_abbrev=False, description="One instance of a fastdeploy-pd cluster.")
+    parser = _Parser(
+        prog=program,
+        allow_abbrev=False,
+        description="One instance of a fastdeploy-pd cluster.",
+        formatter_class=_Help,
+    )
     _add_model_flags(parser.add_argument)
     _add_cluster_flags(parser.add_argument)
     _add_server_flags(parser.add_argument)
@@ -342,7 +362,7 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
     add("--scheduler-port", type=_PORT, default=6379, help="Redis port")
     add("--scheduler-db", type=_integer(0, 1023), default=0, help="Redis database number")
     add("--scheduler-username", help="Redis ACL user")
-    add("--scheduler-password", help="Redis password")
+    add("--scheduler-password", help="Redis password (or FD_SCHEDULER_PASSWORD, which `ps` does not show)")
     add("--scheduler-topic", type=_topic, default="default", help="name of the cluster in Redis")
     add(
         "--scheduler-ttl",

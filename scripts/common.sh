@@ -22,7 +22,7 @@ ensure_venv() {
     printf 'making a virtual environment in .venv\n'
     "$python" -m venv .venv || { rm -rf .venv; fail "the venv module does not work. On Debian or Ubuntu: apt-get install python3-venv"; }
   fi
-  printf 'installing packages (once; about 300 MB for the CPU engine) ...\n'
+  printf 'installing packages (once; about 300 MB to download, 1 GB on disk) ...\n'
   requirements=""
   for file in "$@"; do requirements="$requirements -r $file"; done
   # shellcheck disable=SC2086  # the list is meant to be split

@@ -27,7 +27,10 @@ QUEUE_MESSAGES = 10_000  # high-water mark of each direction of each link
 DRAIN_MESSAGES = 1_000  # most messages of one socket taken in one call, so that none starves another
 RECONNECT_MS = 20
 
-_LOST_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_REFUSED_EVENTS = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+_LOST_EVENTS = zmq.EVENT_DISCONNECTED | _REFUSED_EVENTS
 _UP_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
@@ -49,10 +52,15 @@ class _ClusterClients:
 
     def __init__(self, public: bytes) -> None:
         self._public = public
+        self._has_warned = False
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a client with this public key is let in."""
-        return key == self._public
+        is_ours = key == self._public
+        if not is_ours and not self._has_warned:
+            self._has_warned = True
+            log.warning("refused a caller that has another cluster secret (--cluster-secret-file, FD_CLUSTER_SECRET)")
+        return is_ours
 
 
 @dataclass(slots=True)
@@ -60,6 +68,7 @@ class _Dealer:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     address: str
+    is_up: bool = False
 
 
 class Links:
@@ -75,6 +84,7 @@ class Links:
         """
         self.own_id = own_id
         self.addresses: list[str] = []
+        self._refused_by: set[str] = set()
         self.num_rejected = 0  #: messages that could not be decoded
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._server = key_pair(secret, "server") if secret else None
@@ -228,11 +238,25 @@ class Links:
         while (frames := self._take(dealer.monitor)) is not None:
             event = parse_monitor_message(frames)["event"]
             if event & _UP_EVENTS:
+                dealer.is_up = True
                 items.append((peer_id, PeerUp()))
             elif event & _LOST_EVENTS:
+                if not dealer.is_up:
+                    self._warn_refused(peer_id, dealer.address)
                 self.disconnect(peer_id)
                 items.append((peer_id, PeerLost()))
                 return
+
+    def _warn_refused(self, peer_id: str, address: str) -> None:
+        """Once a peer: it is called again and again."""
+        if peer_id not in self._refused_by:
+            self._refused_by.add(peer_id)
+            log.warning(
+                "%s at %s ended the link before it was established. Is the cluster secret the same on both sides "
+                "(--cluster-secret-file, FD_CLUSTER_SECRET), or has the peer died?",
+                peer_id,
+                address,
+            )
 
     def _decode(self, peer_id: str, data: bytes, items: list[tuple[str, Item]]) -> None:
         try:

@@ -6,6 +6,7 @@ script that makes it idempotent, and retry by ourselves where repeating is harml
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,13 +97,36 @@ def coordinator_errors() -> Iterator[None]:
     try:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-        raise ConfigError(f"Redis refuses us: {error}; check --scheduler-username and --scheduler-password") from error
+        raise ConfigError(
+            f"Redis refuses us ({str(error).rstrip('.')}); check --scheduler-username and the password "
+            "(FD_SCHEDULER_PASSWORD or --scheduler-password)"
+        ) from error
     except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError, OSError) as error:
         raise CoordinatorLost(f"Redis cannot be reached: {error}") from error
     except redis.exceptions.ReadOnlyError as error:
         raise CoordinatorLost("Redis is a read-only replica now") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise CoordinatorLost("Redis is out of memory") from error
+
+
+class Outage:
+    """Says that Redis is away once, and once that it is back, however often it is tried meanwhile."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log, self._what = log, what
+        self._message = ""
+
+    def failed(self, message: str) -> None:
+        """It did not answer, or refused us."""
+        if message != self._message:
+            self._log.warning("%s failed and is tried again until it succeeds: %s", self._what, message)
+        self._message = message
+
+    def over(self) -> None:
+        """It has answered."""
+        if self._message:
+            self._log.info("%s succeeds again", self._what)
+        self._message = ""
 
 
 class RedisConnection:

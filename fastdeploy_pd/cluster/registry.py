@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import redis
 
 from fastdeploy_pd.clock import Clock, WallClock
-from fastdeploy_pd.cluster.redis_connection import RedisConnection, RedisOptions
+from fastdeploy_pd.cluster.redis_connection import Outage, RedisConnection, RedisOptions
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost
 
 log = logging.getLogger("fastdeploy_pd.registry")
@@ -134,6 +134,7 @@ class HeartbeatThread(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self._registry, self._source, self._interval_s = registry, source, interval_s
         self._stop_event = threading.Event()
+        self._outage = Outage(log, "heartbeat")
         self._last: MemberRecord | None = None
 
     def run(self) -> None:
@@ -149,10 +150,11 @@ class HeartbeatThread(threading.Thread):
                 if self._registry.heartbeat(record, is_change):
                     log.info("registered %s as %s", record.instance_id, record.role)
                 self._last, wait_s = record, self._interval_s
+                self._outage.over()
             except (CoordinatorLost, ConfigError) as error:
                 # Jitter: all members must not come back in the same millisecond.
                 wait_s = min(MAX_BACKOFF_S, max(self._interval_s, wait_s * 1.5)) * random.uniform(0.7, 1.3)
-                log.warning("heartbeat failed: %s", error.message)
+                self._outage.failed(error.message)
 
     def stop(self) -> None:
         """Leave and end. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterable
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from fastdeploy_pd.engine.frontend import Failed, FrontEnd, Instance
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import Request, TokenChunk
+
+log = logging.getLogger("fastdeploy_pd.front_end")
 
 TICK_S = 0.02
 
@@ -75,6 +78,7 @@ class ClusterClient:
         self._clock = clock
         self._mailboxes: dict[str, Mailbox] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._members: set[str] = set()
         self._connected: dict[str, str] = {}  # peer id -> address
         self.detail: dict[str, object] = {}
 
@@ -95,6 +99,10 @@ class ClusterClient:
         """Take the newest members of the topic; call it in the event loop."""
         members = list(members)
         present = {m.instance_id for m in members}
+        for change, ids in (("joined", present - self._members), ("left", self._members - present)):
+            for instance_id in sorted(ids):
+                log.info("%s %s; %d members", instance_id, change, len(present))
+        self._members = present
         self.front_end.set_members(members, self._clock.now_s())
         self._flush()
         served = {t.decode_id for t in self.front_end.requests.values()}
@@ -132,6 +140,7 @@ class ClusterClient:
                 now_s = self._clock.now_s()
                 if isinstance(item, PeerLost):
                     self._connected.pop(sender_id, None)
+                    log.info("the link to %s has ended", sender_id)
                     self.front_end.peer_lost(sender_id, now_s)
                 elif not isinstance(item, PeerUp):
                     self.front_end.receive(sender_id, item, now_s)
@@ -166,6 +175,7 @@ class ClusterClient:
             if mailbox is None:
                 continue
             if isinstance(event, Failed):
+                log.warning("request %s failed: %s", event.request_id, event.error.message)
                 mailbox.fail(event.error)
             else:
                 mailbox.put(event.chunk)

@@ -19,6 +19,7 @@ from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options, warm_up
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
+from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 
@@ -163,11 +164,10 @@ def main() -> int:
     enable_multiprocess(run_dir / "metrics")
     try:
         config = InstanceConfig.from_args(sys.argv[1:], dict(os.environ))
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(message)s")
+        configure_process_log(config.server.log_dir, "engine")
         serve(config, run_dir)
     except FastDeployPDError as error:
-        (run_dir / "engine.error").write_text(error.message)
-        sys.stderr.write(f"error: {error.message}\n")
+        (run_dir / "engine.error").write_text(error.message)  # the API process says it
         return 2
     return 0
 

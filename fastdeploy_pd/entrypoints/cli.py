@@ -14,8 +14,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up", help="start a small cluster on this machine and talk to it")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,version}")
+    up = commands.add_parser(
+        "up",
+        help="start a small cluster on this machine and talk to it",
+        description="Starts Redis, a prefill and a decode instance (or as many as asked for), streams a first answer, stays up until "
+        "Ctrl-C, and starts again whatever dies.",
+    )
+    up.add_argument("flags", nargs="*", help="behind `--`: flags for every instance, as of `serve`")
     up.add_argument("--once", action="store_true", help="exit after the first answer")
     up.add_argument("--prefill", type=int, default=1, help="prefill instances (default 1)")
     up.add_argument("--decode", type=int, default=1, help="decode instances (default 1)")
@@ -41,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["serve"]:
         from fastdeploy_pd.entrypoints.openai.api_server import main as serve
 
-        return serve(argv[1:])
+        return serve(argv[1:], "fastdeploy-pd serve")
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command == "version":
@@ -49,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1:
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
-    from fastdeploy_pd.launch.up import run
-
     try:
+        from fastdeploy_pd.launch.up import run
+
         return run(args)
     except FastDeployPDError as error:
         sys.stderr.write(f"\nerror: {error.message}\n")

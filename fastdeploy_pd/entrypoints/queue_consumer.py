@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, RedisQueue
-from fastdeploy_pd.cluster.redis_connection import RedisOptions
+from fastdeploy_pd.cluster.redis_connection import Outage, RedisOptions
 from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
 from fastdeploy_pd.entrypoints.openai.validation import parse_body
@@ -61,6 +61,7 @@ class QueueConsumer:
         self._active: dict[str, tuple[Claimed, asyncio.Task[None]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = self._is_stopping = False
+        self._outage = Outage(log, "claiming requests")
 
     def start(self) -> None:
         """Begin to claim."""
@@ -93,9 +94,10 @@ class QueueConsumer:
                         self._queue.claim, self._consumer, min(room, 32), CLAIM_BLOCK_S
                     ):
                         self._begin(claimed)
+                    self._outage.over()
                     continue
             except (CoordinatorLost, ConfigError) as error:
-                log.warning("cannot claim requests: %s", error.message)
+                self._outage.failed(error.message)
             await asyncio.sleep(PAUSE_S)
 
     async def _keep(self) -> None:
@@ -111,7 +113,7 @@ class QueueConsumer:
                 for request_id in await asyncio.to_thread(self._queue.cancelled, list(by_request)):
                     by_request[request_id].cancel("cancelled by its client")
             except (CoordinatorLost, ConfigError) as error:
-                log.warning("claims could not be renewed: %s", error.message)
+                self._outage.failed(error.message)
 
     def _begin(self, claimed: Claimed) -> None:
         # A claim that comes while draining is served too: it is ours now, and the drain waits for it.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.errors import ConfigError
 
@@ -92,7 +93,7 @@ class LocalCluster:
             flags: for every instance.
             env: added to the environment of every instance.
         """
-        self._redis_flags = _redis_flags(redis_url, topic) if redis_url else []
+        self._redis_flags, self._redis_env = _redis_flags(redis_url, topic) if redis_url else ([], {})
         self._flags, self._env = list(flags), dict(env or {})
         self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-cluster-"))
         self.instances: list[LocalInstance] = []
@@ -129,7 +130,7 @@ class LocalCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **self._env},
+                env={**os.environ, "TMPDIR": str(directory), **self._redis_env, **self._env},
                 preexec_fn=lambda: die_with_parent(parent),
             )
         instance = LocalInstance(name, role, process, directory)
@@ -199,11 +200,17 @@ class LocalCluster:
         return living <= set(seen)
 
 
-def _redis_flags(url: str, topic: str) -> list[str]:
-    from fastdeploy_pd.cluster.redis_connection import RedisOptions
-
+def _redis_flags(url: str, topic: str) -> tuple[list[str], dict[str, str]]:
+    """Returns: the instances' flags, and their environment: `ps` shows no password there."""
     options = RedisOptions.from_url(url, topic)
     flags = ["--scheduler-name", "splitwise", "--scheduler-topic", topic, "--scheduler-host", options.host]
     flags += ["--scheduler-port", str(options.port), "--scheduler-db", str(options.db)]
-    flags += ["--scheduler-password", options.password] if options.password else []
-    return flags + (["--scheduler-username", options.username] if options.username else [])
+    given = {
+        "--scheduler-username": options.username,
+        "--scheduler-tls-ca-file": options.tls_ca_file,
+        "--scheduler-tls-cert-file": options.tls_cert_file,
+        "--scheduler-tls-key-file": options.tls_key_file,
+    }
+    flags += ["--scheduler-tls"] if options.tls else []
+    flags += [word for flag, value in given.items() if value for word in (flag, value)]
+    return flags, {"FD_SCHEDULER_PASSWORD": options.password} if options.password else {}

@@ -11,8 +11,11 @@ import urllib.request
 from contextlib import ExitStack
 
 from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.redis_connection import RedisConnection, RedisOptions
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
+
+MAX_RESTARTS = 20  # of all instances together
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -84,26 +87,28 @@ def show_report(report: dict[str, object]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns: exit status."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    """Returns: exit status: 0, also when Ctrl-C ends a running cluster. Raises: KeyboardInterrupt: it came before that."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     clock = WallClock()
     start_s = clock.now_s()
     with ExitStack() as stack:
         url = args.redis_url
         if url is None:
-            say("starting an embedded Redis server")
+            say("starting a Redis server of its own")
             url = stack.enter_context(EmbeddedRedis()).url
+        else:
+            check_redis(url)
         roles = ["prefill"] * args.prefill + ["decode"] * args.decode + ["mixed"] * args.mixed
         say(f"starting {', '.join(roles)}")
-        flags = ["--model", args.model, "--ops", args.ops]
+        flags = ["--model", args.model, "--ops", args.ops, *args.flags]
         cluster = stack.enter_context(LocalCluster(url, flags=flags))
+        stack.callback(_ignore_signals)  # what was started is ended, however impatient one is
         instances = [
             cluster.launch(r, ["--port", str(args.port)] if i == 0 and args.port else []) for i, r in enumerate(roles)
         ]
         waiting = Waiting()
-        cluster.wait_ready(instances, lambda names, s: _wait(waiting, names, s, stop))
+        cluster.wait_ready(instances, waiting)
         waiting.done()
         say(
             f"ready after {clock.now_s() - start_s:.1f} s: "
@@ -115,24 +120,66 @@ def run(args: argparse.Namespace) -> int:
         show_report(ask(instances[0], name, args.prompt))
         if args.once:
             return 0
-        say("\nAsk for more (any instance answers; Ctrl-C ends everything):\n")
-        body = json.dumps(
-            {"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True}
-        )
-        say(f"  curl -N {instances[0].http_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
-        while not stop.wait(0.5):
-            for instance in instances:
-                if instance.process.poll() is not None:
-                    say(f"{instance.name} ended with status {instance.process.returncode}:\n{instance.last_lines()}")
-                    return 1
-        say("\nstopping")
+        show_next(instances[0], name)
+        try:
+            return tend(cluster, instances, args.port)
+        except KeyboardInterrupt:
+            say("\nstopping")
     return 0
 
 
-def _wait(waiting: Waiting, names: list[str], elapsed_s: float, stop: threading.Event) -> None:
-    if stop.is_set():
-        raise KeyboardInterrupt
-    waiting(names, elapsed_s)
+def show_next(instance: LocalInstance, name: str) -> None:
+    """Print how to go on."""
+    body = json.dumps(
+        {"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True}
+    )
+    say("\nAsk for more (any instance answers; Ctrl-C ends everything):\n")
+    say(f"  curl -N {instance.http_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
+    say(f"or from Python: openai.OpenAI(base_url='{instance.http_url}/v1', api_key='none')\n")
+
+
+def tend(cluster: LocalCluster, instances: list[LocalInstance], first_port: int | None) -> int:
+    """Start whatever ends again: the others go on meanwhile. Returns: 1 when instances keep dying."""
+    num_restarts, awaited = 0, set[str]()
+    while True:
+        for index, instance in enumerate(instances):
+            if instance.name in awaited and instance.is_ready:
+                awaited.discard(instance.name)
+                say(f"{instance.name} is ready at {instance.http_url}")
+            status = instance.process.poll()
+            if status is None:
+                continue
+            say(
+                f"{instance.name} ended with status {status}; the others go on. Its last words:\n{instance.last_lines()}"
+            )
+            num_restarts += 1
+            if num_restarts > MAX_RESTARTS:
+                say(f"instances have ended {num_restarts} times; giving up")
+                return 1
+            instances[index] = cluster.launch(
+                instance.role, ["--port", str(first_port)] if index == 0 and first_port else []
+            )
+            awaited.add(instances[index].name)
+            say(f"starting {instances[index].name} in its place")
+        threading.Event().wait(0.5)
+
+
+def check_redis(url: str) -> None:
+    """Raises: CoordinatorLost, ConfigError: the server cannot be used."""
+    connection = RedisConnection(RedisOptions.from_url(url))
+    try:
+        connection.check_version()
+    finally:
+        connection.close()
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _model_name(instance: LocalInstance) -> str:

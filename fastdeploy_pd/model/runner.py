@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads
             return TorchOps(dtype, num_threads)
     except ImportError as error:
         raise ConfigError(
-            f"--ops {name} needs a package that is not installed: {error}; pip install '.[{name}]'"
+            f"--ops {name} needs a package that is not installed ({error}); in the project's directory: {sys.executable} -m pip install '.[{name}]'"
         ) from error
     from fastdeploy_pd.model.ops.reference import ReferenceOps
 

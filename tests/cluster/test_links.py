@@ -129,6 +129,21 @@ def test_strangers_are_not_heard() -> None:
         links.close()
 
 
+@pytest.mark.parametrize("secret", [b"another secret of many bytes", None])
+def test_a_differing_secret_is_said(secret: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    server = Links("server", ["tcp://127.0.0.1:*"], SECRET)
+    stranger = Links("stranger", secret=secret)
+    for _ in range(3):
+        stranger.connect("server", server.addresses[0])
+        for _ in range(10):
+            stranger.receive(0.05)
+            server.receive(0.0)
+    said = [r.getMessage() for r in caplog.records if "Is the cluster secret the same on both sides" in r.getMessage()]
+    assert len(said) == 1, "once, not at every attempt"
+    for links in (stranger, server):
+        links.close()
+
+
 def test_no_open_port_without_a_secret() -> None:
     with pytest.raises(ConfigError, match="cluster-secret-file"):
         Links("server", ["tcp://0.0.0.0:*"])

@@ -24,7 +24,8 @@ import uvloop
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.lifetime import die_with_parent
-from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.engine.process_log import configure_process_log
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
 from fastdeploy_pd.launch.ports import bind_tcp, check_free
 
 log = logging.getLogger("fastdeploy_pd.api_server")
@@ -131,6 +132,23 @@ def check_ports(config: InstanceConfig) -> None:
         check_free("127.0.0.1", config.cluster.engine_worker_queue_port, "--engine-worker-queue-port")
 
 
+def check_redis(config: InstanceConfig) -> None:
+    """Raises: ConfigError: Redis refuses us or is too old. One that cannot be reached may come later, and is only warned of."""
+    if config.cluster.scheduler_name == "local":
+        return
+    from fastdeploy_pd.cluster.redis_connection import RedisConnection
+    from fastdeploy_pd.engine.build import redis_options
+
+    connection = RedisConnection(redis_options(config.cluster))
+    try:
+        connection.check_version()
+    except CoordinatorLost as error:
+        where = f"{config.cluster.scheduler_host}:{config.cluster.scheduler_port}"
+        log.warning("%s (%s); starting all the same, and trying again until it is there", error.message, where)
+    finally:
+        connection.close()
+
+
 def http_address(config: InstanceConfig, http_socket: socket.socket) -> str:
     """Returns: the URL under which others reach this instance."""
     host = config.server.host
@@ -139,8 +157,17 @@ def http_address(config: InstanceConfig, http_socket: socket.socket) -> str:
     return f"http://{host}:{http_socket.getsockname()[1]}"
 
 
-def write_ready_file(config: InstanceConfig, address: str, facts: dict[str, object]) -> None:
-    """Tell whoever waits (launchers, tests) where the instance is."""
+def announce(config: InstanceConfig, address: str, facts: dict[str, object]) -> None:
+    """Tell whoever reads the log, and whoever waits for --ready-file (launchers, tests), where the instance is."""
+    cluster = config.cluster
+    log.info(
+        "ready: %s (%s) at %s, model %s, %s",
+        facts["instance_id"],
+        cluster.splitwise_role,
+        address,
+        ", ".join(config.model.served_model_name),
+        f"topic {cluster.scheduler_topic}" if cluster.scheduler_name != "local" else "alone",
+    )
     if config.server.ready_file:
         path = Path(config.server.ready_file)
         part = path.with_name(path.name + ".part")
@@ -156,6 +183,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
 
     http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_ports(config)
+    check_redis(config)
     metrics_socket = None
     if config.server.metrics_port:
         metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
@@ -166,7 +194,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     try:
         facts = supervisor.start()
         if config.server.workers == 1:
-            ready = lambda: write_ready_file(config, address, facts)  # noqa: E731
+            ready = lambda: announce(config, address, facts)  # noqa: E731
             # Alone, the engine has to serve what its own API has accepted; in a topic others take what comes from now on.
             drain = supervisor.drain if config.cluster.scheduler_name != "local" else lambda: None
             is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready, drain))
@@ -174,7 +202,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
             if metrics_socket is not None:
                 metrics_socket.close()  # the first worker binds it
             workers = start_workers(config, argv, run_dir, http_socket)
-            write_ready_file(config, address, facts)
+            announce(config, address, facts)
             is_gentle, status = wait_for_workers(workers)
     finally:
         for worker in workers:
@@ -234,22 +262,16 @@ def run_worker(config: InstanceConfig, run_dir: Path) -> int:
 
 
 def configure_logging(config: InstanceConfig) -> None:
-    """Log to stderr, or to files in FD_LOG_DIR."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        filename=str(Path(config.server.log_dir) / "api_server.log") if config.server.log_dir else None,
-    )
+    """Log to stderr, or to a file in FD_LOG_DIR."""
+    configure_process_log(config.server.log_dir, "api_server")
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "api_server") -> int:
     """Returns: exit status: 0 after a stop, 2 when the configuration is refused."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config = InstanceConfig.from_args(argv, dict(os.environ))
-        if config.server.log_dir:
-            Path(config.server.log_dir).mkdir(parents=True, exist_ok=True)
+        config = InstanceConfig.from_args(argv, dict(os.environ), program)
         configure_logging(config)
         if "FD_API_WORKER" in os.environ:
             die_with_parent()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import signal
 import socket
@@ -204,7 +203,6 @@ async def _serve_http(
     while not servers[0].started and not running[0].done():
         await asyncio.sleep(0.005)
     on_ready()
-    log.info("ready (pid %d)", os.getpid())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
     is_gentle = received[:1] == [signal.SIGTERM]

@@ -7,6 +7,7 @@ Several instances share a host. OpenMP's threads spin while they wait; once ther
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -22,6 +23,7 @@ def default_num_threads() -> int:
 
 def prepare_environment() -> None:
     """Set what is not set yet; to be called before paddle or torch is imported, after which it has no effect."""
+    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle's advice for who compiles
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle warns of compilers that a server doesn't need

@@ -1,0 +1,22 @@
+"""Where the processes of an instance log to: one form for all of them, so that lines of several can be told apart in one file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+
+def configure_process_log(log_dir: str | None, name: str) -> None:
+    """Log to stderr, or to log_dir/name.log.
+
+    Args:
+        name: "api_server" or "engine".
+    Raises: OSError: the file cannot be written.
+    """
+    if log_dir:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s {name}[%(process)d] %(message)s",
+        filename=str(Path(log_dir) / f"{name}.log") if log_dir else None,
+    )
