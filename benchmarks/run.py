@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-OUT = Path("bench-results")
+NAMES = ("transfer", "frontend", "serving")
 
 
 def main() -> int:
     """Returns: the first failing benchmark's exit status, or 0."""
-    OUT.mkdir(exist_ok=True)
-    for name in ("transfer", "frontend", "serving"):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
+    parser.add_argument("--only", choices=NAMES, action="append", help="run this one; may be given several times")
+    args = parser.parse_args()
+    args.out.mkdir(exist_ok=True)
+    for name in args.only or NAMES:
         sys.stdout.write(f"== {name}\n")
         sys.stdout.flush()
         status = subprocess.call(
-            [sys.executable, "-m", f"benchmarks.bench_{name}", "--json", str(OUT / f"{name}.json")]
+            [sys.executable, "-m", f"benchmarks.bench_{name}", "--json", str(args.out / f"{name}.json")]
         )
         if status:
             return status
