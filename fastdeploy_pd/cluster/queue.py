@@ -7,6 +7,7 @@ appears once, and nothing is lost with a front end.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ MAX_QUEUED = 10_000
 MAX_PAYLOAD_BYTES = 8 * 2**20
 
 Result = TypeVar("Result")
+log = logging.getLogger("fastdeploy_pd.queue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class RedisQueue:
                 lambda c: c.xreadgroup(GROUP, consumer, {self._keys.requests: ">"}, count=count, block=block_ms)
             )
         )
-        return [claimed for _, entries in reply or () for claimed in _claimed(entries)]
+        return [claimed for _, entries in reply or () for claimed in self._claimed(entries)]
 
     def renew(self, consumer: str, entry_ids: Sequence[str]) -> None:
         """See RequestQueue."""
@@ -142,7 +144,7 @@ class RedisQueue:
                 lambda c: c.xautoclaim(self._keys.requests, GROUP, consumer, self._lease_ms, "0-0", count=count)
             )
         )
-        return _claimed(reply[1]) if reply else []
+        return self._claimed(reply[1]) if reply else []
 
     def append(
         self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False
@@ -200,6 +202,22 @@ class RedisQueue:
                 raise
         return action()
 
+    def _claimed(self, entries: Sequence[tuple[bytes | None, dict[bytes, bytes] | None]]) -> list[Claimed]:
+        claimed = []
+        for entry_id, fields in entries:
+            if entry_id is None or not fields:
+                continue  # deleted meanwhile
+            try:
+                claimed.append(Claimed(entry_id.decode(), fields[b"id"].decode(), fields[b"payload"]))
+            except (KeyError, UnicodeDecodeError):
+                self._throw_away(entry_id, fields)
+        return claimed
 
-def _claimed(entries: Sequence[tuple[bytes | None, dict[bytes, bytes] | None]]) -> list[Claimed]:
-    return [Claimed(i.decode(), f[b"id"].decode(), f[b"payload"]) for i, f in entries if i is not None and f]
+    def _throw_away(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
+        """Take out an entry that nobody can be answered for: it would be claimed for ever."""
+        log.warning(
+            "%s has entry %s, which `submit` did not write (fields %s): it is deleted",
+            self._keys.requests, entry_id.decode(), sorted(fields)[:8],
+        )  # fmt: skip
+        self._connection.run(lambda c: c.xack(self._keys.requests, GROUP, entry_id))
+        self._connection.run(lambda c: c.xdel(self._keys.requests, entry_id))

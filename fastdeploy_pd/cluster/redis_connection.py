@@ -91,9 +91,16 @@ class RedisOptions:
         return redis.Redis(host=self.host, port=self.port, **common)
 
 
+#: errors that mean a consumer group has to be made, is there already, or was waited for when its stream went away
+GROUP_ERRORS = ("NOGROUP", "BUSYGROUP", "UNBLOCKED")
+
+
 @contextmanager
 def coordinator_errors() -> Iterator[None]:
-    """Raises: CoordinatorLost for connection trouble, ConfigError for a refused login, inside the block."""
+    """Raises, inside the block: CoordinatorLost for trouble with the server or its data, ConfigError for a refused login.
+
+    redis.ResponseError: one of GROUP_ERRORS.
+    """
     try:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
@@ -107,6 +114,10 @@ def coordinator_errors() -> Iterator[None]:
         raise CoordinatorLost("Redis is a read-only replica now") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise CoordinatorLost("Redis is out of memory") from error
+    except redis.ResponseError as error:
+        if any(word in str(error) for word in GROUP_ERRORS):
+            raise
+        raise CoordinatorLost(f"Redis refuses a command: {error}; does something else use our keys?") from error
 
 
 class Outage:

@@ -106,10 +106,10 @@ class RedisRegistry:
         """See Registry. Ids whose lease has lapsed are removed on the way."""
         keys = self.connection.keys
         found: set[Any] = self.connection.run(lambda c: c.smembers(keys.members))
-        ids = sorted(i.decode() for i in found)
+        ids = sorted(found)
         if not ids:
             return ()
-        values = self.connection.run(lambda c: c.mget([keys.member(i) for i in ids]))
+        values = self.connection.run(lambda c: c.mget([keys.member(i.decode(errors="replace")) for i in ids]))
         lapsed = [i for i, value in zip(ids, values, strict=True) if value is None]
         if lapsed:
             self.connection.run(lambda c: c.srem(keys.members, *lapsed))
@@ -164,7 +164,7 @@ class HeartbeatThread(threading.Thread):
         if self._last is not None:
             try:
                 self._registry.leave(self._last.instance_id)
-            except CoordinatorLost:
+            except (CoordinatorLost, ConfigError):
                 pass  # the lease lapses by itself
             self._last = None
 
@@ -229,7 +229,7 @@ class MemberWatcher(threading.Thread):
             while not self._stop_event.is_set():
                 self._take(self._registry.members())
                 hint = pubsub.get_message(timeout=self._poll_s)
-                left = hint["data"].decode() if hint and isinstance(hint.get("data"), bytes) else ""
+                left = hint["data"].decode(errors="replace") if hint and isinstance(hint.get("data"), bytes) else ""
                 if left:
                     self._take(self._registry.members(), said=left)
         finally:

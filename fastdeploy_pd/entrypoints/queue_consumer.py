@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
-from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, RedisQueue
+from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, OutputEntry, RedisQueue
 from fastdeploy_pd.cluster.redis_connection import Outage, RedisOptions
 from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
@@ -127,9 +127,7 @@ class QueueConsumer:
         num_known = 0
         try:
             known = await self._with_retries(self._queue.read, claimed.request_id, "0", 0.001)
-            delivered = [
-                t for e in known if e.payload for t in msgspec.msgpack.decode(e.payload, type=OutputChunk).token_ids
-            ]
+            delivered = _tokens(known)
             num_known = len(delivered)
             choice = self._choice(claimed, delivered)
             await self._stream(claimed, choice, num_known)
@@ -203,3 +201,12 @@ class QueueConsumer:
                 if self._is_stopping:
                     raise
                 await asyncio.sleep(PAUSE_S)
+
+
+def _tokens(entries: Sequence[OutputEntry]) -> list[int]:
+    """Returns: the tokens that a request's output stream has. Raises: InvalidRequest: something else is in it."""
+    try:
+        chunks = [msgspec.msgpack.decode(e.payload, type=OutputChunk) for e in entries if e.payload]
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"the output stream holds what is not our output: {error}") from error
+    return [token for chunk in chunks for token in chunk.token_ids]

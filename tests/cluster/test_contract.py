@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.keys import Keys
 from fastdeploy_pd.cluster.memory import MemoryQueue, MemoryRegistry
 from fastdeploy_pd.cluster.queue import RedisQueue, RequestQueue
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
@@ -186,6 +187,50 @@ def test_queue_survives_the_loss_of_all_data(own_server: EmbeddedRedis) -> None:
     assert not queue.append("front", claimed, [(0, b"a")]), "the claim is gone with the data"
     queue.submit("r-2", b"")
     assert queue.claim("front", 1, 0.1)[0].request_id == "r-2"
+
+
+def test_foreign_data_under_our_keys_stops_nobody(own_server: EmbeddedRedis) -> None:
+    where = options(own_server)
+    watcher = MemberWatcher(RedisRegistry(where), lambda _: None, grace_s=0.2)
+    heartbeat = HeartbeatThread(RedisRegistry(where), record, interval_s=0.1)
+    watcher.start()
+    heartbeat.start()
+    until(lambda: len(watcher.snapshot()) == 1)
+    client, keys = where.client(5.0), Keys(where.topic)
+    client.sadd(keys.members, b"\xff\xfe", "x" * 5000, "ghost")
+    client.set(keys.member("ghost"), b"\x00 no record", ex=30)
+    client.publish(keys.changes, b"\xff")
+    until(lambda: client.scard(keys.members) <= 2)  # what has no lease is taken out
+    client.delete(keys.members)
+    client.set(keys.members, "no set")
+    time.sleep(0.5)
+    assert heartbeat.is_alive() and watcher.is_alive()
+    client.delete(keys.members)
+    until(lambda: [m.instance_id for m in RedisRegistry(where).members()] == [record().instance_id])
+    until(lambda: watcher.is_connected)
+    heartbeat.stop()
+    watcher.stop()
+
+    queue = RedisQueue(where, claim_lease_s=LEASE_S)
+    for fields in ({b"x": b"y"}, {b"id": b"\xff", b"payload": b""}, {b"id": b"no payload"}):
+        client.xadd(keys.requests, fields)
+    queue.submit("r-1", b"")
+    assert [c.request_id for c in queue.claim("front", 9, 0.1)] == ["r-1"]
+    time.sleep(LEASE_S + 0.1)
+    assert [c.request_id for c in queue.reclaim("other", 9)] == ["r-1"]
+    assert client.xlen(keys.requests) == 1
+    client.delete(keys.requests)
+    client.set(keys.requests, "no stream")
+    for call in (
+        lambda: queue.claim("front", 1, 0.01),
+        lambda: queue.submit("r-2", b""),
+        lambda: queue.reclaim("front", 1),
+    ):
+        with pytest.raises(CoordinatorLost, match="does something else use our keys"):
+            call()
+    client.delete(keys.requests)
+    queue.submit("r-3", b"")
+    assert queue.claim("front", 1, 0.1)[0].request_id == "r-3"
 
 
 def _works(action: Callable[[], object]) -> bool:
