@@ -33,6 +33,8 @@ _REFUSED_EVENTS = (
 _LOST_EVENTS = zmq.EVENT_DISCONNECTED | _REFUSED_EVENTS
 _UP_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
+_TO = ">"  # between the names of caller and called
+
 
 @dataclass(frozen=True, slots=True)
 class PeerUp:
@@ -101,7 +103,7 @@ class Links:
             self._listen(binds)
 
     def connect(self, peer_id: str, address: str) -> None:
-        """Open a link to a peer unless there is one to that address."""
+        """Open a link to a peer unless there is one to that address. An address that is none gives no link: `send` says so."""
         known = self._dealers.get(peer_id)
         if known is not None:
             if known.address == address:
@@ -109,13 +111,22 @@ class Links:
             self.disconnect(peer_id)
         socket = self._context.socket(zmq.DEALER)
         _set_queues(socket)
-        socket.setsockopt(zmq.ROUTING_ID, self.own_id.encode())
+        socket.setsockopt(zmq.ROUTING_ID, _routing_id(self.own_id, peer_id))
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         if self._server is not None and self._client is not None:
             socket.curve_serverkey = self._server.public
             socket.curve_publickey, socket.curve_secretkey = self._client.public, self._client.secret
         monitor = socket.get_monitor_socket(_LOST_EVENTS | _UP_EVENTS)
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            if peer_id not in self._refused_by:
+                self._refused_by.add(peer_id)
+                log.warning("the address %r of %s cannot be used: %s", address, peer_id, error)
+            socket.disable_monitor()
+            monitor.close(0)
+            socket.close(0)
+            return
         self._dealers[peer_id] = _Dealer(socket, monitor, address)
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
@@ -144,7 +155,7 @@ class Links:
                 return True
             if self._router is None:
                 return False
-            self._router.send_multipart((peer_id.encode(), data), zmq.DONTWAIT)
+            self._router.send_multipart((_routing_id(peer_id, self.own_id), data), zmq.DONTWAIT)
         except (zmq.Again, zmq.ZMQError):
             return False
         return True
@@ -225,7 +236,11 @@ class Links:
             if len(frames) != 2:
                 self.num_rejected += 1
                 continue
-            self._decode(frames[0].decode("ascii", "replace"), frames[1], items)
+            caller, _, called = frames[0].decode("ascii", "replace").partition(_TO)
+            if called == self.own_id:
+                self._decode(caller, frames[1], items)
+            else:
+                self.num_rejected += 1  # meant for who had our address before us
 
     def _drain_dealer(self, peer_id: str, dealer: _Dealer, items: list[tuple[str, Item]]) -> None:
         for _ in range(DRAIN_MESSAGES):
@@ -264,6 +279,12 @@ class Links:
         except ProtocolError as error:
             self.num_rejected += 1
             log.warning("dropped a message from %s: %s", peer_id, error.message)
+
+
+def _routing_id(caller: str, called: str) -> bytes:
+    # Both names: two links of one caller that lead to one address (the second for an instance started anew on the port of one that
+    # died) must not take each other's place.
+    return f"{caller}{_TO}{called}".encode()
 
 
 def _set_queues(socket: zmq.Socket[bytes]) -> None:

@@ -11,9 +11,10 @@ import logging
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
+import msgspec
 import redis
 
 from fastdeploy_pd.clock import Clock, WallClock
@@ -33,7 +34,7 @@ class MemberRecord:
     """What an instance tells the others of itself."""
 
     instance_id: str  #: unique for each start of an engine
-    role: str
+    role: Literal["prefill", "decode", "mixed"]
     http_address: str
     links_address: str
     transfers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -53,12 +54,10 @@ class MemberRecord:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> MemberRecord | None:
-        """Returns: the record, or None if it is not one we understand (another version's)."""
+        """Returns: the record, or None if it is not one we understand (another version's, or nobody's)."""
         try:
-            values = json.loads(text)
-            names = {f.name for f in fields(cls)}
-            return cls(**{k: v for k, v in values.items() if k in names})
-        except (ValueError, TypeError, AttributeError):
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     def has_same_state(self, other: MemberRecord) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import threading
@@ -63,6 +64,17 @@ def test_members_come_and_go(registry: Registry) -> None:
     assert [(m.instance_id, m.outstanding_tokens) for m in registry.members()] == [("d-1", 0), ("p-1", 5)]
     registry.leave("p-1")
     assert [m.instance_id for m in registry.members()] == ["d-1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"role": "king"}, {"outstanding_tokens": "many"}, {"transfers": 7}, {"links_address": None}, {"is_draining": 1}],
+)
+def test_a_record_that_is_none_of_ours_is_no_member(change: dict[str, object]) -> None:
+    values = json.loads(record().to_json())
+    assert MemberRecord.from_json(json.dumps({**values, "of a later version": 1})) == record()
+    assert MemberRecord.from_json(json.dumps({**values, **change})) is None
+    assert MemberRecord.from_json(b"\xff") is None
 
 
 def test_a_silent_member_is_gone_after_its_lease(registry: Registry) -> None:

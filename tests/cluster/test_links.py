@@ -28,7 +28,7 @@ CHUNK = TokenChunk("r", 2, 5, (7, 8), FinishReason.STOP, (TokenLogprobs(7, -0.5,
 ECHO = """
 import sys
 from fastdeploy_pd.cluster.links import Links
-links = Links("server", ["tcp://127.0.0.1:*"], secret=sys.argv[1].encode() if len(sys.argv) > 1 else None)
+links = Links(sys.argv[1], ["tcp://127.0.0.1:*"], secret=sys.argv[2].encode() if len(sys.argv) > 2 else None)
 print(links.addresses[0], flush=True)
 while True:
     for sender, item in links.receive(1.0):
@@ -79,6 +79,33 @@ def test_a_damaged_message_is_refused_or_still_a_message(place: int, value: int)
         assert decode(bytes(data)) is not None
 
 
+def test_an_address_that_is_none_gives_no_link() -> None:
+    links = Links("client")
+    for address in ("nonsense", "tcp://no port", ""):
+        links.connect("peer", address)
+        assert not links.send("peer", Abort("r", 1))
+    links.close()
+
+
+def test_a_link_to_who_had_the_address_before_does_not_take_the_present_one_s_place() -> None:
+    server, client = Links("new", ["tcp://127.0.0.1:*"]), Links("client")
+    for name in ("new", "old"):  # the record of "old", which died, is known until its lease lapses
+        client.connect(name, server.addresses[0])
+        wait_for(client, PeerUp)
+    client.send("old", Beat(1))
+    client.send("new", Beat(2))
+    assert wait_for(server, Beat) == ("client", Beat(2))
+    assert server.send("client", Beat(3))
+    assert wait_for(client, Beat) == ("new", Beat(3))
+    client.disconnect("old")
+    time.sleep(0.2)
+    assert server.send("client", Beat(4))
+    assert wait_for(client, Beat) == ("new", Beat(4))
+    assert server.num_rejected == 1
+    for links in (server, client):
+        links.close()
+
+
 @pytest.mark.parametrize("secret", [None, SECRET])
 def test_both_ways(secret: bytes | None) -> None:
     server, client = Links("server", ["tcp://127.0.0.1:*"], secret), Links("client", secret=secret)
@@ -94,7 +121,7 @@ def test_both_ways(secret: bytes | None) -> None:
 
 @pytest.mark.parametrize("secret", [None, SECRET])
 def test_a_killed_peer_is_noticed_at_once(secret: bytes | None) -> None:
-    arguments = [secret.decode()] if secret else []
+    arguments = ["server", *([secret.decode()] if secret else [])]
     process = subprocess.Popen([sys.executable, "-c", ECHO, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     links = Links("client", secret=secret)
@@ -152,7 +179,10 @@ def test_no_open_port_without_a_secret() -> None:
 
 
 def test_a_stopped_peer_blocks_no_other() -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ECHO, f"server-{number}"], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
     links = Links("client")
     for number, process in enumerate(processes):
         assert process.stdout is not None
