@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -21,7 +21,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["fastdeploy_pd", "fastdeploy_pd.*"]),
+    packages=find_packages(include=["fastdeploy_pd", "fastdeploy_pd.*", "rdma_comm", "rdma_comm.*"]),
+    ext_modules=[
+        Extension(
+            "rdma_comm._verbs",
+            sources=[f"rdma_comm/{name}.c" for name in ("_verbs", "_objects", "_queue_pair", "_transfer")],
+            depends=["rdma_comm/_abi.h", "rdma_comm/_objects.h"],
+            libraries=["dl"],
+            extra_compile_args=["-std=c11", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+            optional=True,  # without Python's headers everything but RDMA works, and RDMA says what is missing
+        )
+    ],
     package_data={"fastdeploy_pd": ["cluster/scripts/*.lua", "demo_model/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={

@@ -46,6 +46,7 @@ class CacheOptions:
     enable_prefix_caching: bool
     cache_transfer_protocol: tuple[str, ...]
     cache_queue_port: int | None
+    rdma_comm_ports: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,10 @@ def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], Any]:
 _PORT = _integer(1, 65535)
 
 
+def _ports(text: str) -> tuple[int, ...]:
+    return tuple(_PORT(part.strip()) for part in text.split(","))
+
+
 def _block_size(text: str) -> int:
     value = int(_integer(1, 1024)(text))
     if value & (value - 1):
@@ -237,10 +242,10 @@ def _topic(text: str) -> str:
 
 def _protocols(text: str) -> tuple[str, ...]:
     names = tuple(n.strip() for n in text.split(","))
-    later = {"ipc", "rdma", "nccl", "mooncake"} & set(names)
+    later = {"ipc", "nccl", "mooncake"} & set(names)
     if later:
         raise argparse.ArgumentTypeError(
-            f"{', '.join(sorted(later))} is not part of this version; use shm (one machine) and tcp (any), e.g. shm,tcp"
+            f"{', '.join(sorted(later))} is not part of this version; use shm (one machine), rdma (NICs) and tcp (any), e.g. rdma,shm,tcp"
         )
     if not all(names) or len(set(names)) != len(names):
         raise argparse.ArgumentTypeError(
@@ -273,7 +278,6 @@ UNSUPPORTED: dict[str, Callable[[Any], None]] = {
         "--tensor-parallel-size", "one process serves the whole model; only 1 is allowed", 1
     ),
     "data_parallel_size": _later("--data-parallel-size", "start more instances instead; only 1 is allowed", 1),
-    "rdma_comm_ports": _later("--rdma-comm-ports", "RDMA comes with rdma_comm; use --cache-transfer-protocol shm,tcp"),
     "speculative_config": _later("--speculative-config", "speculative decoding is not implemented"),
     "swap_space": _later("--swap-space", "KV blocks are kept in one memory only"),
 }
@@ -340,6 +344,12 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         help="transfer backends in order of preference",
     )
     add("--cache-queue-port", type=_PORT, help="TCP port for KV blocks (default: a free one)")
+    add(
+        "--rdma-comm-ports",
+        type=_ports,
+        default=(),
+        help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
+    )
     add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
     add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")
     add(
@@ -393,27 +403,30 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--ready-file", help="file to write addresses to when the instance is ready")
     for flag in ("--tensor-parallel-size", "--data-parallel-size"):
         add(flag, type=_integer(1), help="only 1 in this version")
-    for flag in ("--rdma-comm-ports", "--speculative-config", "--swap-space"):
+    for flag in ("--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
 
 
 def _check_ports(args: argparse.Namespace) -> None:
     """Raises: ConfigError: two flags ask for the same port, or one has no meaning here."""
-    flags = {
-        name: getattr(args, name)
-        for name in ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")
-    }
+    names = ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")
+    flags = [("--" + name.replace("_", "-"), getattr(args, name)) for name in names]
+    num_ranks = args.tensor_parallel_size or 1
+    if args.rdma_comm_ports and len(args.rdma_comm_ports) != num_ranks:
+        raise ConfigError(
+            f"--rdma-comm-ports names {len(args.rdma_comm_ports)} ports; there must be one a tensor-parallel rank, "
+            f"so {num_ranks}"
+        )
     seen: dict[int, str] = {}
-    for name, port in flags.items():
-        flag = "--" + name.replace("_", "-")
+    for flag, port in (*flags, *(("--rdma-comm-ports", port) for port in args.rdma_comm_ports)):
         if port is None:
             continue
         if port in seen:
             raise ConfigError(f"{seen[port]} and {flag} are both {port}; each needs a port of its own")
         seen[port] = flag
-    if args.scheduler_name == "local" and (args.pd_comm_port or args.cache_queue_port):
+    if args.scheduler_name == "local" and (args.pd_comm_port or args.cache_queue_port or args.rdma_comm_ports):
         raise ConfigError(
-            "--pd-comm-port and --cache-queue-port have no use with --scheduler-name local: there is nobody to talk to"
+            "--pd-comm-port, --cache-queue-port and --rdma-comm-ports have no use with --scheduler-name local: there is nobody to talk to"
         )
     if args.scheduler_name != "local" and args.engine_worker_queue_port:
         raise ConfigError(

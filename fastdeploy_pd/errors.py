@@ -131,6 +131,10 @@ class ProtocolError(FastDeployPDError):
     """A peer sent something this version does not understand."""
 
 
+class TransferUnavailable(ConfigError):
+    """A transfer backend cannot be used on this machine; another may."""
+
+
 class TransferError(FastDeployPDError):
     """KV blocks could not be moved."""
 

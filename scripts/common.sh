@@ -16,7 +16,7 @@ find_python() {
 ensure_venv() {
   stamp=".venv/$1.stamp"; shift
   python=$(find_python) || exit 1
-  wanted=$(cat setup.py "$@" | cksum)
+  wanted=$(cat setup.py rdma_comm/*.[ch] "$@" | cksum)
   if [ -x .venv/bin/python ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return 0; fi
   if [ ! -x .venv/bin/python ]; then
     printf 'making a virtual environment in .venv\n'

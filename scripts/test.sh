@@ -3,6 +3,15 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/common.sh
+
+# What the RDMA tests need: a virtual machine with soft-RoCE. Without it they are skipped and say so.
+packages="qemu-system-x86 kmod iproute2 xz-utils libibverbs1 libibverbs-dev ibverbs-providers"
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v qemu-system-x86_64 && [ -e /usr/include/infiniband/verbs.h ]; } >/dev/null; then
+  printf 'installing %s (once) ...\n' "$packages"
+  # shellcheck disable=SC2086  # the list is meant to be split
+  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >/dev/null 2>&1 ||
+    printf 'they cannot be installed here: tests that need them are skipped\n' >&2
+fi
 ensure_venv test requirements.txt requirements-test.txt
 .venv/bin/ruff check .
 .venv/bin/mypy --no-error-summary

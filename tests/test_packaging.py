@@ -25,7 +25,8 @@ def test_base_install_lists_no_torch_and_no_cuda(tmp_path: Path) -> None:
 
 def test_shell_scripts_parse() -> None:
     for path in (*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"):
-        subprocess.run(["sh", "-n", str(path)], check=True)
+        shell = "bash" if "bash" in path.read_text().splitlines()[0] else "sh"
+        subprocess.run([shell, "-n", str(path)], check=True)
 
 
 def test_the_demo_model_is_small_and_whole() -> None:

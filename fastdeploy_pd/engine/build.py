@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,15 @@ from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.roles import Role
-from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
 from fastdeploy_pd.model.runner import ModelRunner
 from fastdeploy_pd.request import Request
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.select import build as build_transfer
+
+log = logging.getLogger("fastdeploy_pd.engine")
 
 #: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
 DEFAULT_MEMORY_FRACTION = 0.25
@@ -43,7 +45,6 @@ class BuiltEngine:
     engine: Engine
     instance_id: str
     pool: KVPool
-    transfers: Mapping[str, Transfer]
     fingerprint: str
     layout: KVLayout
     max_model_len: int
@@ -57,7 +58,7 @@ class BuiltEngine:
             role=engine.role.value,
             http_address=http_address,
             links_address=links_address,
-            transfers={name: dict(t.descriptor()) for name, t in self.transfers.items()},
+            transfers={name: dict(t.descriptor()) for name, t in engine.context.transfers.items()},
             model_name=config.model.served_model_name[0],
             fingerprint=self.fingerprint,
             kv_layout=self.layout.to_wire(),
@@ -133,7 +134,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     )
     pool = KVPool(layout)
     model_fingerprint = fingerprint(directory)
-    transfers = build_transfers(config, pool, layout, model_fingerprint, secret)
+    backends = build_backends(config, pool, layout, model_fingerprint, secret)
     runner = ModelRunner(directory, config.model.ops, pool.array, layout, dtype=config.model.dtype)
     instance_id = f"{config.cluster.splitwise_role}-{uuid.uuid4().hex[:12]}"
     scheduler = Scheduler(
@@ -149,34 +150,46 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     context = EngineContext(
         instance_id,
         scheduler,
-        transfers,
+        backends,
         EngineOptions(peer_timeout_s=CPU_PEER_TIMEOUT_S),
         observer=observer,
         new_id=lambda: uuid.uuid4().hex,
         new_nonce=lambda: secrets.randbits(63),
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
-    return BuiltEngine(engine, instance_id, pool, transfers, model_fingerprint, layout, max_model_len)
+    return BuiltEngine(engine, instance_id, pool, model_fingerprint, layout, max_model_len)
 
 
-def build_transfers(
+def build_backends(
     config: InstanceConfig, pool: KVPool, layout: KVLayout, model_fingerprint: str, secret: bytes | None
-) -> dict[str, Transfer]:
-    """Returns: the backends of --cache-transfer-protocol by name, in its order; none where there is nobody to exchange with."""
+) -> dict[str, Transfer | str]:
+    """Returns: the backends of --cache-transfer-protocol by name, in its order; of one that cannot be used here, the reason.
+
+    None where there is nobody to exchange with. Raises: ConfigError: not one can be used here; says why of each.
+    """
     if config.cluster.scheduler_name == "local":
         return {}
-    return {
-        name: build_transfer(
-            name,
-            pool=pool,
-            layout=layout,
-            fingerprint=model_fingerprint,
-            host=config.cluster.advertise_host,
-            port=config.cache.cache_queue_port or 0,
-            secret=secret,
-        )
-        for name in config.cache.cache_transfer_protocol
-    }
+    cache = config.cache
+    ports = {"tcp": cache.cache_queue_port or 0, "rdma": cache.rdma_comm_ports[0] if cache.rdma_comm_ports else 0}
+    backends: dict[str, Transfer | str] = {}
+    for name in config.cache.cache_transfer_protocol:
+        try:
+            backends[name] = build_transfer(
+                name,
+                pool=pool,
+                layout=layout,
+                fingerprint=model_fingerprint,
+                host=config.cluster.advertise_host,
+                port=ports.get(name, 0),
+                secret=secret,
+            )
+        except TransferUnavailable as error:
+            backends[name] = f"not usable on this machine: {error.message}"
+            log.warning("--cache-transfer-protocol: %s cannot be used here: %s", name, error.message)
+    if all(isinstance(backend, str) for backend in backends.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in backends.items())
+        raise ConfigError(f"--cache-transfer-protocol leaves nothing that works here: {reasons}")
+    return backends
 
 
 def warm_up(built: BuiltEngine) -> None:

@@ -45,6 +45,10 @@ class HandOverObserver(Protocol):
         """A hand-over ended without success; `reason` is one of a few words."""
         ...
 
+    def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
+        """A hand-over takes another backend than the first named; `passed_over` has "name: reason" of each preferred one."""
+        ...
+
 
 class NoObserver:
     """Observes nothing."""
@@ -53,6 +57,9 @@ class NoObserver:
         """See HandOverObserver."""
 
     def handover_failed(self, reason: str) -> None:
+        """See HandOverObserver."""
+
+    def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
         """See HandOverObserver."""
 
 
@@ -78,12 +85,19 @@ class EngineContext:
 
     instance_id: str
     scheduler: Scheduler
-    transfers: Mapping[str, Transfer]  #: by name, in order of preference
+    backends: Mapping[
+        str, Transfer | str
+    ]  #: by name, in order of preference; a string says why one cannot be used here
     options: EngineOptions = field(default_factory=EngineOptions)
     outbox: Outbox = field(default_factory=Outbox)
     observer: HandOverObserver = field(default_factory=NoObserver)
     new_id: Callable[[], str] = field(kw_only=True)  #: makes ids that are unique for ever
     new_nonce: Callable[[], int] = field(kw_only=True)  #: makes 63-bit random numbers
+
+    transfers: Mapping[str, Transfer] = field(init=False)  #: the backends that can be used here
+
+    def __post_init__(self) -> None:
+        self.transfers = {name: backend for name, backend in self.backends.items() if not isinstance(backend, str)}
 
     def revoke(self, epoch: str) -> None:
         """After it returns no write of the epoch lands, whatever the backend."""

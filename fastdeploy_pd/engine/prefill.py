@@ -26,7 +26,7 @@ from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.errors import IncompatiblePeer, InvalidRequest
 from fastdeploy_pd.request import Phase, Request, TokenChunk
 from fastdeploy_pd.transfer.base import EpochFailed, EpochSent, Transfer, TransferEvent
-from fastdeploy_pd.transfer.select import choose
+from fastdeploy_pd.transfer.select import Selection
 
 
 class OrderState(enum.Enum):
@@ -74,6 +74,7 @@ class PrefillSide:
         self.orders: OrderedDict[str, Order] = OrderedDict()
         self.order_of: dict[int, Order] = {}  # by id() of the request: two attempts have the same request_id
         self._refused: OrderedDict[str, str] = OrderedDict()
+        self._selection = Selection(context.backends)
 
     @property
     def num_active(self) -> int:
@@ -193,6 +194,7 @@ class PrefillSide:
         elif isinstance(event, EpochFailed):
             self._unpin(order)
             if order.state is not OrderState.ENDED:
+                self._selection.failed(order.message.decode_id, order.backend, event.reason, now_s)
                 self._end(order, f"transfer failed: {event.reason}", now_s)
 
     def tick(self, now_s: float) -> None:
@@ -219,7 +221,7 @@ class PrefillSide:
         scheduler = self.context.scheduler
         try:
             request = Request.from_wire(message.request)
-            backend, transfer = choose(self.context.transfers, message.transfers)
+            choice = self._selection.choose(message.decode_id, message.transfers, now_s)
             num_blocks = scheduler.pool.num_blocks_for(request.num_tokens)
             if len(message.block_ids) != num_blocks - message.first_block or num_blocks > scheduler.pool.num_blocks:
                 raise InvalidRequest(
@@ -229,10 +231,12 @@ class PrefillSide:
             self._refuse(message.grant_id, error.message)
             self._end_unknown(message.decode_id, message.grant_id, error.message)
             return None
+        if choice.passed_over:
+            self.context.observer.fell_back(message.decode_id, choice.name, choice.passed_over)
         request.advance(Phase.PLACED, now_s)
         request.advance(Phase.RESERVED, now_s)
         request.local.is_preemptible = False
-        order = Order(message, request, backend, transfer, now_s, num_sent_blocks=message.first_block)
+        order = Order(message, request, choice.name, choice.transfer, now_s, num_sent_blocks=message.first_block)
         self.orders[message.grant_id] = order
         self.order_of[id(request)] = order
         scheduler.add(request)

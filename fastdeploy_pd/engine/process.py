@@ -153,7 +153,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
         if heartbeat is not None:
             heartbeat.stop()
         links.close()
-        for transfer in built.transfers.values():
+        for transfer in built.engine.context.transfers.values():
             transfer.close()
 
 

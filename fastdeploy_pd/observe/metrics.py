@@ -6,8 +6,9 @@ their own (prometheus_client's multiprocess mode), which must be named before an
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", "")
@@ -26,7 +27,10 @@ from prometheus_client import (
 from fastdeploy_pd.core.blocks import BlockCounts
 from fastdeploy_pd.core.scheduler import Scheduler
 
+log = logging.getLogger("fastdeploy_pd.engine")
+
 PREFIX = "fastdeploy_pd:"
+MAX_LOGGED = 1024  # pairs whose slower way was logged
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -90,6 +94,13 @@ class EngineMetrics:
             _name("handover_bytes"), "KV bytes received and verified.", ["backend"], registry=registry
         )
         self._failures = Counter(_name("handover_failures"), "Hand-overs given up.", ["reason"], registry=registry)
+        self._fallbacks = Counter(
+            _name("handover_fallbacks"),
+            "Hand-overs on another backend than the first of --cache-transfer-protocol.",
+            ["backend"],
+            registry=registry,
+        )
+        self._fallen: set[tuple[str, str]] = set()  # (peer, backend) that the log has
         self._last = {"preemptions": 0, "queries": 0, "hits": 0}
 
     def observe_state(self, num_running: int, num_waiting: int, blocks: BlockCounts) -> None:
@@ -123,6 +134,15 @@ class EngineMetrics:
     def handover_failed(self, reason: str) -> None:
         """Record a hand-over that was given up."""
         self._failures.labels(reason).inc()
+
+    def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
+        """Record a hand-over that takes a slower way; log it once a pair."""
+        self._fallbacks.labels(backend).inc()
+        if (peer_id, backend) not in self._fallen and len(self._fallen) < MAX_LOGGED:
+            self._fallen.add((peer_id, backend))
+            log.warning(
+                "hand-overs to %s go by %s, not by what is preferred (%s)", peer_id, backend, "; ".join(passed_over)
+            )
 
 
 class FrontEndMetrics:

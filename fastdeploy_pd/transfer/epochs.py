@@ -1,16 +1,20 @@
 """The receiving side's book of epochs: which blocks each may write, what has landed, and the fence.
 
-Bytes land only while holding the epoch's lock, in pieces that take microseconds, and `revoke` closes the epoch under the same lock:
-when it returns, nothing of it lands any more, whatever the network still holds.
+Bytes land only inside `Incoming.landing`, in pieces that take well under a millisecond, and `revoke` closes the epoch and waits for
+the pieces that are landing: when it returns, nothing of it lands any more, whatever the network still holds. A piece that takes longer
+(its peer has died in the middle of it) is stopped.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
+
+PATIENCE_S = 0.05  # how long a revocation waits for a piece before it stops it
 
 
 class Incoming:
@@ -19,8 +23,9 @@ class Incoming:
     def __init__(self, epoch: str, block_ids: Sequence[int], nonce: int, layout: KVLayout) -> None:
         self.epoch, self.nonce = epoch, nonce
         self.block_ids = list(block_ids)
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
         self.is_open = True
+        self._stops: dict[int, Callable[[], None]] = {}  # of the pieces that are landing
         self.num_bytes = 0  # landed
         self.announced_bytes: int | None = None  # told by the sender's end mark
         self.is_told = False  # its arrival was reported
@@ -44,6 +49,34 @@ class Incoming:
         if places & self._written:
             raise TransferError("a block was written twice")
         self._written |= places
+
+    @contextmanager
+    def landing(self, stop: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Inside the block bytes may land. Yields: whether the epoch is open; if not, none may.
+
+        Args:
+            stop: ends the piece early; called from another thread if a revocation has waited for it for too long.
+        """
+        with self.lock:
+            is_open = self.is_open
+            if is_open:
+                self._stops[threading.get_ident()] = stop
+        try:
+            yield is_open
+        finally:
+            if is_open:
+                with self.lock:
+                    del self._stops[threading.get_ident()]
+                    self.lock.notify_all()
+
+    def close(self) -> None:
+        """Let nothing land any more; wait for what is landing."""
+        with self.lock:
+            self.is_open = False
+            if not self.lock.wait_for(lambda: not self._stops, PATIENCE_S):
+                for stop in list(self._stops.values()):
+                    stop()
+                self.lock.wait_for(lambda: not self._stops)
 
     @property
     def is_complete(self) -> bool:
@@ -81,8 +114,7 @@ class EpochBook:
         with self._lock:
             incoming = self._open.pop(epoch, None)
         if incoming is not None:
-            with incoming.lock:
-                incoming.is_open = False
+            incoming.close()
 
     def lost_connection(self, connection: int, on_lost: Callable[[str], None]) -> None:
         """Tell which unfinished epochs a connection that ended has carried."""

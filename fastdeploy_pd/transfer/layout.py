@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -52,3 +52,13 @@ def digest(pool: KVPool, block_ids: Sequence[int], nonce: int) -> tuple[int, ...
             state.update(pool.block(layer, block_id))
         digests.append(state.intdigest())
     return tuple(digests)
+
+
+def neighbours(local: Sequence[int], remote: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (local block, remote block, count): runs of blocks that lie side by side in both pools."""
+    first = 0
+    for index in range(1, len(local) + 1):
+        count = index - first
+        if index == len(local) or local[index] != local[first] + count or remote[index] != remote[first] + count:
+            yield local[first], remote[first], count
+            first = index

@@ -1,36 +1,95 @@
-"""Which backend a pair uses: the first of ours, in the configured order, that the peer has and that reaches it."""
+"""Which backend a pair uses: the first of ours, in the configured order, that works here, that the peer has and that reaches it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
 from fastdeploy_pd.transfer.base import Transfer
 
+RETRY_S = 30.0  # a backend that failed for a peer is left out for that peer so long, where there is another
+MAX_FAILURES = 4096  # remembered
 
-def choose(own: Mapping[str, Transfer], peer_descriptors: Mapping[str, dict[str, Any]]) -> tuple[str, Transfer]:
-    """Returns: (name, backend). Raises: IncompatiblePeer: none fits; names each backend's reason."""
-    reasons = []
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A pair's backend."""
+
+    name: str
+    transfer: Transfer
+    passed_over: tuple[str, ...]  #: "name: reason" of each that is preferred to it
+
+
+def choose(
+    own: Mapping[str, Transfer | str],
+    peer_descriptors: Mapping[str, dict[str, Any]],
+    failed: Mapping[str, str] | None = None,
+) -> Choice:
+    """
+    Args:
+        own: backends in order of preference; a string says why it cannot be used on this machine.
+        failed: reasons of those that failed for this peer just now: taken only if nothing else is left.
+    Raises: IncompatiblePeer: none fits; names each backend's reason.
+    """
+    passed_over: list[str] = []
+    last_resort: Choice | None = None
     for name, transfer in own.items():
-        descriptor = peer_descriptors.get(name)
-        reason = "the peer does not offer it" if descriptor is None else transfer.reaches(descriptor)
-        if not reason:
-            return name, transfer
-        reasons.append(f"{name}: {reason}")
-    raise IncompatiblePeer("no transfer backend fits both sides: " + "; ".join(reasons or ["none is configured here"]))
+        if isinstance(transfer, str):
+            reason = transfer
+        else:
+            descriptor = peer_descriptors.get(name)
+            reason = "the peer does not offer it" if descriptor is None else transfer.reaches(descriptor)
+            if not reason and failed and name in failed:
+                reason = f"failed just now: {failed[name]}"
+                last_resort = last_resort or Choice(name, transfer, tuple(passed_over))
+            if not reason:
+                return Choice(name, transfer, tuple(passed_over))
+        passed_over.append(f"{name}: {reason}")
+    if last_resort is not None:
+        return last_resort
+    raise IncompatiblePeer(
+        "no transfer backend fits both sides: " + "; ".join(passed_over or ["none is configured here"])
+    )
+
+
+class Selection:
+    """Chooses backends for pairs and remembers which has failed for whom."""
+
+    def __init__(self, own: Mapping[str, Transfer | str]) -> None:
+        self._own = own
+        self._failures: dict[tuple[str, str], tuple[float, str]] = {}  # (peer, backend) -> when, why
+
+    def choose(self, peer_id: str, descriptors: Mapping[str, dict[str, Any]], now_s: float) -> Choice:
+        """Returns and raises as `choose`."""
+        failed = {}
+        for name in self._own:
+            at_s, reason = self._failures.get((peer_id, name), (-RETRY_S, ""))
+            if now_s - at_s < RETRY_S:
+                failed[name] = reason
+        return choose(self._own, descriptors, failed)
+
+    def failed(self, peer_id: str, name: str, reason: str, now_s: float) -> None:
+        """A hand-over to this peer failed on this backend."""
+        self._failures[(peer_id, name)] = (now_s, reason)
+        while len(self._failures) > MAX_FAILURES:
+            del self._failures[next(iter(self._failures))]
 
 
 def build(name: str, **arguments: Any) -> Transfer:
     """Returns: a backend by name: one of ours, or one that another package offers as entry point `fastdeploy_pd.transfers`.
 
-    Raises: ConfigError: there is none of that name; lists those there are.
+    Raises:
+        ConfigError: there is none of that name; lists those there are.
+        TransferUnavailable: this machine has not got what it needs.
     """
+    from fastdeploy_pd.transfer.rdma import RdmaTransfer
     from fastdeploy_pd.transfer.shm import ShmTransfer
     from fastdeploy_pd.transfer.tcp import TcpTransfer
 
-    known: dict[str, Any] = {"shm": ShmTransfer, "tcp": TcpTransfer}
+    known: dict[str, Any] = {"rdma": RdmaTransfer, "shm": ShmTransfer, "tcp": TcpTransfer}
     if name not in known:
         known |= {point.name: point for point in entry_points(group="fastdeploy_pd.transfers")}
         if name not in known:

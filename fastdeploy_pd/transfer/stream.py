@@ -458,7 +458,7 @@ class StreamTransfer:
         raise NotImplementedError
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
-        """Bring an admitted write's bytes into the pool, piece by piece under incoming.lock while it is open."""
+        """Bring an admitted write's bytes into the pool, piece by piece inside incoming.landing."""
         raise NotImplementedError
 
     def skip(self, connection: socket.socket, frame: WriteFrame) -> None:

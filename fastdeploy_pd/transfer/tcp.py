@@ -24,6 +24,7 @@ class TcpTransfer(StreamTransfer):
     """See transfer/base.py."""
 
     name = "tcp"
+    port_flag = "--cache-queue-port"
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class TcpTransfer(StreamTransfer):
         try:
             listener = socket.create_server((host, port), backlog=128)
         except OSError as error:
-            raise ConfigError(f"--cache-queue-port {port} on {host} cannot be used: {error.strerror}") from error
+            raise ConfigError(f"{self.port_flag} {port} on {host} cannot be used: {error.strerror}") from error
         self.num_connections = num_connections
         self._host, self._port = host, int(listener.getsockname()[1])
         self._scratch = bytearray(1 << 16)
@@ -86,11 +87,11 @@ class TcpTransfer(StreamTransfer):
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         while views:
-            # Waiting is done without the lock; under it only bytes that are here already are taken.
+            # Waiting is done before; while landing, only bytes that are here already are taken.
             if not poller.poll(STALL_TIMEOUT_S * 1000):
                 raise TransferError("the sender stalls in the middle of a block")
-            with incoming.lock:
-                if not incoming.is_open:
+            with incoming.landing() as is_open:
+                if not is_open:
                     break
                 num_bytes = _receive_now(connection, views)
             views = _after(views, num_bytes)

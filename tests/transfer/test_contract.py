@@ -18,11 +18,14 @@ from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.layout import KVPool, digest
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
-from fastdeploy_pd.transfer.select import build, choose
+from fastdeploy_pd.transfer.select import RETRY_S, Choice, Selection, build, choose
 from fastdeploy_pd.transfer.shm import ShmTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
+from rdma_comm.devices import list_nics
 
 LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
+#: rdma needs a device: where there is none, tests/rdma/test_in_vm.py runs this file in a machine that has one
+BACKENDS = ["tcp", "shm", "loopback", *(["rdma"] if list_nics() else [])]
 SECRET = b"a secret that all instances know"
 
 
@@ -68,7 +71,7 @@ def new_pool(layout: KVLayout = LAYOUT, seed: int | None = None) -> KVPool:
     return pool
 
 
-@pytest.fixture(params=["tcp", "shm", "loopback"])
+@pytest.fixture(params=BACKENDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     network = LoopbackNetwork() if request.param == "loopback" else None
     made: list[Transfer] = []
@@ -231,16 +234,33 @@ def test_choice_follows_our_order_and_is_never_silent() -> None:
     pool = new_pool()
     ends = [TcpTransfer(pool, LAYOUT, "m"), ShmTransfer(pool, LAYOUT, "m")]
     offers = {e.name: e.descriptor() for e in ends}
-    assert choose({"shm": ends[1], "tcp": ends[0]}, offers)[0] == "shm"
-    assert choose({"tcp": ends[0], "shm": ends[1]}, offers)[0] == "tcp"
+    assert choose({"shm": ends[1], "tcp": ends[0]}, offers).name == "shm"
+    assert choose({"tcp": ends[0], "shm": ends[1]}, offers).name == "tcp"
     elsewhere = {**offers, "shm": {**offers["shm"], "host_id": "another machine"}}
-    assert choose({"shm": ends[1], "tcp": ends[0]}, elsewhere)[0] == "tcp"
+    assert choose({"shm": ends[1], "tcp": ends[0]}, elsewhere).name == "tcp"
     with pytest.raises(IncompatiblePeer, match="host_id"):
         choose({"shm": ends[1]}, elsewhere)
     with pytest.raises(ConfigError, match="carrier-pigeon"):
         build("carrier-pigeon")
     for end in ends:
         end.close()
+
+
+def test_a_backend_that_failed_for_a_peer_is_passed_over_until_it_is_tried_again() -> None:
+    pool = new_pool()
+    tcp, shm = TcpTransfer(pool, LAYOUT, "m"), ShmTransfer(pool, LAYOUT, "m")
+    offers = {"shm": shm.descriptor(), "tcp": tcp.descriptor()}
+    selection = Selection({"rdma": "no NIC", "shm": shm, "tcp": tcp})
+    assert selection.choose("a", offers, 0.0) == Choice("shm", shm, ("rdma: no NIC",))
+    selection.failed("a", "shm", "the connection ended", 1.0)
+    choice = selection.choose("a", offers, 2.0)
+    assert choice.name == "tcp" and "the connection ended" in choice.passed_over[1]
+    assert selection.choose("b", offers, 2.0).name == "shm"
+    selection.failed("a", "tcp", "timed out", 3.0)
+    assert selection.choose("a", offers, 4.0).name == "shm"  # nothing else is left: the preferred one
+    assert selection.choose("a", offers, 1.0 + RETRY_S).name == "shm"
+    shm.close()
+    tcp.close()
 
 
 # what only sockets have

@@ -125,6 +125,7 @@ def check_ports(config: InstanceConfig) -> None:
     for flag, port in (
         ("--pd-comm-port", config.cluster.pd_comm_port),
         ("--cache-queue-port", config.cache.cache_queue_port),
+        *(("--rdma-comm-ports", port) for port in config.cache.rdma_comm_ports),
     ):
         if port:
             check_free(host, port, flag)

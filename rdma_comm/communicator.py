@@ -1,0 +1,266 @@
+"""`RDMACommunicator`: the calls of FastDeploy's extension of that name, over this package.
+
+A decode process constructs it with a port and is written to; a prefill process constructs it with port "0" and writes. Return codes
+are FastDeploy's; `last_error` has the exception behind one that is not 0, and the `*_or_raise` forms raise it.
+Source: FastDeploy's fastdeploy/cache_manager/transfer_factory/kvcache_transfer (the calls and their codes).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from array import array
+from collections.abc import Sequence
+
+from rdma_comm.bootstrap import Handshake
+from rdma_comm.endpoint import Connection, Endpoint, Options
+from rdma_comm.errors import RdmaError
+
+log = logging.getLogger("rdma_comm")
+
+CONNECTED, FAILED, INVALID = 0, 2, 4
+WRITTEN, NOT_WRITTEN = 0, -1
+CONNECT_TIMEOUT_S = 3.0
+
+
+class RDMACommunicator:
+    """One rank's KV cache, reachable by RDMA or reaching others'."""
+
+    def __init__(
+        self,
+        splitwise_role: str,
+        gpu_idx: int,
+        port: str,
+        key_cache_ptrs: Sequence[int],
+        value_cache_ptrs: Sequence[int],
+        block_number: int,
+        block_bytes: int,
+        key_scale_ptrs: Sequence[int] = (),
+        value_scale_ptrs: Sequence[int] = (),
+        scale_block_bytes: int = 0,
+        prefill_tp_size: int = 1,
+        prefill_tp_idx: int = 0,
+        *,
+        secret: bytes | None = None,
+        host: str = "0.0.0.0",
+        options: Options | None = None,
+    ) -> None:
+        """
+        Args:
+            splitwise_role: "decode" listens on `port`, "prefill" connects.
+            gpu_idx: kept for compatibility; NICs are chosen by KVCACHE_RDMA_NICS.
+            port: decimal; "0" chooses a free one (see `port`).
+            key_cache_ptrs, value_cache_ptrs: one address a layer; value_cache_ptrs may be empty.
+            block_number: blocks of each layer's cache.
+            block_bytes: bytes of one block in one layer's key (or value) cache.
+            key_scale_ptrs, value_scale_ptrs: of a quantised cache: one address a layer, or none.
+            scale_block_bytes: bytes of one block in one layer's scales.
+            prefill_tp_size, prefill_tp_idx: a decode block holds that many prefill ranks' slices; which one is ours.
+            secret: shared by both sides; without one anybody who reaches the port may connect.
+            host: address to listen on.
+        Raises: ValueError: an argument is not valid; RdmaError.
+        """
+        if splitwise_role not in ("prefill", "decode"):
+            raise ValueError(f"splitwise_role is {splitwise_role!r}; it must be 'prefill' or 'decode'")
+        if block_number < 1 or block_bytes < 1 or not key_cache_ptrs:
+            raise ValueError(
+                f"block_number {block_number}, block_bytes {block_bytes} and key_cache_ptrs must not be empty"
+            )
+        others = {
+            "value_cache_ptrs": value_cache_ptrs,
+            "key_scale_ptrs": key_scale_ptrs,
+            "value_scale_ptrs": value_scale_ptrs,
+        }
+        for name, pointers in others.items():
+            if pointers and len(pointers) != len(key_cache_ptrs):
+                raise ValueError(
+                    f"{name} has {len(pointers)} addresses; it must have none or {len(key_cache_ptrs)}, as key_cache_ptrs"
+                )
+        if (key_scale_ptrs or value_scale_ptrs) and scale_block_bytes < 1:
+            raise ValueError(f"scale_block_bytes is {scale_block_bytes}; with scales it must be at least 1")
+        if not 0 <= prefill_tp_idx < prefill_tp_size:
+            raise ValueError(f"prefill_tp_idx is {prefill_tp_idx}; it must be below prefill_tp_size {prefill_tp_size}")
+        self.role, self.gpu_idx = splitwise_role, gpu_idx
+        self.last_error: Exception | None = None
+        self._num_blocks = block_number
+        self._tp = (prefill_tp_size, prefill_tp_idx)
+        self._num_layers = len(key_cache_ptrs)
+        #: (address, bytes of a block): keys of all layers, then values, then scales
+        self._caches = [(p, block_bytes) for p in (*key_cache_ptrs, *value_cache_ptrs)]
+        self._caches += [(p, scale_block_bytes) for p in (*key_scale_ptrs, *value_scale_ptrs)]
+        slices = 1 if splitwise_role == "decode" else prefill_tp_size
+        self._handshake = Handshake(
+            {
+                "num_caches": len(self._caches),
+                "full_block_bytes": block_bytes * slices,
+                "full_scale_block_bytes": scale_block_bytes * slices,
+            },
+            secret,
+        )
+        self._endpoint = Endpoint(options)
+        writable = splitwise_role == "decode"
+        self._regions = [
+            self._endpoint.register(p, block_number * size, is_writable_by_peers=writable) for p, size in self._caches
+        ]
+        self._lock = threading.Lock()
+        self._connections: dict[tuple[str, str], Connection] = {}
+        self._remote_blocks: dict[tuple[str, str], int] = {}
+        self._accepted: list[Connection] = []
+        self._listener: socket.socket | None = None
+        self.port = port
+        if splitwise_role == "decode":
+            self._listener = socket.create_server((host, int(port)), backlog=128)
+            self.port = str(self._listener.getsockname()[1])
+            threading.Thread(target=self._serve, name="rdma-accept", daemon=True).start()
+
+    # FastDeploy's calls
+
+    def connect(self, dst_ip: str, dst_port: str, dst_tp_size: int = 0) -> int:
+        """Returns: 0 connected, 2 failed, 4 invalid argument; see `last_error`."""
+        try:
+            self.connect_or_raise(dst_ip, dst_port)
+        except ValueError as error:
+            self.last_error = error
+            return INVALID
+        except (RdmaError, OSError) as error:
+            self.last_error = error
+            return FAILED
+        return CONNECTED
+
+    def is_connected(self, dst_ip: str, dst_port: str) -> bool:
+        """Returns: whether blocks can be written there."""
+        connection = self._connections.get((dst_ip, str(dst_port)))
+        return connection is not None and connection.num_rails > 0
+
+    def write_cache(
+        self,
+        dst_ip: str,
+        dst_port: str,
+        local_block_ids: Sequence[int],
+        remote_block_ids: Sequence[int],
+        layer_idx: int,
+    ) -> int:
+        """Write one layer of some blocks. Returns: 0, or -1; see `last_error`."""
+        try:
+            self.write_cache_or_raise(dst_ip, dst_port, local_block_ids, remote_block_ids, layer_idx)
+        except (RdmaError, ValueError) as error:
+            self.last_error = error
+            return NOT_WRITTEN
+        return WRITTEN
+
+    # with exceptions
+
+    def connect_or_raise(self, dst_ip: str, dst_port: str) -> None:
+        """Connect to a decode process. Does nothing if connected. Raises: ValueError, RdmaError, OSError."""
+        if self.role != "prefill":
+            raise ValueError("only a prefill process connects")
+        key = (dst_ip, str(dst_port))
+        with self._lock:
+            if self.is_connected(*key):
+                return
+            self._drop(key)
+            connection = self._endpoint.connection(f"{dst_ip}:{dst_port}")
+            try:
+                with socket.create_connection((dst_ip, int(dst_port)), timeout=CONNECT_TIMEOUT_S) as channel:
+                    answer = self._handshake.connect(channel, connection.offer(self._regions))
+                connection.connect(self._regions, answer)
+                lengths = [length for _, length, _ in answer[0]["regions"]]
+                self._remote_blocks[key] = min(
+                    length // (size * self._tp[0]) for length, (_, size) in zip(lengths, self._caches, strict=True)
+                )
+            except BaseException:
+                _end(connection)
+                raise
+            self._connections[key] = connection
+
+    def write_cache_or_raise(
+        self,
+        dst_ip: str,
+        dst_port: str,
+        local_block_ids: Sequence[int],
+        remote_block_ids: Sequence[int],
+        layer_idx: int,
+    ) -> None:
+        """Write one layer of some blocks. Raises: ValueError: an argument is not valid; CompletionFailed."""
+        key = (dst_ip, str(dst_port))
+        if key not in self._connections:
+            raise ValueError(f"{dst_ip}:{dst_port} is not connected")
+        if len(local_block_ids) != len(remote_block_ids):
+            raise ValueError(
+                f"{len(local_block_ids)} local and {len(remote_block_ids)} remote blocks; they must be equally many"
+            )
+        if not 0 <= layer_idx < self._num_layers:
+            raise ValueError(f"layer_idx is {layer_idx}; it must be below {self._num_layers}")
+        for name, ids, count in (
+            ("local", local_block_ids, self._num_blocks),
+            ("remote", remote_block_ids, self._remote_blocks[key]),
+        ):
+            bad = next((i for i in ids if not 0 <= i < count), None)
+            if bad is not None:
+                raise ValueError(f"{name}_block_ids has {bad}; it must be below {count}")
+        tp_size, tp_index = self._tp
+        with self._lock:
+            for index in range(layer_idx, len(self._caches), self._num_layers):
+                size = self._caches[index][1]
+                local = array("q", [i * size for i in local_block_ids])
+                remote = array("q", [(i * tp_size + tp_index) * size for i in remote_block_ids])
+                self._connections[key].write(local, remote, array("q", [size]) * len(local), region=index)
+
+    def close(self) -> None:
+        """End every connection. Idempotent."""
+        if self._listener is not None:
+            try:
+                self._listener.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # closed already
+            self._listener.close()
+        with self._lock:
+            for key in list(self._connections):
+                self._drop(key)
+            for connection in self._accepted:
+                _end(connection)
+            self._accepted.clear()
+            self._endpoint.close()
+
+    # inside
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        connection = self._connections.pop(key, None)
+        if connection is not None:
+            _end(connection)
+
+    def _serve(self) -> None:
+        listener = self._listener
+        while listener is not None:
+            try:
+                channel, address = listener.accept()
+            except OSError:
+                return
+            threading.Thread(
+                target=self._accept, args=(channel, address[0]), name="rdma-handshake", daemon=True
+            ).start()
+
+    def _accept(self, channel: socket.socket, peer: str) -> None:
+        connection = None
+        try:
+            with channel:
+                connection = self._endpoint.connection(peer)
+                offer = self._handshake.accept(channel, connection.offer(self._regions))
+                try:
+                    connection.connect(self._regions, offer)
+                except (RdmaError, ValueError) as error:
+                    self._handshake.welcome(channel, str(error))
+                    raise
+                self._handshake.welcome(channel)
+            with self._lock:
+                self._accepted.append(connection)
+        except (RdmaError, OSError, ValueError) as error:
+            log.warning("refused a connection from %s: %s", peer, error)
+            if connection is not None:
+                _end(connection)
+
+
+def _end(connection: Connection) -> None:
+    connection.fail()
+    connection.close()

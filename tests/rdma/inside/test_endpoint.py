@@ -1,0 +1,148 @@
+"""Endpoints over two NICs: blocks striped over both, one lost in between, and peers that go away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rdma_comm.devices import list_nics
+from rdma_comm.endpoint import Connection, Endpoint, Options, Region
+from rdma_comm.errors import CompletionFailed, HandshakeFailed
+
+POOL_BYTES, BLOCK_BYTES = 8 << 20, 16384
+NUM_BLOCKS = POOL_BYTES // BLOCK_BYTES
+SECOND = "rxe_second"
+
+
+def rdma_link(*arguments: str) -> int:
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return subprocess.run(["rdma", "link", *arguments], env={"PATH": path}, capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def second_nic() -> Iterator[str]:
+    if "RDMA_DEV" not in os.environ or rdma_link("add", SECOND, "type", "rxe", "netdev", "lo"):
+        pytest.skip("a second soft-RoCE device can be made in the tests' virtual machine only")
+    yield SECOND
+    rdma_link("delete", SECOND)
+
+
+class Side:
+    """One process's part: an endpoint with one pool."""
+
+    def __init__(self, options: Options, seed: int | None = None) -> None:
+        self.endpoint = Endpoint(options)
+        self.pool = np.zeros(POOL_BYTES, np.uint8)
+        if seed is not None:
+            self.pool[:] = np.random.default_rng(seed).integers(0, 256, POOL_BYTES, dtype=np.uint8)
+        self.region: Region = self.endpoint.register(
+            self.pool.ctypes.data, POOL_BYTES, self.pool, is_writable_by_peers=True
+        )
+
+    @property
+    def blocks(self) -> np.ndarray:
+        return self.pool.reshape(NUM_BLOCKS, BLOCK_BYTES)
+
+
+def join(one: Side, two: Side) -> tuple[Connection, Connection]:
+    ends = one.endpoint.connection("two"), two.endpoint.connection("one")
+    offers = ends[0].offer([one.region]), ends[1].offer([two.region])
+    ends[0].connect([one.region], offers[1])
+    ends[1].connect([two.region], offers[0])
+    return ends
+
+
+def scattered(seed: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return (
+        rng.permutation(NUM_BLOCKS) * BLOCK_BYTES,
+        rng.permutation(NUM_BLOCKS) * BLOCK_BYTES,
+        np.full(NUM_BLOCKS, BLOCK_BYTES),
+    )
+
+
+def test_two_nics_share_the_blocks_and_one_that_is_lost_leaves_them_to_the_other(second_nic: str) -> None:
+    first = next(n.name for n in list_nics() if n.name != second_nic)
+    options = Options(nics=(second_nic, first), timeout=14, retry_count=3)
+    source, target = Side(options, seed=1), Side(options)
+    assert [rail.nic.name for rail in source.endpoint.rails] == [second_nic, first]
+    ends = join(source, target)
+    assert ends[0].num_rails == 2
+    local, remote, sizes = scattered()
+    ends[0].write(local, remote, sizes, 20.0)
+    assert np.array_equal(target.blocks[remote // BLOCK_BYTES], source.blocks[local // BLOCK_BYTES])
+
+    target.pool[:] = 0
+    port = source.endpoint.rails[0]
+    before = _sent(second_nic), _sent(first)
+    ends[1].read(remote, local, sizes, 20.0)
+    assert np.array_equal(target.blocks[remote // BLOCK_BYTES], source.blocks[local // BLOCK_BYTES])
+    assert _sent(second_nic) > before[0] and _sent(first) > before[1], "both carry a share"
+
+    target.pool[:] = 0
+    ends[1]._links[0].pair.close()  # the second NIC's queue pair at the peer is gone
+    ends[0].write(local, remote, sizes, 30.0)
+    assert np.array_equal(target.blocks[remote // BLOCK_BYTES], source.blocks[local // BLOCK_BYTES])
+    assert ends[0].num_rails == 1 and ends[0].lost[0].startswith(port.nic.name)
+    ends[0].write(local, remote, sizes, 30.0)  # and goes on without it
+    for end in ends:
+        end.close()
+    for side in (source, target):
+        side.endpoint.close()
+
+
+def _sent(nic: str) -> int:
+    with open(f"/sys/class/infiniband/{nic}/ports/1/hw_counters/sent_pkts") as file:
+        return int(file.read())
+
+
+def test_a_peer_that_vanishes_in_mid_transfer_fails_it() -> None:
+    options = Options(timeout=14, retry_count=3)
+    source, target = Side(options, seed=1), Side(options)
+    ends = join(source, target)
+    threading.Timer(0.02, ends[1].fail).start()
+    began_s = time.monotonic()
+    with pytest.raises(CompletionFailed, match="peer two"):
+        ends[0].write(*scattered(), 20.0)
+    assert time.monotonic() - began_s < 15
+    assert ends[0].num_rails == 0
+    with pytest.raises(CompletionFailed):
+        ends[0].write(*scattered(), 20.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"gid": "zz"}, "offer cannot be used"),
+        ({"gid": "00"}, "offer cannot be used"),
+        ({"mtu": 1500}, "offer cannot be used"),
+        ({"number": -1}, "offer cannot be used"),
+        ({"number": None}, "offer cannot be used"),
+        ({"regions": []}, "regions: 1 here, 0 there"),
+        ({"regions": [[1, 2]]}, "offer cannot be used"),
+        ({"is_ethernet": False}, "InfiniBand"),
+    ],
+)
+def test_an_offer_that_is_wrong_is_refused(change: dict[str, object], text: str) -> None:
+    source = Side(Options())
+    end = source.endpoint.connection("two")
+    offer = [{**entry, **change} for entry in source.endpoint.connection("x").offer([source.region])]
+    with pytest.raises(HandshakeFailed, match=text):
+        end.connect([source.region], offer)
+    with pytest.raises(HandshakeFailed, match="no NIC"):
+        source.endpoint.connection("two").connect([source.region], [])
+
+
+def test_blocks_outside_the_peer_s_region_are_refused_here() -> None:
+    source, target = Side(Options(), seed=1), Side(Options())
+    ends = join(source, target)
+    local, remote, sizes = scattered()
+    with pytest.raises(ValueError, match="outside"):
+        ends[0].write(local, remote + 1, sizes)
+    assert not target.pool.any() and ends[0].num_rails == 1

@@ -1,0 +1,142 @@
+"""Which NICs are found and in what order, on trees of known machines: rdma_comm.devices and scripts/get_rdma_nics.sh agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rdma_comm._verbs", reason="needs the compiled part: a C compiler and Python.h")
+
+from rdma_comm.devices import choose_gid, list_gpus, list_nics, order_nics
+from rdma_comm.endpoint import Options, choose_nics
+from rdma_comm.errors import RdmaUnavailable
+from tests.rdma.trees import ACTIVE, DOWN, Function, Interface, build, dgx_h100
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "get_rdma_nics.sh"
+LOOPBACK = Interface("lo", type=772)
+
+
+def script(root: Path, kind: str, visible: str | None = None) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {"SYSFS_ROOT": str(root)}
+    if visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = visible
+    return subprocess.run([str(SCRIPT), kind], env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def nics(root: Path, visible: str | None = None) -> list[str]:
+    """Found by both; they must agree."""
+    found = [n.name for n in order_nics(list_nics(root), list_gpus(root, visible))]
+    done = script(root, "gpu", visible)
+    if found:
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"KVCACHE_RDMA_NICS={','.join(found)}\n", "")
+    else:
+        assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    return found
+
+
+def test_dgx_h100(tmp_path: Path) -> None:
+    root = build(tmp_path, dgx_h100(), [LOOPBACK])
+    found = nics(root)
+    assert len(found) == 12
+    assert set(found[8:]) == {"mlx5_1", "mlx5_2", "mlx5_7", "mlx5_8"}  # storage last
+    gpu_nics = ("mlx5_0", "mlx5_3", "mlx5_4", "mlx5_5", "mlx5_6", "mlx5_9", "mlx5_10", "mlx5_11")
+    for index, name in enumerate(gpu_nics):
+        assert nics(root, str(index))[0] == name
+    assert set(nics(root, "4,5")[:2]) == {"mlx5_6", "mlx5_9"}
+    assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=enp41s0f0\n"  # not a GPU's NIC
+
+
+def test_two_ports_a_nic(tmp_path: Path) -> None:
+    card = Function("0000:00:01.0/0000:81:00.0", rdma="mlx5_0", states=(DOWN, ACTIVE))
+    root = build(tmp_path, [card, Function("0000:00:02.0/0000:82:00.0", rdma="mlx5_1", states=(DOWN, DOWN))])
+    assert nics(root) == ["mlx5_0"]
+    port = list_nics(root)[0].active_port
+    assert port is not None and port.number == 2
+
+
+def test_bond(tmp_path: Path) -> None:
+    ports = [
+        Function(
+            f"0000:00:01.0/0000:3b:00.{n}", rdma="mlx5_bond_0" if n == 0 else "", net=f"ens1f{n}np{n}", is_ethernet=True
+        )
+        for n in (0, 1)
+    ]
+    functions = [*ports, Function("0000:00:02.0/0000:af:00.0", net="eno1")]
+    root = build(tmp_path, functions, [LOOPBACK, Interface("bond0", "bonding"), Interface("docker0", "bridge"), Interface("tap0", "tun")],
+                 bonded=("ens1f0np0", "ens1f1np1"))  # fmt: skip
+    assert nics(root) == ["mlx5_bond_0"]
+    assert list_nics(root)[0].interfaces == ("ens1f0np0",)
+    assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=bond0\n"
+
+
+def test_virtual_machine_with_one_nic_in_another_pci_domain(tmp_path: Path) -> None:
+    functions = [
+        Function("0001:00:00.0", root="pci0001:00", gpu=True),
+        Function("0101:00:00.0", root="pci0101:00", rdma="mlx5_0", net="enP257s0"),
+        Function("0002:00:00.0", root="pci0002:00", net="eth0"),
+    ]
+    root = build(tmp_path, functions, [LOOPBACK])
+    assert nics(root) == ["mlx5_0"]
+    assert nics(root, "0") == ["mlx5_0"]
+    assert nics(root, "7") == ["mlx5_0"]  # no such GPU
+
+
+@pytest.mark.parametrize("functions", [[], [Function("0000:00:02.0", net="eth0")]], ids=["bare", "Ethernet only"])
+def test_no_rdma(tmp_path: Path, functions: Sequence[Function]) -> None:
+    root = build(tmp_path, functions, [LOOPBACK])
+    assert nics(root) == []
+    assert "no RDMA device" in script(root, "gpu").stderr
+    done = script(root, "cpu")
+    if functions:
+        assert done.stdout == "KVCACHE_SOCKET_IFNAME=eth0\n"
+    else:
+        assert done.returncode == 1 and "is up" in done.stderr
+
+
+def test_all_ports_down(tmp_path: Path) -> None:
+    root = build(tmp_path, [Function("0000:00:02.0", rdma="mlx5_0", states=(DOWN,))])
+    assert nics(root) == []
+    assert "no RDMA device has an active port (mlx5_0)" in script(root, "gpu").stderr
+    with pytest.raises(RdmaUnavailable, match="'mlx5_0', which has no active port"):
+        choose_nics(["mlx5_0"], root)
+
+
+@pytest.mark.parametrize("arguments", [[], ["tpu"], ["gpu", "cpu"]])
+def test_wrong_calls(arguments: list[str]) -> None:
+    done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "usage" in done.stderr and not done.stdout
+
+
+def test_named_nics_keep_their_order_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    root = build(tmp_path, dgx_h100())
+    assert [n.name for n in choose_nics(["mlx5_9", "mlx5_0"], root)] == ["mlx5_9", "mlx5_0"]
+    with pytest.raises(RdmaUnavailable, match="'mlx5_77'; there are mlx5_0"):
+        choose_nics(["mlx5_77"], root)
+
+
+def test_gid_is_routable_roce_v2_on_ethernet(tmp_path: Path) -> None:
+    found = {n.name: n for n in list_nics(build(tmp_path, dgx_h100()))}
+    ethernet, infiniband = found["mlx5_1"].active_port, found["mlx5_0"].active_port
+    assert ethernet is not None and infiniband is not None
+    assert choose_gid(ethernet).index == 3
+    assert choose_gid(infiniband).index == 0
+    assert choose_gid(ethernet, 1).index == 1
+    with pytest.raises(RdmaUnavailable, match="KVCACHE_RDMA_GID_INDEX is 9; the port has 0, 1, 2, 3"):
+        choose_gid(ethernet, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("KVCACHE_IB_TIMEOUT", "32", "8 to 31"),
+        ("KVCACHE_RDMA_GID_INDEX", "-1", "0 to 255"),
+        ("KVCACHE_RELAX_ORDERING", "yes", "0 to 1"),
+    ],
+)
+def test_wrong_variables_are_named(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is '{value}'; it must be a number from {allowed}"):
+        Options.from_environment({name: value})

@@ -1,0 +1,67 @@
+"""Runs what needs an RDMA device in a virtual machine that has one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeploy_pd.config import DEMO_MODEL
+from tests.model.tiny import TinyEngine
+from tests.rdma.conftest import SOURCES, build_extension, needs, run_in_vm
+
+PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--timeout=200")
+
+
+@pytest.mark.timeout(400)
+def test_the_compiled_part_and_the_communicator() -> None:
+    printed = run_in_vm(*PYTEST, "tests/rdma/inside", timeout_s=300)
+    assert " passed" in printed and "failed" not in printed
+
+
+@pytest.mark.timeout(400)
+def test_the_transfer_contract_on_rdma() -> None:
+    printed = run_in_vm(*PYTEST, "tests/transfer/test_contract.py", "-k", "rdma", timeout_s=300)
+    assert " passed" in printed and "failed" not in printed
+
+
+@pytest.mark.timeout(500)
+def test_the_compiled_part_under_address_sanitizer(tmp_path: Path) -> None:
+    needs("gcc")
+    library = subprocess.run(
+        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("gcc has no libasan here")
+    package = tmp_path / "rdma_comm"
+    shutil.copytree(SOURCES, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build_extension(package, "-fsanitize=address", "-g", "-O1")
+    options = "ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:verify_asan_link_order=0"
+    printed = run_in_vm(
+        *PYTEST, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand",
+        timeout_s=400, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={Path(library).resolve()}", options, "PYTHONMALLOC=malloc"),
+    )  # fmt: skip
+    assert " passed" in printed and "failed" not in printed and "AddressSanitizer" not in printed
+    assert f"tested {package}/_verbs" in printed
+
+
+@pytest.mark.timeout(500)
+def test_prefill_and_decode_on_two_machines_answer_like_one_engine(tmp_path: Path) -> None:
+    engine, chooser = TinyEngine(DEMO_MODEL, "reference", num_blocks=64), random.Random(5)
+    cases = []
+    for length, num_tokens in ((70, 8), (9, 12), (130, 8)):
+        prompt = [chooser.randrange(10, 1500) for _ in range(length)]
+        request = engine.request(prompt, num_tokens)
+        (tokens,) = engine.generate([request])
+        engine.blocks.release(request.local.block_table)
+        cases.append({"prompt": prompt, "tokens": tokens})
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(cases))
+    printed = run_in_vm("tests.rdma.two_hosts", hosts=2, timeout_s=400, mem_mib=2500, env={"RDMA_CASES": str(file)})
+    sys.stdout.write(printed)
+    assert printed.count("ended well") == 2
