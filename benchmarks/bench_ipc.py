@@ -1,0 +1,195 @@
+"""Copies of scattered blocks from one GPU to another between two processes, through CUDA IPC, and what they cost who computes meanwhile.
+
+    python -m benchmarks.bench_ipc --json out.json        (two GPUs with NVLink, PyTorch)
+
+A process owns the source GPU, this one the target; it pulls. Medians of several rounds; every copy's bytes are compared once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import statistics
+import sys
+import time
+from ctypes import c_size_t, c_ulonglong
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rdma_comm.cuda.blocks import BlockMover
+from rdma_comm.cuda.driver import Gpu, Stream
+
+POOL_BYTES = 4 << 30
+MOVED_BYTES = 1 << 30
+BLOCKS_KIB = (4, 8, 16, 32, 64, 256, 1024)
+CTAS = (8, 16, 24, 32, 48, 66, 132)
+ROUNDS = 7
+MATRIX = 8192
+
+
+def source_process(pipe: Connection) -> None:
+    """Own GPU 0: a pool of random bytes; on demand multiply matrices and say how fast."""
+    import torch
+
+    gpu = Gpu(0)
+    pool = gpu.allocate(POOL_BYTES)
+    chunk = np.random.default_rng(0).integers(0, 256, 256 << 20, dtype=np.uint8)
+    for start in range(0, POOL_BYTES, chunk.nbytes):
+        chunk[:8] = np.frombuffer(np.uint64(start).tobytes(), np.uint8)
+        gpu.write(pool + start, chunk)
+    pipe.send(gpu.export(pool))
+    while (asked := pipe.recv()) is not None:
+        if asked == "digest":
+            pipe.send(digest_seconds(gpu, pool))
+        else:
+            pipe.send(products_per_second(torch, 0, asked))
+
+
+def products_per_second(torch: Any, device: int, seconds: float) -> float:
+    """Returns: bf16 products of MATRIX x MATRIX a second, as a prefill's."""
+    a, b = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=f"cuda:{device}") for _ in range(2))
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize(device)
+    began_s, count = time.perf_counter(), 0
+    while time.perf_counter() - began_s < seconds:
+        for _ in range(20):
+            a @ b
+        torch.cuda.synchronize(device)
+        count += 20
+    return count / (time.perf_counter() - began_s)
+
+
+def places(block_bytes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns: offsets in source and target pool of MOVED_BYTES in scattered blocks."""
+    rng, count = np.random.default_rng(seed), MOVED_BYTES // block_bytes
+    slots = POOL_BYTES // block_bytes
+    return tuple((rng.permutation(slots)[:count] * block_bytes).astype(np.uint64) for _ in range(2))  # type: ignore[return-value]
+
+
+def digest_seconds(gpu: Gpu, pool: int) -> float:
+    """Returns: time to checksum MOVED_BYTES in blocks of 32 KiB that lie in 32 layers."""
+    offsets, _ = places(32 << 10, 5)
+    mover, taken = BlockMover(gpu), []
+    for _ in range(ROUNDS):
+        began_s = time.perf_counter()
+        mover.digest(pool, offsets.reshape(32, -1), 32 << 10, 7)
+        taken.append(time.perf_counter() - began_s)
+    mover.close()
+    return statistics.median(taken)
+
+
+def copy_speed(mover: BlockMover, source: int, target: int, block_bytes: int) -> float:
+    """Returns: GB/s of MOVED_BYTES."""
+    taken = []
+    for round_number in range(ROUNDS):
+        offsets = places(block_bytes, round_number)
+        began_s = time.perf_counter()
+        mover.copy(source, target, *offsets, block_bytes)
+        taken.append(time.perf_counter() - began_s)
+    return MOVED_BYTES / statistics.median(taken) / 1e9
+
+
+def one_piece_speed(gpu: Gpu, source: int, target: int) -> float:
+    """Returns: GB/s of cudaMemcpyAsync, the driver's copy engine."""
+    stream, taken = Stream(gpu), []
+    for _ in range(ROUNDS):
+        began_s = time.perf_counter()
+        gpu.call("cuMemcpyAsync", c_ulonglong(target), c_ulonglong(source), c_size_t(MOVED_BYTES), stream.handle)
+        stream.wait()
+        taken.append(time.perf_counter() - began_s)
+    return MOVED_BYTES / statistics.median(taken) / 1e9
+
+
+def check(gpu: Gpu, mover: BlockMover, source: int, target: int, block_bytes: int) -> None:
+    """Compare each tenth block that was copied."""
+    offsets = places(block_bytes, 1)
+    mover.copy(source, target, *offsets, block_bytes)
+    for one, other in zip(*(o[::10][:200] for o in offsets), strict=True):
+        if gpu.read(source + int(one), block_bytes) != gpu.read(target + int(other), block_bytes):
+            raise SystemExit(f"blocks of {block_bytes} bytes differ")
+
+
+def load_cost(pipe: Connection, torch: Any, mover: BlockMover, source: int, target: int) -> dict[str, float]:
+    """Returns: products a second on both GPUs, undisturbed and beside copies of 32 KiB blocks one after the other, and their speed."""
+    import threading
+
+    found: dict[str, float] = {}
+    pipe.send(2.0)
+    found["source_alone"] = pipe.recv()
+    found["target_alone"] = products_per_second(torch, 1, 2.0)
+    is_over, moved = threading.Event(), [0, 0.0]
+
+    def copies() -> None:
+        offsets = places(32 << 10, 1)
+        began_s = time.perf_counter()
+        while not is_over.is_set():
+            mover.copy(source, target, *offsets, 32 << 10)
+            moved[0] += MOVED_BYTES
+        moved[1] = time.perf_counter() - began_s
+
+    for name in ("source", "target"):
+        is_over.clear()
+        moved[:] = [0, 0.0]
+        thread = threading.Thread(target=copies)
+        thread.start()
+        if name == "source":
+            pipe.send(2.0)
+            found["source_beside"] = pipe.recv()
+        else:
+            found["target_beside"] = products_per_second(torch, 1, 2.0)
+        is_over.set()
+        thread.join()
+        found[f"{name}_copy_gb_s"] = moved[0] / moved[1] / 1e9
+    return found
+
+
+def main() -> int:
+    """Returns: 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    context = mp.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=source_process, args=(other,), daemon=True)
+    process.start()
+    handle, offset = pipe.recv()
+    import torch
+
+    gpu = Gpu(1)
+    source, target = gpu.open(handle) + offset, gpu.allocate(POOL_BYTES)
+    result: dict[str, Any] = {
+        "one_piece_gb_s": one_piece_speed(gpu, source, target),
+        "scattered_gb_s": {},
+        "beside": {},
+    }
+    for ctas in CTAS:
+        mover = BlockMover(gpu, ctas, max_blocks=1 << 18)
+        row = {}
+        for kib in BLOCKS_KIB:
+            if ctas == CTAS[-1]:
+                check(gpu, mover, source, target, kib << 10)
+            row[kib] = round(copy_speed(mover, source, target, kib << 10), 1)
+        result["scattered_gb_s"][ctas] = row
+        sys.stdout.write(f"{ctas:4} CTAs " + " ".join(f"{kib} KiB {speed}" for kib, speed in row.items()) + "\n")
+        if ctas in (16, 24, 32, 48, 66):
+            result["beside"][ctas] = load_cost(pipe, torch, mover, source, target)
+            sys.stdout.write(f"     {result['beside'][ctas]}\n")
+        sys.stdout.flush()
+        mover.close()
+    result["digest_s"] = {"target": digest_seconds(gpu, target)}
+    pipe.send("digest")
+    result["digest_s"]["source"] = pipe.recv()
+    sys.stdout.write(f"one piece {result['one_piece_gb_s']:.0f} GB/s; digests of 1 GiB {result['digest_s']}\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    pipe.send(None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
