@@ -49,20 +49,25 @@ __device__ static u64 mix(u64 x)
     return x ^ x >> 32;
 }
 
-/* Adds to digests[i] the sum over block i's 8-byte words w, at position p in the whole block (all layers), of mix(w ^ (nonce + p) * C). A sum
- * does not depend on the order in which words are added, but every word on its position and the nonce. The blocks lie at offsets[2 * i + side]. */
-extern "C" __global__ void __launch_bounds__(THREADS) digest_blocks(const char *pool, const u64 *offsets, u32 side, u32 num_blocks, u32 block_bytes, u64 first_word, u64 nonce, u64 *digests)
+/* Adds to digests[i] the sum over block i's 8-byte words w, at position p in the whole block (num_layers pieces of block_bytes, layer_bytes
+ * apart, from pool + offsets[i] on), of mix(w ^ (nonce + p) * C). A sum does not depend on the order in which words are added, but every word
+ * on its position and the nonce. */
+extern "C" __global__ void __launch_bounds__(THREADS) digest_blocks(const char *pool, const u64 *offsets, u32 num_blocks, u32 block_bytes, u32 num_layers, u64 layer_bytes, u64 nonce, u64 *digests)
 {
     __shared__ u64 sums[THREADS / 32];
-    for (u32 block = blockIdx.x; block < num_blocks; block += gridDim.x) {
-        const char *from = pool + offsets[2 * (u64)block + side];
+    const u64 total = (u64)num_blocks * num_layers;
+    for (u64 item = blockIdx.x; item < total; item += gridDim.x) {
+        const u32 block = (u32)(item % num_blocks);
+        const u64 layer = item / num_blocks;
+        const char *from = pool + offsets[block] + layer * layer_bytes;
+        const u64 first_word = layer * (block_bytes / 8) + nonce;
         u64 sum = 0;
 #pragma unroll 4
         for (u32 at = threadIdx.x * 16; at < block_bytes; at += PIECE) {
             const uint4 v = load(from + at);
             const u64 position = first_word + at / 8;
-            sum += mix(((u64)v.y << 32 | v.x) ^ (nonce + position) * 0x9e3779b97f4a7c15ull);
-            sum += mix(((u64)v.w << 32 | v.z) ^ (nonce + position + 1) * 0x9e3779b97f4a7c15ull);
+            sum += mix(((u64)v.y << 32 | v.x) ^ position * 0x9e3779b97f4a7c15ull);
+            sum += mix(((u64)v.w << 32 | v.z) ^ (position + 1) * 0x9e3779b97f4a7c15ull);
         }
 #pragma unroll
         for (u32 distance = 16; distance; distance /= 2)

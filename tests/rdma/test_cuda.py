@@ -86,9 +86,10 @@ def test_scattered_blocks_inside_a_gpu_and_their_checksums(max_blocks: int) -> N
     found = content(gpu, target)
     assert np.array_equal(found[remote], data[local])
     assert not found[np.setdiff1d(np.arange(NUM_BLOCKS), remote)].any()
-    layers = np.arange(NUM_BLOCKS, dtype=np.uint64).reshape(3, 100)  # 100 blocks in three layers
+    layers = np.arange(100, dtype=np.uint64) * np.uint64(BLOCK_BYTES)  # 100 blocks in three layers
     words = data.view(np.uint64).reshape(3, 100, -1).transpose(1, 0, 2).reshape(100, -1)
-    assert np.array_equal(mover.digest(source, layers * np.uint64(BLOCK_BYTES), BLOCK_BYTES, 99), digest_of(words, 99))
+    found = mover.digest(source, layers, BLOCK_BYTES, 99, num_layers=3, layer_bytes=100 * BLOCK_BYTES)
+    assert np.array_equal(found, digest_of(words, 99))
     for wrong in ((source + 8, BLOCK_BYTES), (source, BLOCK_BYTES - 8)):
         with pytest.raises(ValueError, match="multiples of 16"):
             mover.copy(wrong[0], target, np.zeros(1, np.uint64), np.zeros(1, np.uint64), wrong[1])
