@@ -12,6 +12,7 @@ import json
 import multiprocessing as mp
 import statistics
 import sys
+import threading
 import time
 from ctypes import c_size_t, c_ulonglong
 from multiprocessing.connection import Connection
@@ -20,6 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.transfer.base import EpochArrived, EpochSent, Transfer, TransferEvent
+from fastdeploy_pd.transfer.device_pool import DevicePool
+from fastdeploy_pd.transfer.select import build
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu, Stream
 
@@ -29,6 +34,7 @@ BLOCKS_KIB = (4, 8, 16, 32, 64, 256, 1024)
 CTAS = (8, 16, 24, 32, 48, 66, 132)
 ROUNDS = 7
 MATRIX = 8192
+LOAD_S = 0.5
 
 
 def source_process(pipe: Connection) -> None:
@@ -45,8 +51,78 @@ def source_process(pipe: Connection) -> None:
     while (asked := pipe.recv()) is not None:
         if asked == "digest":
             pipe.send(digest_seconds(gpu, pool))
+        elif isinstance(asked, KVLayout):
+            send_epochs(pipe, gpu, asked)
         else:
             pipe.send(products_per_second(torch, 0, asked))
+
+
+def hand_over_layouts() -> dict[int, KVLayout]:
+    """Returns: by KiB of a block in one layer, 16 layers whose pool holds MOVED_BYTES one and a half times."""
+    shapes = {8: (16, 1), 32: (64, 1), 64: (16, 8), 256: (64, 8)}
+    return {
+        kib: KVLayout(16, 3 * MOVED_BYTES // 32 // (kib << 10), heads, block_size, 128, "float16")
+        for kib, (block_size, heads) in shapes.items()
+    }
+
+
+def epoch_blocks(layout: KVLayout, seed: int) -> list[int]:
+    """Returns: MOVED_BYTES' worth of blocks, scattered."""
+    count = MOVED_BYTES // layout.num_layers // layout.block_bytes
+    blocks: list[int] = np.random.default_rng(seed).permutation(layout.num_blocks)[:count].tolist()
+    return blocks
+
+
+def wait_event(transfer: Transfer) -> TransferEvent:
+    """Returns: the next thing a transfer reports."""
+    while not (events := transfer.poll()):
+        time.sleep(0.0001)
+    return events[0]
+
+
+def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout) -> None:
+    """Hand over ROUNDS epochs through IpcTransfer; tell how long each took until it was sent."""
+    pool = DevicePool(layout, gpu)
+    transfer = build("ipc", pool=pool, layout=layout, fingerprint="m")
+    descriptor = pipe.recv()
+    for number in range(ROUNDS):
+        local, remote = epoch_blocks(layout, number), epoch_blocks(layout, 100 + number)
+        pipe.recv()
+        began_s = time.perf_counter()
+        transfer.start(f"e{number}", 7, descriptor, remote)
+        for layer in range(layout.num_layers):
+            transfer.write(f"e{number}", layer, local, remote)
+        transfer.finish(f"e{number}")
+        event = wait_event(transfer)
+        pipe.send((time.perf_counter() - began_s, event))
+    transfer.close()
+    pool.close()
+
+
+def hand_over_speed(pipe: Connection, gpu: Gpu, layout: KVLayout) -> dict[str, float]:
+    """Returns: GB/s until sent and until arrived, checksums of both sides included."""
+    pipe.send(layout)
+    pool = DevicePool(layout, gpu)
+    transfer = build("ipc", pool=pool, layout=layout, fingerprint="m")
+    pipe.send(transfer.descriptor())
+    sent_s, arrived_s = [], []
+    for number in range(ROUNDS):
+        transfer.open_epoch(f"e{number}", epoch_blocks(layout, 100 + number), 7)
+        pipe.send("go")
+        began_s = time.perf_counter()
+        arrived = wait_event(transfer)
+        arrived_s.append(time.perf_counter() - began_s)
+        seconds, sent = pipe.recv()
+        if not isinstance(sent, EpochSent) or not isinstance(arrived, EpochArrived) or sent.digests != arrived.digests:
+            raise SystemExit(f"the hand-over failed: {sent} {arrived}")
+        sent_s.append(seconds)
+        transfer.revoke(f"e{number}")
+    transfer.close()
+    pool.close()
+    return {
+        "sent_gb_s": MOVED_BYTES / statistics.median(sent_s) / 1e9,
+        "arrived_gb_s": MOVED_BYTES / statistics.median(arrived_s) / 1e9,
+    }
 
 
 def products_per_second(torch: Any, device: int, seconds: float) -> float:
@@ -115,36 +191,37 @@ def check(gpu: Gpu, mover: BlockMover, source: int, target: int, block_bytes: in
 
 
 def load_cost(pipe: Connection, torch: Any, mover: BlockMover, source: int, target: int) -> dict[str, float]:
-    """Returns: products a second on both GPUs, undisturbed and beside copies of 32 KiB blocks one after the other, and their speed."""
-    import threading
-
+    """Returns: what is left of each GPU's matrix products a second beside copies of 32 KiB blocks without a pause, and their speed."""
     found: dict[str, float] = {}
-    pipe.send(2.0)
-    found["source_alone"] = pipe.recv()
-    found["target_alone"] = products_per_second(torch, 1, 2.0)
-    is_over, moved = threading.Event(), [0, 0.0]
+    moved = [0, 0.0]
 
-    def copies() -> None:
+    def copies(is_over: threading.Event) -> None:
         offsets = places(32 << 10, 1)
         began_s = time.perf_counter()
         while not is_over.is_set():
             mover.copy(source, target, *offsets, 32 << 10)
             moved[0] += MOVED_BYTES
-        moved[1] = time.perf_counter() - began_s
+        moved[1] += time.perf_counter() - began_s
 
-    for name in ("source", "target"):
-        is_over.clear()
+    def products(on: str) -> float:
+        if on == "target":
+            return products_per_second(torch, 1, LOAD_S)
+        pipe.send(LOAD_S)
+        return float(pipe.recv())
+
+    for on in ("source", "target"):
         moved[:] = [0, 0.0]
-        thread = threading.Thread(target=copies)
-        thread.start()
-        if name == "source":
-            pipe.send(2.0)
-            found["source_beside"] = pipe.recv()
-        else:
-            found["target_beside"] = products_per_second(torch, 1, 2.0)
-        is_over.set()
-        thread.join()
-        found[f"{name}_copy_gb_s"] = moved[0] / moved[1] / 1e9
+        ratios = []
+        for _ in range(5):  # in turns: a GPU under load grows slower by itself
+            alone, is_over = products(on), threading.Event()
+            thread = threading.Thread(target=copies, args=(is_over,))
+            thread.start()
+            beside = products(on)
+            is_over.set()
+            thread.join()
+            ratios.append(beside / ((alone + products(on)) / 2))
+        found[f"{on}_speed_left"] = round(statistics.median(ratios), 4)
+        found[f"{on}_copy_gb_s"] = round(moved[0] / moved[1] / 1e9, 1)
     return found
 
 
@@ -176,11 +253,13 @@ def main() -> int:
             row[kib] = round(copy_speed(mover, source, target, kib << 10), 1)
         result["scattered_gb_s"][ctas] = row
         sys.stdout.write(f"{ctas:4} CTAs " + " ".join(f"{kib} KiB {speed}" for kib, speed in row.items()) + "\n")
-        if ctas in (16, 24, 32, 48, 66):
+        if ctas in (8, 16, 32):
             result["beside"][ctas] = load_cost(pipe, torch, mover, source, target)
             sys.stdout.write(f"     {result['beside'][ctas]}\n")
         sys.stdout.flush()
         mover.close()
+    result["hand_over"] = {kib: hand_over_speed(pipe, gpu, layout) for kib, layout in hand_over_layouts().items()}
+    sys.stdout.write(f"hand-over {result['hand_over']}\n")
     result["digest_s"] = {"target": digest_seconds(gpu, target)}
     pipe.send("digest")
     result["digest_s"]["source"] = pipe.recv()

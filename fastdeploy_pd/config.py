@@ -242,7 +242,7 @@ def _topic(text: str) -> str:
 
 def _protocols(text: str) -> tuple[str, ...]:
     names = tuple(n.strip() for n in text.split(","))
-    later = {"ipc", "nccl", "mooncake"} & set(names)
+    later = {"nccl", "mooncake"} & set(names)
     if later:
         raise argparse.ArgumentTypeError(
             f"{', '.join(sorted(later))} is not part of this version; use shm (one machine), rdma (NICs) and tcp (any), e.g. rdma,shm,tcp"

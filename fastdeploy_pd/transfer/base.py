@@ -11,9 +11,10 @@ decode                                        -> EpochArrived(digests): recomput
 decode  revoke(epoch)                         when it returns, no write of this epoch lands any more; blocks may be reused
 prefill cancel(epoch)                         -> EpochFailed: nothing of it is read or sent any more
 
-Every (epoch, layer, block) is written once; a block's layers are written in rising order. A digest is xxh3_64, seeded with the
-epoch's nonce, over one block's bytes in all layers, layer 0 first; digests come in the order of the epoch's block_ids. Decode
-decodes only what has equal digests from both sides, so a byte that was lost, changed or left over from another epoch is seen.
+Every (epoch, layer, block) is written once; a block's layers are written in rising order. A digest is the pool's (xxh3_64 in
+host memory, a sum of mixed words on a GPU), seeded with the epoch's nonce, over one block's bytes in all layers, layer 0 first;
+digests come in the order of the epoch's block_ids. Decode decodes only what has equal digests from both sides, so a byte that was
+lost, changed or left over from another epoch is seen.
 """
 
 from __future__ import annotations

@@ -30,28 +30,27 @@ class KVPool:
         offset = self.layout.offset(layer, block_id)
         return self.view[offset : offset + self.layout.block_bytes]
 
+    def digest(self, block_ids: Sequence[int], nonce: int) -> tuple[int, ...]:
+        """Checksums of blocks as they lie in memory now.
+
+        Args:
+            block_ids: [n] blocks.
+            nonce: the epoch's; equal bytes of another epoch have another checksum.
+        Returns: [n] xxh3_64 over each block's bytes in all layers, layer 0 first.
+        """
+        digests = []
+        for block_id in block_ids:
+            state = xxhash.xxh3_64(seed=nonce)
+            for layer in range(self.layout.num_layers):
+                state.update(self.block(layer, block_id))
+            digests.append(state.intdigest())
+        return tuple(digests)
+
     def close(self) -> None:
         """Give the memory back once nobody views it any more. Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def digest(pool: KVPool, block_ids: Sequence[int], nonce: int) -> tuple[int, ...]:
-    """Checksums of blocks as they lie in memory now.
-
-    Args:
-        block_ids: [n] blocks.
-        nonce: the epoch's; equal bytes of another epoch have another checksum.
-    Returns: [n] xxh3_64 over each block's bytes in all layers, layer 0 first.
-    """
-    digests = []
-    for block_id in block_ids:
-        state = xxhash.xxh3_64(seed=nonce)
-        for layer in range(pool.layout.num_layers):
-            state.update(pool.block(layer, block_id))
-        digests.append(state.intdigest())
-    return tuple(digests)
 
 
 def neighbours(local: Sequence[int], remote: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.transfer.base import TRANSFER_VERSION, EpochArrived, EpochFailed, EpochSent, TransferEvent
-from fastdeploy_pd.transfer.layout import KVPool, digest
+from fastdeploy_pd.transfer.layout import KVPool
 
 
 class LoopbackNetwork:
@@ -175,8 +175,8 @@ class LoopbackTransfer:
             return
         outgoing.is_over = True
         local = [outgoing.local_of[remote] for remote in outgoing.remote]
-        self._events.append(EpochSent(epoch, digest(self._pool, local, outgoing.nonce), outgoing.num_bytes, 0.0))
-        arrived = digest(peer._pool, incoming.blocks, incoming.nonce)
+        self._events.append(EpochSent(epoch, self._pool.digest(local, outgoing.nonce), outgoing.num_bytes, 0.0))
+        arrived = peer._pool.digest(incoming.blocks, incoming.nonce)
         peer._events.append(EpochArrived(epoch, arrived, outgoing.num_bytes))
 
     def _fail(self, epoch: str, outgoing: _Outgoing, reason: str) -> None:

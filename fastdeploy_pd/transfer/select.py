@@ -85,11 +85,12 @@ def build(name: str, **arguments: Any) -> Transfer:
         ConfigError: there is none of that name; lists those there are.
         TransferUnavailable: this machine has not got what it needs.
     """
+    from fastdeploy_pd.transfer.ipc import IpcTransfer
     from fastdeploy_pd.transfer.rdma import RdmaTransfer
     from fastdeploy_pd.transfer.shm import ShmTransfer
     from fastdeploy_pd.transfer.tcp import TcpTransfer
 
-    known: dict[str, Any] = {"rdma": RdmaTransfer, "shm": ShmTransfer, "tcp": TcpTransfer}
+    known: dict[str, Any] = {"ipc": IpcTransfer, "rdma": RdmaTransfer, "shm": ShmTransfer, "tcp": TcpTransfer}
     if name not in known:
         known |= {point.name: point for point in entry_points(group="fastdeploy_pd.transfers")}
         if name not in known:

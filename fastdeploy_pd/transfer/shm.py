@@ -34,6 +34,13 @@ def host_id() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
+def check_user(connection: socket.socket) -> None:
+    """Raises: TransferError: the process at the other end of a Unix socket is not this user's."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+        raise TransferError("the peer belongs to another user")
+
+
 class ShmTransfer(StreamTransfer):
     """See transfer/base.py."""
 
@@ -84,9 +91,7 @@ class ShmTransfer(StreamTransfer):
 
     def accepted(self, connection: socket.socket) -> np.ndarray:
         """Check who calls and map its pool. Returns: [bytes] uint8, read-only."""
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
-            raise TransferError("the peer belongs to another user")
+        check_user(connection)
         data, descriptors, _, _ = socket.recv_fds(connection, _SIZE.size, 1)
         if len(descriptors) != 1 or len(data) != _SIZE.size:
             for descriptor in descriptors:

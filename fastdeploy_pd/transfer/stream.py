@@ -24,7 +24,7 @@ from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
-from fastdeploy_pd.transfer.layout import KVPool, digest
+from fastdeploy_pd.transfer.layout import KVPool
 
 log = logging.getLogger("fastdeploy_pd.transfer")
 
@@ -295,7 +295,7 @@ class StreamTransfer:
             del self._out[epoch]
         wire_s = self._clock.now_s() - outgoing.start_s
         local = [outgoing.local_of[block_id] for block_id in outgoing.remote]
-        self._events.put(EpochSent(epoch, digest(self._pool, local, outgoing.nonce), outgoing.num_done, wire_s))
+        self._events.put(EpochSent(epoch, self._pool.digest(local, outgoing.nonce), outgoing.num_done, wire_s))
 
     def on_notice(self, notice: Notice) -> None:
         """The receiver has taken bytes, or refuses."""
@@ -425,7 +425,7 @@ class StreamTransfer:
             if not incoming.is_complete or not incoming.is_open or incoming.is_told:
                 return
             incoming.is_told = True
-            digests = digest(self._pool, incoming.block_ids, incoming.nonce)
+            digests = self._pool.digest(incoming.block_ids, incoming.nonce)
         self._events.put(EpochArrived(incoming.epoch, digests, incoming.num_bytes))
 
     def _notify(self, connection: socket.socket, notice: Notice) -> None:

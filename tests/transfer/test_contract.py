@@ -16,16 +16,17 @@ import pytest
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
-from fastdeploy_pd.transfer.layout import KVPool, digest
+from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 from fastdeploy_pd.transfer.select import RETRY_S, Choice, Selection, build, choose
 from fastdeploy_pd.transfer.shm import ShmTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from rdma_comm.devices import list_nics
+from tests.transfer.gpu import has_gpu, seen_by_gpu
 
 LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
 #: rdma needs a device: where there is none, tests/rdma/test_in_vm.py runs this file in a machine that has one
-BACKENDS = ["tcp", "shm", "loopback", *(["rdma"] if list_nics() else [])]
+BACKENDS = ["tcp", "shm", "loopback", *(["rdma"] if list_nics() else []), *(["ipc"] if has_gpu() else [])]
 SECRET = b"a secret that all instances know"
 
 
@@ -80,7 +81,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         if network is not None:
             transfer: Transfer = LoopbackTransfer(f"end-{len(made)}", pool, layout, network, fingerprint)
         else:
-            transfer = build(request.param, pool=pool, layout=layout, fingerprint=fingerprint, **options)
+            place = seen_by_gpu(pool) if request.param == "ipc" else pool
+            transfer = build(request.param, pool=place, layout=layout, fingerprint=fingerprint, **options)
         made.append(transfer)
         return transfer
 
@@ -106,7 +108,7 @@ def test_bytes_and_digests_are_equal(pair: Pair) -> None:
     (sent,) = pair.events(pair.source)
     assert isinstance(arrived, EpochArrived)
     assert isinstance(sent, EpochSent)
-    assert arrived.digests == sent.digests == digest(pair.source_pool, local, 5)
+    assert arrived.digests == sent.digests == pair.source._pool.digest(local, 5)
     assert sent.num_bytes == arrived.num_bytes == 11 * LAYOUT.block_bytes * LAYOUT.num_layers
     for layer in range(LAYOUT.num_layers):
         for source, target in zip(local, remote, strict=True):
@@ -117,10 +119,10 @@ def test_bytes_and_digests_are_equal(pair: Pair) -> None:
 
 
 def test_digest_depends_on_the_nonce_and_every_byte(pair: Pair) -> None:
-    assert digest(pair.source_pool, [3], 1) != digest(pair.source_pool, [3], 2)
-    before = digest(pair.source_pool, [3], 1)
+    assert pair.source_pool.digest([3], 1) != pair.source_pool.digest([3], 2)
+    before = pair.source_pool.digest([3], 1)
     pair.source_pool.block(2, 3)[-1] ^= 1
-    assert digest(pair.source_pool, [3], 1) != before
+    assert pair.source_pool.digest([3], 1) != before
 
 
 def test_many_epochs_at_once(pair: Pair) -> None:
