@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-TRANSFER_VERSION = 1
+TRANSFER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

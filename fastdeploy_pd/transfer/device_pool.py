@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from fastdeploy_pd.core.layout import KVLayout
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu
+
+NUM_MOVERS = 2
 
 
 class DevicePool:
@@ -24,13 +27,29 @@ class DevicePool:
         self.layout, self.gpu = layout, gpu
         self._is_owner = pointer is None
         self.pointer = gpu.allocate(layout.pool_bytes) if pointer is None else pointer
-        self.mover = BlockMover(gpu)
+        self._digester = BlockMover(gpu)
+        self._movers: queue.SimpleQueue[BlockMover] = queue.SimpleQueue()
+        for _ in range(NUM_MOVERS):
+            self._movers.put(BlockMover(gpu))
 
     def export(self) -> tuple[bytes, int]:
         """Returns: (CUDA IPC handle of the allocation, the pool's offset in it). Raises: CudaError: it cannot be shared."""
         return self.gpu.export(self.pointer)
 
-    def offsets(self, layer: int, block_ids: Sequence[int]) -> np.ndarray:
+    def copy(self, source: int, source_offsets: np.ndarray, target_offsets: np.ndarray, num_bytes: int) -> None:
+        """Copy blocks into the pool; when it returns they are there. From any thread; at most NUM_MOVERS at once.
+
+        Args:
+            source: an address that the GPU can reach; source_offsets, target_offsets: [n] bytes; num_bytes: of each block.
+        Raises: CudaError; ValueError: something is not aligned.
+        """
+        mover = self._movers.get()
+        try:
+            mover.copy(source, self.pointer, source_offsets, target_offsets, num_bytes)
+        finally:
+            self._movers.put(mover)
+
+    def offsets(self, layer: int, block_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns: [n] uint64: where blocks begin in one layer, in bytes from the pool's begin. Raises: IndexError: there is none such."""
         ids = np.array(block_ids, dtype=np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.layout.num_blocks:
@@ -45,14 +64,16 @@ class DevicePool:
         """
         layout = self.layout
         layer_bytes = layout.pool_bytes // layout.num_layers
-        sums = self.mover.digest(
+        sums = self._digester.digest(
             self.pointer, self.offsets(0, block_ids), layout.block_bytes, nonce, layout.num_layers, layer_bytes
         )
         return tuple(sums.tolist())
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        self.mover.close()
+        self._digester.close()
+        while not self._movers.empty():
+            self._movers.get().close()
         if self._is_owner and self.pointer:
             self.gpu.free(self.pointer)
             self.pointer = 0

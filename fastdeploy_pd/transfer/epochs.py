@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 
@@ -30,12 +32,16 @@ class Incoming:
         self.announced_bytes: int | None = None  # told by the sender's end mark
         self.is_told = False  # its arrival was reported
         self.connections: set[int] = set()  # that carried some of it: their end before its end is its failure
-        self._allowed = frozenset(block_ids)
-        self._written: set[tuple[int, int]] = set()
+        self._place = np.full(layout.num_blocks, -1, dtype=np.int32)  # of a block in the epoch
+        self._place[self.block_ids] = np.arange(len(self.block_ids))
+        self._written = np.zeros((layout.num_layers, len(self.block_ids)), dtype=bool)
         self._layout = layout
 
-    def admit(self, layer: int, block_ids: Sequence[int], nonce: int) -> None:
+    def admit(self, layer: int, block_ids: np.ndarray, nonce: int) -> None:
         """Check a write before its bytes may land, and mark its blocks as written.
+
+        Args:
+            block_ids: [n] int64.
 
         Raises: TransferError: wrong nonce, foreign block, no such layer, or written before.
         """
@@ -43,12 +49,16 @@ class Incoming:
             raise TransferError("the nonce is not the epoch's")
         if not 0 <= layer < self._layout.num_layers:
             raise TransferError(f"there is no layer {layer}")
-        places = {(layer, block_id) for block_id in block_ids}
-        if not self._allowed.issuperset(block_ids) or len(places) != len(block_ids):
+        is_known = (block_ids >= 0) & (block_ids < self._layout.num_blocks)
+        places = self._place[block_ids] if is_known.all() else np.array([-1])
+        if (places < 0).any():
             raise TransferError("a block is not part of the epoch")
-        if places & self._written:
+        row = self._written[layer]
+        num_before = np.count_nonzero(row)
+        is_again = row[places].any()
+        row[places] = True
+        if is_again or np.count_nonzero(row) != num_before + len(places):
             raise TransferError("a block was written twice")
-        self._written |= places
 
     @contextmanager
     def landing(self, stop: Callable[[], None] = lambda: None) -> Iterator[bool]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xxhash
 
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import TransferError
+
+ID_BYTES = 4
+_ID = np.dtype("<i4")
 
 
 class KVPool:
@@ -53,11 +57,22 @@ class KVPool:
             self.fd = -1
 
 
-def neighbours(local: Sequence[int], remote: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (local block, remote block, count): runs of blocks that lie side by side in both pools."""
-    first = 0
-    for index in range(1, len(local) + 1):
-        count = index - first
-        if index == len(local) or local[index] != local[first] + count or remote[index] != remote[first] + count:
-            yield local[first], remote[first], count
-            first = index
+def pack_ids(block_ids: Sequence[int]) -> bytes:
+    """Returns: block ids for the wire: ID_BYTES each, little-endian."""
+    return np.array(block_ids, dtype=_ID).tobytes()
+
+
+def unpack_ids(data: bytes) -> np.ndarray:
+    """Returns: [n] int64. Raises: TransferError: it is cut off."""
+    if len(data) % ID_BYTES:
+        raise TransferError(f"{len(data)} bytes are no list of block ids")
+    return np.frombuffer(data, dtype=_ID).astype(np.int64)
+
+
+def neighbours(local: np.ndarray, remote: np.ndarray) -> Iterable[tuple[int, int, int]]:
+    """Returns: (local block, remote block, count) of each run of blocks that lie side by side in both pools."""
+    if not len(local):
+        return ()
+    starts = np.flatnonzero(np.concatenate(([True], (np.diff(local) != 1) | (np.diff(remote) != 1))))
+    counts = np.diff(np.append(starts, len(local)))
+    return zip(local[starts].tolist(), remote[starts].tolist(), counts.tolist(), strict=True)

@@ -120,15 +120,13 @@ class RdmaTransfer(TcpTransfer):
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        if len(frame.local) != len(frame.remote):
-            raise TransferError("source and target blocks differ in number")
         size = self._layout.block_bytes
         source_layer_bytes = (
             state.remote_length(0) // self._layout.num_layers
         )  # the peer may have another number of blocks
         runs = [
             (self._layout.offset(frame.layer, remote), frame.layer * source_layer_bytes + local * size, count * size)
-            for local, remote, count in neighbours(frame.local, frame.remote)
+            for local, remote, count in neighbours(*frame.pairs(source_layer_bytes // size))
         ]
         targets, sources, sizes = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
         with incoming.landing(stop=state.fail) as is_open:

@@ -112,15 +112,11 @@ class ShmTransfer(StreamTransfer):
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: np.ndarray) -> None:
         """See base."""
-        if len(frame.local) != len(frame.remote):
-            raise TransferError("source and target blocks differ in number")
         size, target = self._layout.block_bytes, self._pool.array
         layer_bytes = len(state) // self._layout.num_layers  # the peer may have another number of blocks
-        if frame.local and not 0 <= min(frame.local) <= max(frame.local) < layer_bytes // size:
-            raise TransferError(f"blocks {min(frame.local)} to {max(frame.local)} are not all in the peer's pool")
         runs = [
             (frame.layer * layer_bytes + local * size, self._layout.offset(frame.layer, remote), count * size)
-            for local, remote, count in neighbours(frame.local, frame.remote)
+            for local, remote, count in neighbours(*frame.pairs(layer_bytes // size))
         ]
         with incoming.landing() as is_open:
             if not is_open:

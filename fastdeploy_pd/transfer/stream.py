@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
@@ -24,13 +25,12 @@ from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
-from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids, unpack_ids
 
 log = logging.getLogger("fastdeploy_pd.transfer")
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
 CONNECT_TIMEOUT_S = 3.0
-PIECE_BYTES = 4 << 20
 MAX_CONNECTIONS = 1024
 
 
@@ -40,8 +40,27 @@ class WriteFrame(msgspec.Struct, tag="w", array_like=True):
     epoch: str
     nonce: int
     layer: int
-    remote: list[int]
-    local: list[int]
+    remote: bytes  #: block ids, as pack_ids makes them
+    local: bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """How many it writes."""
+        return len(self.remote) // ID_BYTES
+
+    def pairs(self, num_source_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Args:
+            num_source_blocks: of the sender's pool.
+        Returns: ([n] blocks of the sender's pool, [n] of the receiver's).
+        Raises: TransferError: they are not equally many, or there is none of that number.
+        """
+        source, target = unpack_ids(self.local), unpack_ids(self.remote)
+        if len(source) != len(target):
+            raise TransferError("source and target blocks differ in number")
+        if len(source) and not 0 <= source.min() <= source.max() < num_source_blocks:
+            raise TransferError(f"blocks {source.min()} to {source.max()} are not all in the peer's pool")
+        return source, target
 
 
 class EndFrame(msgspec.Struct, tag="e", array_like=True):
@@ -133,6 +152,7 @@ class StreamTransfer:
 
     name = "stream"
     num_connections = 1
+    piece_bytes = 4 << 20  #: of a frame at most: a revocation waits for one
 
     def __init__(
         self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket
@@ -197,12 +217,14 @@ class StreamTransfer:
             outgoing = self._out.get(epoch)
             if outgoing is None or outgoing.is_over:
                 return
-            outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
+            if layer == 0:  # the others repeat it
+                outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
             outgoing.num_queued += len(local_block_ids) * self._layout.block_bytes
-        step = max(1, PIECE_BYTES // self._layout.block_bytes)
-        for first in range(0, len(local_block_ids), step):
-            remote, local = list(remote_block_ids[first : first + step]), list(local_block_ids[first : first + step])
-            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, layer, remote, local))
+        step = ID_BYTES * max(1, self.piece_bytes // self._layout.block_bytes)
+        remote, local = pack_ids(remote_block_ids), pack_ids(local_block_ids)
+        for first in range(0, len(local), step):
+            part = slice(first, first + step)
+            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, layer, remote[part], local[part]))
 
     def finish(self, epoch: str) -> None:
         """See base."""
@@ -386,7 +408,7 @@ class StreamTransfer:
         if incoming is not None:
             with incoming.lock:
                 try:
-                    incoming.admit(frame.layer, frame.remote, frame.nonce)
+                    incoming.admit(frame.layer, unpack_ids(frame.remote), frame.nonce)
                     incoming.connections.add(id(connection))
                 except TransferError as error:
                     refusal = error.message
@@ -398,7 +420,7 @@ class StreamTransfer:
             self._notify(connection, Notice(frame.epoch, 0, refusal))
             return
         self.land(connection, incoming, frame, state)
-        num_bytes = len(frame.remote) * self._layout.block_bytes
+        num_bytes = frame.num_blocks * self._layout.block_bytes
         with incoming.lock:
             incoming.num_bytes += num_bytes
         if self.acknowledges:

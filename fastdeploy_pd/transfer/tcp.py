@@ -8,12 +8,13 @@ import socket
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.handshake import send_frame
-from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.layout import KVPool, neighbours, unpack_ids
 from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer, WriteFrame
 
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -76,14 +77,14 @@ class TcpTransfer(StreamTransfer):
         with self.reading(frame.epoch) as is_wanted:
             if not is_wanted:
                 return
-            header = msgspec.msgpack.encode(WriteFrame(frame.epoch, frame.nonce, frame.layer, frame.remote, []))
+            header = msgspec.msgpack.encode(WriteFrame(frame.epoch, frame.nonce, frame.layer, frame.remote, b""))
             send_frame(connection, header)
-            _send_all(connection, self._views(frame.layer, frame.local))
-        self.add_done(frame.epoch, len(frame.local) * self._layout.block_bytes)
+            _send_all(connection, self._views(frame.layer, unpack_ids(frame.local)))
+        self.add_done(frame.epoch, frame.num_blocks * self._layout.block_bytes)
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        views = self._views(frame.layer, frame.remote)
+        views = self._views(frame.layer, unpack_ids(frame.remote))
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         while views:
@@ -99,7 +100,7 @@ class TcpTransfer(StreamTransfer):
 
     def skip(self, connection: socket.socket, frame: WriteFrame) -> None:
         """See base."""
-        self._skip_bytes(connection, len(frame.remote) * self._layout.block_bytes)
+        self._skip_bytes(connection, frame.num_blocks * self._layout.block_bytes)
 
     def _skip_bytes(self, connection: socket.socket, num_bytes: int) -> None:
         scratch = bytearray(min(num_bytes, len(self._scratch)))
@@ -111,15 +112,12 @@ class TcpTransfer(StreamTransfer):
             num_bytes -= received
         connection.settimeout(None)
 
-    def _views(self, layer: int, block_ids: list[int]) -> list[memoryview]:
+    def _views(self, layer: int, block_ids: np.ndarray) -> list[memoryview]:
         """The blocks' bytes; neighbours in the pool as one piece."""
         views: list[memoryview] = []
-        size, first = self._layout.block_bytes, 0
-        for index in range(1, len(block_ids) + 1):
-            if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
-                offset = self._layout.offset(layer, block_ids[first])
-                views.append(self._pool.view[offset : offset + (index - first) * size])
-                first = index
+        for block_id, _, count in neighbours(block_ids, block_ids):
+            offset = self._layout.offset(layer, block_id)
+            views.append(self._pool.view[offset : offset + count * self._layout.block_bytes])
         return views
 
 
