@@ -99,6 +99,12 @@ class CoordinatorLost(FastDeployPDError):
     retryable = True
 
 
+class ForeignData(CoordinatorLost):
+    """A key of ours in Redis holds what somebody else has put there."""
+
+    default_code = "foreign_data"
+
+
 class QueueFull(Overloaded):
     """The topic's request queue in Redis is full."""
 

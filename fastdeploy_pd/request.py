@@ -8,10 +8,13 @@ in exactly one of FINISHED, ABORTED, FAILED. `Request.to_wire` is what crosses p
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fastdeploy_pd.errors import IllegalTransition, InvalidRequest
+
+MAX_ATTEMPT = 10_000  # of a request; a front end gives up long before
 
 
 class Phase(enum.Enum):
@@ -223,8 +226,22 @@ class Request:
             unknown = set(values) - set(_WIRE_FIELDS)
             if unknown:
                 raise InvalidRequest(f"unknown request fields {sorted(unknown)}")
-            return cls(sampling=SamplingParams(**sampling), **values)
-        except (KeyError, TypeError, ValueError) as error:
+            for name in ("prompt_token_ids", "output_token_ids", "eos_token_ids"):
+                array("q", values[name])  # integers and nothing else
+            request = cls(sampling=SamplingParams(**sampling), **values)
+            for name, kind in (
+                ("request_id", str),
+                ("cache_salt", str),
+                ("front_end_id", str),
+                ("priority", int),
+                ("attempt", int),
+            ):
+                if type(getattr(request, name)) is not kind:
+                    raise TypeError(f"{name} is {getattr(request, name)!r}; it must be {kind.__name__}")
+            if not 1 <= request.attempt <= MAX_ATTEMPT:
+                raise InvalidRequest(f"attempt is {request.attempt}; it must be from 1 to {MAX_ATTEMPT}")
+            return request
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidRequest(f"not a request: {error}") from error
 
 

@@ -110,6 +110,10 @@ class MemoryQueue:
             del self._entries[claimed.entry_id]
         return True
 
+    def discard(self, claimed: Claimed) -> None:
+        """See RequestQueue."""
+        self._entries.pop(claimed.entry_id, None)
+
     def read(self, request_id: str, after: str, block_s: float) -> list[OutputEntry]:
         """See RequestQueue."""
         if not self.exists(request_id):

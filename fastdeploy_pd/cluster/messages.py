@@ -8,11 +8,13 @@ is said in each class. `links.py` puts them on the wire (MessagePack, with PROTO
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from fastdeploy_pd.request import TokenChunk
+import msgspec
 
-PROTOCOL_VERSION = 1
+from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
+
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Abort:
     """Stop this attempt (and all earlier ones) and free its blocks. No answer."""
 
     request_id: str
-    attempt: int
+    attempt: Annotated[int, msgspec.Meta(ge=1, le=MAX_ATTEMPT)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,13 @@ import redis
 
 from fastdeploy_pd.cluster.keys import GROUP
 from fastdeploy_pd.cluster.redis_connection import BLOCKING_TIMEOUT_S, RedisConnection, RedisOptions
-from fastdeploy_pd.errors import InvalidRequest, QueueFull
+from fastdeploy_pd.errors import CoordinatorLost, InvalidRequest, QueueFull
 
 CLAIM_LEASE_S = 5.0
 MAX_QUEUED = 10_000
 MAX_PAYLOAD_BYTES = 8 * 2**20
+
+GROUP_TRIES = 3
 
 Result = TypeVar("Result")
 log = logging.getLogger("fastdeploy_pd.queue")
@@ -71,6 +73,10 @@ class RequestQueue(Protocol):
         self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False
     ) -> bool:
         """Add output: (index of the first token, payload) each. Returns: whether the claim is still this consumer's."""
+        ...
+
+    def discard(self, claimed: Claimed) -> None:
+        """Take a request out without an answer: there is nobody, or no place, to answer to."""
         ...
 
     def read(self, request_id: str, after: str, block_s: float) -> list[OutputEntry]:
@@ -130,12 +136,17 @@ class RedisQueue:
 
     def renew(self, consumer: str, entry_ids: Sequence[str]) -> None:
         """See RequestQueue."""
-        if entry_ids:
+        if not entry_ids:
+            return
+
+        def claim_again() -> None:
             # Only what is ours already: claiming by id alone would take back what another one has reclaimed meanwhile.
             mine = {e["message_id"].decode() for e in self._pending(consumer, len(entry_ids) + 100)}
             kept: list[Any] = [i for i in entry_ids if i in mine]
             if kept:
                 self._connection.run(lambda c: c.xclaim(self._keys.requests, GROUP, consumer, 0, kept, justid=True))
+
+        self._in_group(claim_again)
 
     def reclaim(self, consumer: str, count: int) -> list[Claimed]:
         """See RequestQueue."""
@@ -155,6 +166,10 @@ class RedisQueue:
             args += [f"{index + 1}-0", payload]
         keys = [self._keys.requests, self._keys.out(claimed.request_id)]
         return bool(self._in_group(lambda: self._connection.script("append", keys, args)) >= 0)
+
+    def discard(self, claimed: Claimed) -> None:
+        """See RequestQueue."""
+        self._in_group(lambda: self._delete(claimed.entry_id))
 
     def read(self, request_id: str, after: str, block_s: float) -> list[OutputEntry]:
         """See RequestQueue."""
@@ -190,17 +205,18 @@ class RedisQueue:
 
     def _in_group(self, action: Callable[[], Result]) -> Result:
         """Run an action; if the consumer group is missing (first use, or Redis lost its data), make it and run again."""
-        try:
-            return action()
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
-                raise
-        try:
-            self._connection.run(lambda c: c.xgroup_create(self._keys.requests, GROUP, "0", mkstream=True))
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-        return action()
+        for _ in range(GROUP_TRIES):
+            try:
+                return action()
+            except redis.ResponseError as error:
+                if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+                    raise
+            try:
+                self._connection.run(lambda c: c.xgroup_create(self._keys.requests, GROUP, "0", mkstream=True))
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+        raise CoordinatorLost("Redis loses the request queue again and again")
 
     def _claimed(self, entries: Sequence[tuple[bytes | None, dict[bytes, bytes] | None]]) -> list[Claimed]:
         claimed = []
@@ -210,14 +226,13 @@ class RedisQueue:
             try:
                 claimed.append(Claimed(entry_id.decode(), fields[b"id"].decode(), fields[b"payload"]))
             except (KeyError, UnicodeDecodeError):
-                self._throw_away(entry_id, fields)
+                log.warning(
+                    "%s has entry %s, which `submit` did not write (fields %s): it is deleted",
+                    self._keys.requests, entry_id.decode(), sorted(fields)[:8],
+                )  # fmt: skip
+                self._delete(entry_id)
         return claimed
 
-    def _throw_away(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
-        """Take out an entry that nobody can be answered for: it would be claimed for ever."""
-        log.warning(
-            "%s has entry %s, which `submit` did not write (fields %s): it is deleted",
-            self._keys.requests, entry_id.decode(), sorted(fields)[:8],
-        )  # fmt: skip
+    def _delete(self, entry_id: str | bytes) -> None:
         self._connection.run(lambda c: c.xack(self._keys.requests, GROUP, entry_id))
         self._connection.run(lambda c: c.xdel(self._keys.requests, entry_id))

@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from fastdeploy_pd.cluster.keys import Keys
-from fastdeploy_pd.errors import ConfigError, CoordinatorLost
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, ForeignData
 
 COMMAND_TIMEOUT_S = 1.0
 BLOCKING_TIMEOUT_S = 5.0  # a blocking read asks the server to answer well before
@@ -26,6 +26,9 @@ MIN_VERSION = (6, 2)
 SCRIPTS = Path(__file__).parent / "scripts"
 
 Result = TypeVar("Result")
+
+
+MIN_TTL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -44,6 +47,10 @@ class RedisOptions:
     tls_key_file: str | None = None
     topic: str = "default"
     ttl_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        if not self.ttl_s >= MIN_TTL_S:
+            raise ConfigError(f"ttl_s (--scheduler-ttl) is {self.ttl_s:g}; it must be at least {MIN_TTL_S:g}")
 
     @classmethod
     def from_url(cls, url: str, topic: str = "default", **changes: Any) -> RedisOptions:
@@ -117,7 +124,9 @@ def coordinator_errors() -> Iterator[None]:
     except redis.ResponseError as error:
         if any(word in str(error) for word in GROUP_ERRORS):
             raise
-        raise CoordinatorLost(f"Redis refuses a command: {error}; does something else use our keys?") from error
+        if "WRONGTYPE" in str(error):
+            raise ForeignData(f"Redis refuses a command: {error}; does something else use our keys?") from error
+        raise CoordinatorLost(f"Redis refuses a command: {error}") from error
 
 
 class Outage:

@@ -158,6 +158,10 @@ class DecodeSide:
         if served.answer is not None:
             self.context.outbox.send(sender_id, served.answer)
             return
+        if served.state is ServedState.OVER and not any(c.finish_reason or c.error for c in served.chunks):
+            # Aborted (its front end was silent for too long, and is back): this attempt yields nothing more.
+            self.context.outbox.send(sender_id, Unknown(message.request_id, message.attempt))
+            return
         missing = tuple(c for c in served.chunks if c.index + len(c.token_ids) > message.next_index or c.finish_reason)
         if missing:
             self.context.outbox.send(sender_id, Tokens(missing))

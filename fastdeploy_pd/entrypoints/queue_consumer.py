@@ -20,7 +20,7 @@ from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
 from fastdeploy_pd.entrypoints.openai.validation import parse_body
 from fastdeploy_pd.entrypoints.serving import Choice, Delta, Serving, new_id
-from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, InvalidRequest
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, ForeignData, InvalidRequest
 
 log = logging.getLogger("fastdeploy_pd.queue")
 Result = TypeVar("Result")
@@ -127,6 +127,10 @@ class QueueConsumer:
         num_known = 0
         try:
             known = await self._with_retries(self._queue.read, claimed.request_id, "0", 0.001)
+            if not known:
+                log.info("request %s has expired before it was claimed: it is dropped", claimed.request_id)
+                await self._with_retries(self._queue.discard, claimed)
+                return
             delivered = _tokens(known)
             num_known = len(delivered)
             choice = self._choice(claimed, delivered)
@@ -137,6 +141,9 @@ class QueueConsumer:
                     claimed, num_known, {"message": "the request was cancelled", "code": "cancelled"}, "abort"
                 )
             raise
+        except ForeignData as error:
+            log.warning("request %s cannot be answered and is dropped: %s", claimed.request_id, error.message)
+            await self._with_retries(self._queue.discard, claimed)
         except FastDeployPDError as error:
             if not isinstance(error, CoordinatorLost):
                 await self._end(claimed, num_known, {"message": error.message, "code": error.code}, "error")
@@ -197,8 +204,8 @@ class QueueConsumer:
         while True:
             try:
                 return await asyncio.to_thread(action, *arguments)
-            except CoordinatorLost:
-                if self._is_stopping:
+            except CoordinatorLost as error:
+                if self._is_stopping or isinstance(error, ForeignData):
                     raise
                 await asyncio.sleep(PAUSE_S)
 

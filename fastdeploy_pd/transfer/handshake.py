@@ -16,12 +16,14 @@ from typing import Any
 
 import msgspec
 
+from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import IncompatiblePeer, TransferError
 from fastdeploy_pd.transfer.base import TRANSFER_VERSION
 
 MAGIC = b"FDKV"
 MAX_FRAME_BYTES = 1 << 20
+_CLOCK = WallClock()
 HANDSHAKE_TIMEOUT_S = 5.0
 NONCE_BYTES = 32
 _LENGTH = struct.Struct("<I")
@@ -63,10 +65,19 @@ def send_frame(connection: socket.socket, data: bytes) -> None:
     connection.sendall(_LENGTH.pack(len(data)) + data)
 
 
-def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    """Raises: TransferError: the stream ended before."""
+def receive_exactly(connection: socket.socket, num_bytes: int, deadline_s: float | None = None) -> bytes:
+    """
+    Args:
+        deadline_s: when all of it must be there, on the wall clock's scale; None: the connection's own timeout holds for each piece.
+    Raises: TransferError: the stream ended before, or the deadline passed; OSError.
+    """
     data = bytearray()
     while len(data) < num_bytes:
+        if deadline_s is not None:
+            left_s = deadline_s - _CLOCK.now_s()
+            if left_s <= 0:
+                raise TransferError("the peer is too slow")
+            connection.settimeout(left_s)
         piece = connection.recv(num_bytes - len(data))
         if not piece:
             raise TransferError("the connection ended")
@@ -74,12 +85,12 @@ def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
     return bytes(data)
 
 
-def receive_frame(connection: socket.socket) -> bytes:
-    """Raises: TransferError: the stream ended or the frame is too long."""
-    (num_bytes,) = _LENGTH.unpack(receive_exactly(connection, _LENGTH.size))
+def receive_frame(connection: socket.socket, deadline_s: float | None = None) -> bytes:
+    """Raises: as receive_exactly; TransferError: the frame is too long."""
+    (num_bytes,) = _LENGTH.unpack(receive_exactly(connection, _LENGTH.size, deadline_s))
     if num_bytes > MAX_FRAME_BYTES:
         raise TransferError(f"a frame of {num_bytes} bytes is over the limit of {MAX_FRAME_BYTES}")
-    return receive_exactly(connection, num_bytes)
+    return receive_exactly(connection, num_bytes, deadline_s)
 
 
 class Handshake:
@@ -96,16 +107,20 @@ class Handshake:
         Raises: IncompatiblePeer: it refuses us, or we it; names the reason. TransferError: it is not one of us.
         """
         connection.settimeout(HANDSHAKE_TIMEOUT_S)
+        end_s = _CLOCK.now_s() + HANDSHAKE_TIMEOUT_S
         try:
             nonce = secrets.token_bytes(NONCE_BYTES)
             send_frame(connection, msgspec.msgpack.encode(Hello(MAGIC, TRANSFER_VERSION, nonce)))
-            hello = self._hello(receive_frame(connection))
+            hello = self._hello(receive_frame(connection, end_s))
             self._check(
-                msgspec.msgpack.decode(receive_frame(connection), type=Credentials), b"server", nonce, hello.nonce
+                msgspec.msgpack.decode(receive_frame(connection, end_s), type=Credentials),
+                b"server",
+                nonce,
+                hello.nonce,
             )
             proof = self._proof(b"client", nonce, hello.nonce, self._encoded)
             send_frame(connection, msgspec.msgpack.encode(Credentials(self._encoded, proof)))
-            reason = msgspec.msgpack.decode(receive_frame(connection), type=str)
+            reason = msgspec.msgpack.decode(receive_frame(connection, end_s), type=str)
         except (OSError, msgspec.MsgspecError) as error:
             raise TransferError(f"handshake failed: {error}") from error
         if reason:
@@ -114,13 +129,14 @@ class Handshake:
     def accept(self, connection: socket.socket) -> None:
         """The listening end's part. Raises: IncompatiblePeer, TransferError."""
         connection.settimeout(HANDSHAKE_TIMEOUT_S)
+        end_s = _CLOCK.now_s() + HANDSHAKE_TIMEOUT_S
         try:
-            hello = self._hello(receive_frame(connection))
+            hello = self._hello(receive_frame(connection, end_s))
             nonce = secrets.token_bytes(NONCE_BYTES)
             send_frame(connection, msgspec.msgpack.encode(Hello(MAGIC, TRANSFER_VERSION, nonce)))
             proof = self._proof(b"server", hello.nonce, nonce, self._encoded)
             send_frame(connection, msgspec.msgpack.encode(Credentials(self._encoded, proof)))
-            credentials = msgspec.msgpack.decode(receive_frame(connection), type=Credentials)
+            credentials = msgspec.msgpack.decode(receive_frame(connection, end_s), type=Credentials)
             try:
                 self._check(credentials, b"client", hello.nonce, nonce)
             except IncompatiblePeer as error:

@@ -6,11 +6,13 @@ their time in system calls and copies, without the GIL. One peer's threads never
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids, unpack_ids
 
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+ACCEPT_PAUSE_S = 0.1
 log = logging.getLogger("fastdeploy_pd.transfer")
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
@@ -133,7 +137,13 @@ class PeerConnections:
             while (frame := frames.get()) is not None:
                 transfer.send(connection, frame)
             reason = "closed"
-        except (OSError, TransferError) as error:
+        except (
+            OSError,
+            TransferError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # the last three: its descriptor is wrong
             reason = error.message if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
         transfer.peer_failed(self, reason)
         if connection is not None:
@@ -368,8 +378,12 @@ class StreamTransfer:
         while not self._is_closed:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._is_closed or error.errno not in _PASSING:
+                    return
+                log.warning("cannot take a connection: %s", error.strerror)
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
             with self._lock:
                 if len(self._connections) >= MAX_CONNECTIONS:
                     connection.close()
