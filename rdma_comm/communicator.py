@@ -106,7 +106,9 @@ class RDMACommunicator:
         self._lock = threading.Lock()
         self._connections: dict[tuple[str, str], Connection] = {}
         self._remote_blocks: dict[tuple[str, str], int] = {}
-        self._accepted: list[Connection] = []
+        self._channels: dict[tuple[str, str], socket.socket] = {}  # open as long as the connection is wanted
+        self._accepted: dict[Connection, socket.socket] = {}
+        self._is_closed = False
         self._listener: socket.socket | None = None
         self.port = port
         if splitwise_role == "decode":
@@ -161,18 +163,22 @@ class RDMACommunicator:
                 return
             self._drop(key)
             connection = self._endpoint.connection(f"{dst_ip}:{dst_port}")
+            channel: socket.socket | None = None
             try:
-                with socket.create_connection((dst_ip, int(dst_port)), timeout=CONNECT_TIMEOUT_S) as channel:
-                    answer = self._handshake.connect(channel, connection.offer(self._regions))
+                channel = socket.create_connection((dst_ip, int(dst_port)), timeout=CONNECT_TIMEOUT_S)
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                answer = self._handshake.connect(channel, connection.offer(self._regions))
                 connection.connect(self._regions, answer)
                 lengths = [length for _, length, _ in answer[0]["regions"]]
                 self._remote_blocks[key] = min(
                     length // (size * self._tp[0]) for length, (_, size) in zip(lengths, self._caches, strict=True)
                 )
             except BaseException:
+                if channel is not None:
+                    channel.close()
                 _end(connection)
                 raise
-            self._connections[key] = connection
+            self._connections[key], self._channels[key] = connection, channel
 
     def write_cache_or_raise(
         self,
@@ -210,15 +216,14 @@ class RDMACommunicator:
     def close(self) -> None:
         """End every connection. Idempotent."""
         if self._listener is not None:
-            try:
-                self._listener.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # closed already
+            _shut(self._listener)
             self._listener.close()
         with self._lock:
             for key in list(self._connections):
                 self._drop(key)
-            for connection in self._accepted:
+            self._is_closed = True
+            for connection, channel in self._accepted.items():
+                _shut(channel)
                 _end(connection)
             self._accepted.clear()
             self._endpoint.close()
@@ -226,7 +231,9 @@ class RDMACommunicator:
     # inside
 
     def _drop(self, key: tuple[str, str]) -> None:
-        connection = self._connections.pop(key, None)
+        connection, channel = self._connections.pop(key, None), self._channels.pop(key, None)
+        if channel is not None:
+            channel.close()
         if connection is not None:
             _end(connection)
 
@@ -242,23 +249,38 @@ class RDMACommunicator:
             ).start()
 
     def _accept(self, channel: socket.socket, peer: str) -> None:
-        connection = None
+        with self._lock:
+            if self._is_closed:
+                channel.close()
+                return
+            connection = self._endpoint.connection(peer)
+            self._accepted[connection] = channel
         try:
-            with channel:
-                connection = self._endpoint.connection(peer)
-                offer = self._handshake.accept(channel, connection.offer(self._regions))
-                try:
-                    connection.connect(self._regions, offer)
-                except (RdmaError, ValueError) as error:
-                    self._handshake.welcome(channel, str(error))
-                    raise
-                self._handshake.welcome(channel)
-            with self._lock:
-                self._accepted.append(connection)
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            offer = self._handshake.accept(channel, connection.offer(self._regions))
+            try:
+                connection.connect(self._regions, offer)
+            except (RdmaError, ValueError) as error:
+                self._handshake.welcome(channel, str(error))
+                raise
+            self._handshake.welcome(channel)
+            channel.settimeout(None)
+            channel.recv(1)  # until the peer drops its end, or dies
         except (RdmaError, OSError, ValueError) as error:
-            log.warning("refused a connection from %s: %s", peer, error)
-            if connection is not None:
-                _end(connection)
+            if not self._is_closed:
+                log.warning("the connection from %s has ended: %s", peer, error)
+        finally:
+            with self._lock:
+                if self._accepted.pop(connection, None) is not None:
+                    _end(connection)
+            channel.close()
+
+
+def _shut(channel: socket.socket) -> None:
+    try:
+        channel.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it has ended already
 
 
 def _end(connection: Connection) -> None:

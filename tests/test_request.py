@@ -52,7 +52,10 @@ def test_wire() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(wire)) == wire
     again = Request.from_wire(wire)
     assert (again.to_wire(), again.sampling) == (wire, sampling)
-    for damaged in ({}, {**wire, "nonsense": 1}, {**wire, "sampling": {"max_tokens": 0}}, {**wire, "sampling": 5}):
+    changes = ({"nonsense": 1}, {"sampling": {"max_tokens": 0}}, {"sampling": 5}, {"attempt": "x"}, {"attempt": [1]}, {"attempt": 2**62},
+               {"attempt": 0}, {"prompt_token_ids": ["a"]}, {"prompt_token_ids": [1.5]}, {"prompt_token_ids": [2**70]},
+               {"front_end_id": 5}, {"eos_token_ids": [None]}, {"sampling": {"temperature": "hot"}})  # fmt: skip
+    for damaged in ({}, *({**wire, **change} for change in changes)):
         with pytest.raises(InvalidRequest):
             Request.from_wire(damaged)
 

@@ -23,6 +23,9 @@ FLAGS = ["--ops", "torch", "--max-num-seqs", "16"]
 ENV = {"OMP_NUM_THREADS": "1"}
 
 
+STOPPED_S = 10.0  # longer than any of our time limits for silence
+
+
 @pytest.fixture
 def own_redis() -> Iterator[EmbeddedRedis]:
     with EmbeddedRedis() as server:
@@ -79,6 +82,25 @@ def test_killed_engine_of_every_instance_in_turn(redis_server: EmbeddedRedis) ->
                 await asyncio.sleep(1.0)
 
         asyncio.run(during_streams(instances[0].http_url, kill))
+
+
+@pytest.mark.parametrize("stopped", ["prefill engine", "decode engine", "front end"])
+def test_a_process_that_is_stopped_for_a_while_and_goes_on(redis_server: EmbeddedRedis, stopped: str) -> None:
+    with LocalCluster(redis_server.url, f"stop-{stopped.replace(' ', '-')}", FLAGS, ENV) as cluster:
+        instances = cluster.start(["prefill", "decode", "mixed"])
+        front = of_role(instances, "mixed")[0]
+        pid = front.pid if stopped == "front end" else of_role(instances, stopped.split()[0])[0].engine_pid
+        continued_s = 0.0
+
+        async def stop() -> None:
+            nonlocal continued_s
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(STOPPED_S)
+            os.kill(pid, signal.SIGCONT)
+            continued_s = time.monotonic()
+
+        asyncio.run(during_streams(front.http_url, stop))
+        assert time.monotonic() - continued_s < 30
 
 
 def test_redis_away_for_thirty_seconds(own_redis: EmbeddedRedis) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -140,6 +141,15 @@ def test_bad_submissions(queue: RequestQueue) -> None:
     assert not queue.exists("r-2")
 
 
+def test_what_is_discarded_is_claimed_no_more(queue: RequestQueue) -> None:
+    queue.submit("r-1", b"")
+    (claimed,) = queue.claim("front", 1, 0.01)
+    queue.discard(claimed)
+    time.sleep(LEASE_S + 0.1)
+    assert queue.reclaim("front", 1) == [] and queue.claim("front", 1, 0.01) == []
+    assert not queue.append("front", claimed, [(0, b"a")])
+
+
 def test_cancel(queue: RequestQueue) -> None:
     queue.submit("r-1", b"")
     queue.cancel("r-1")
@@ -243,6 +253,37 @@ def test_foreign_data_under_our_keys_stops_nobody(own_server: EmbeddedRedis) -> 
     client.delete(keys.requests)
     queue.submit("r-3", b"")
     assert queue.claim("front", 1, 0.1)[0].request_id == "r-3"
+
+
+def test_a_queue_that_is_deleted_again_and_again_is_made_again(own_server: EmbeddedRedis) -> None:
+    where = options(own_server)
+    queue, client, keys = RedisQueue(where, claim_lease_s=LEASE_S), where.client(5.0), Keys(where.topic)
+    is_over = threading.Event()
+
+    def delete() -> None:
+        while not is_over.is_set():
+            client.delete(keys.requests)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    for _ in range(60):
+        for call in (
+            lambda: queue.claim("front", 1, 0.001),
+            lambda: queue.renew("front", ["1-0"]),
+            lambda: queue.reclaim("front", 1),
+        ):
+            with contextlib.suppress(CoordinatorLost):
+                call()
+    is_over.set()
+    thread.join()
+    queue.submit("r-1", b"")
+    assert queue.claim("front", 1, 0.1)[0].request_id == "r-1"
+
+
+def test_a_lifetime_that_is_none_is_refused() -> None:
+    for ttl_s in (0.0, -5.0, float("nan")):
+        with pytest.raises(ConfigError, match="ttl_s"):
+            RedisOptions(ttl_s=ttl_s)
 
 
 def _works(action: Callable[[], object]) -> bool:

@@ -43,7 +43,7 @@ def test_the_compiled_part_under_address_sanitizer(tmp_path: Path) -> None:
     build_extension(package, "-fsanitize=address", "-g", "-O1")
     options = "ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:verify_asan_link_order=0"
     printed = run_in_vm(
-        *PYTEST, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand",
+        *PYTEST, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand", "--import-mode=append",
         timeout_s=400, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={Path(library).resolve()}", options, "PYTHONMALLOC=malloc"),
     )  # fmt: skip
     assert " passed" in printed and "failed" not in printed and "AddressSanitizer" not in printed

@@ -337,3 +337,18 @@ def test_pools_beyond_four_gibibytes() -> None:
         assert pools[1].block(1, 69_998)[-1] == 0x5A
         source.close()
         target.close()
+
+
+def test_a_stranger_that_drips_its_handshake_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeploy_pd.transfer.handshake.HANDSHAKE_TIMEOUT_S", 0.5)
+    target = TcpTransfer(new_pool(), LAYOUT, "m")
+    descriptor = target.descriptor()
+    began_s = time.monotonic()
+    with socket.create_connection((descriptor["host"], descriptor["port"])) as stranger:
+        stranger.settimeout(5)
+        with pytest.raises(OSError):  # noqa: PT012  # whichever byte is the first that nobody takes
+            for byte in (200).to_bytes(4, "little") + bytes(200):
+                stranger.sendall(bytes([byte]))
+                time.sleep(0.1)
+    assert time.monotonic() - began_s < 3
+    target.close()

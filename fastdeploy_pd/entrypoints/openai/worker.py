@@ -62,7 +62,18 @@ class Membership:
         self._client = client
         self._fingerprint = fingerprint
         self._watcher: MemberWatcher | None = None
+        self._strangers: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+
+    def _warn_of_strangers(self, records: tuple[MemberRecord, ...]) -> None:
+        strangers = {r.instance_id for r in records if r.fingerprint != self._fingerprint}
+        if strangers - self._strangers:
+            log.warning(
+                "%s serve another model in this topic; requests that are submitted through Redis may be claimed by them. "
+                "Give each model a topic of its own (--scheduler-topic)",
+                ", ".join(sorted(strangers)),
+            )
+        self._strangers = strangers
 
     def start(self) -> None:
         """Begin to watch; call it in the event loop."""
@@ -73,6 +84,7 @@ class Membership:
         registry = RedisRegistry(redis_options(self._config.cluster))
 
         def on_change(records: tuple[MemberRecord, ...]) -> None:
+            self._warn_of_strangers(records)
             loop.call_soon_threadsafe(self._client.set_members, fitting_instances(records, self._fingerprint))
 
         self._watcher = MemberWatcher(registry, on_change)

@@ -7,6 +7,9 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +19,7 @@ from rdma_comm import RDMACommunicator
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 64, 16384
 SECRET = b"a secret"
+NUM_CONNECTS = 1000
 
 
 class Cache:
@@ -153,6 +157,31 @@ def test_a_peer_that_vanishes_is_seen(decode: tuple[RDMACommunicator, Cache]) ->
     communicator.close()
     assert sender.write_cache("127.0.0.1", communicator.port, [1], [1], 0) == -1
     assert not sender.is_connected("127.0.0.1", communicator.port)
+    sender.close()
+
+
+def test_connects_and_disconnects_leave_nothing(decode: tuple[RDMACommunicator, Cache]) -> None:
+    communicator, _ = decode
+    sender = prefill(Cache(1, seed=1), 0)
+
+    def used() -> tuple[int, str]:
+        shown = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, check=False).stdout
+        return len(os.listdir("/proc/self/fd")), shown
+
+    def connect_once() -> None:
+        assert sender.connect("127.0.0.1", communicator.port) == 0, sender.last_error
+        sender._drop(("127.0.0.1", communicator.port))
+
+    connect_once()
+    time.sleep(0.5)
+    before, began_s = used(), time.monotonic()
+    for _ in range(NUM_CONNECTS):
+        connect_once()
+    sys.stdout.write(f"{(time.monotonic() - began_s) / NUM_CONNECTS * 1e3:.1f} ms a connection\n")
+    end_s = time.monotonic() + 20
+    while used() != before and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert used() == before
     sender.close()
 
 
