@@ -32,7 +32,10 @@ setup(
             optional=True,  # without Python's headers everything but RDMA works, and RDMA says what is missing
         )
     ],
-    package_data={"fastdeploy_pd": ["cluster/scripts/*.lua", "demo_model/*"]},
+    package_data={
+        "fastdeploy_pd": ["cluster/scripts/*.lua", "demo_model/*"],
+        "rdma_comm": ["_verbs.pyi", "cuda/blocks.cu", "cuda/blocks.ptx"],
+    },
     install_requires=requirements("requirements.txt"),
     extras_require={
         "paddle-gpu": ["paddlepaddle-gpu"],
