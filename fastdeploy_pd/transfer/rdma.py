@@ -114,10 +114,6 @@ class RdmaTransfer(TcpTransfer):
         if state is not None:
             state.close()
 
-    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
-        """See base. Its bytes are done when the receiver says so."""
-        send_frame(connection, msgspec.msgpack.encode(frame))
-
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
         size = self._layout.block_bytes

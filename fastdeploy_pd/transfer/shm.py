@@ -14,13 +14,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.epochs import Incoming
-from fastdeploy_pd.transfer.handshake import send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
 from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, StreamTransfer, WriteFrame
 
@@ -105,10 +103,6 @@ class ShmTransfer(StreamTransfer):
         finally:
             os.close(descriptors[0])
         return np.frombuffer(mapping, dtype=np.uint8)
-
-    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
-        """See base. Its bytes are done when the receiver says so."""
-        send_frame(connection, msgspec.msgpack.encode(frame))
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: np.ndarray) -> None:
         """See base."""

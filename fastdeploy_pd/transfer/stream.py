@@ -52,6 +52,17 @@ class WriteFrame(msgspec.Struct, tag="w", array_like=True):
         """How many it writes."""
         return len(self.remote) // ID_BYTES
 
+    def after(self, last: WriteFrame | None) -> WriteFrame | RepeatFrame:
+        """Returns: what tells a receiver of it that has heard `last`."""
+        if last is not None and (self.epoch, self.nonce, self.remote, self.local) == (
+            last.epoch,
+            last.nonce,
+            last.remote,
+            last.local,
+        ):
+            return RepeatFrame(self.layer)
+        return self
+
     def pairs(self, num_source_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """
         Args:
@@ -65,6 +76,12 @@ class WriteFrame(msgspec.Struct, tag="w", array_like=True):
         if len(source) and not 0 <= source.min() <= source.max() < num_source_blocks:
             raise TransferError(f"blocks {source.min()} to {source.max()} are not all in the peer's pool")
         return source, target
+
+
+class RepeatFrame(msgspec.Struct, tag="r", array_like=True):
+    """Write the blocks of this connection's last WriteFrame in another layer."""
+
+    layer: int
 
 
 class EndFrame(msgspec.Struct, tag="e", array_like=True):
@@ -83,7 +100,7 @@ class Notice(msgspec.Struct, array_like=True):
     refusal: str
 
 
-_FRAMES = msgspec.msgpack.Decoder(WriteFrame | EndFrame)
+_FRAMES = msgspec.msgpack.Decoder(WriteFrame | RepeatFrame | EndFrame)
 _NOTICES = msgspec.msgpack.Decoder(Notice)
 
 
@@ -102,6 +119,8 @@ class Outgoing:
     is_over: bool = False
     start_s: float = 0.0
     num_readers: int = 0  # threads that are sending from its blocks this instant
+    lists: tuple[Sequence[int], Sequence[int]] = ((), ())  # (remote, local) of the last write, and ...
+    packed: tuple[bytes, bytes] = (b"", b"")  # ... the same for the wire: all layers have the same
     failure: str = ""  # to be told when the last of them is done
 
 
@@ -134,8 +153,10 @@ class PeerConnections:
         try:
             connection = transfer.dial(self.descriptor)
             transfer.spawn(lambda c=connection: self._hear(c), "kv-hear")
+            last: WriteFrame | None = None
             while (frame := frames.get()) is not None:
-                transfer.send(connection, frame)
+                if transfer.send(connection, frame, last) and isinstance(frame, WriteFrame):
+                    last = frame
             reason = "closed"
         except (
             OSError,
@@ -176,6 +197,7 @@ class StreamTransfer:
         self._out: dict[str, Outgoing] = {}
         self._lock = threading.RLock()
         self._threads: set[threading.Thread] = set()
+        self._spawning = threading.Lock()  # guards it
         self._connections: set[socket.socket] = set()
         self._is_closed = False
         self._clock = WallClock()
@@ -231,7 +253,10 @@ class StreamTransfer:
                 outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
             outgoing.num_queued += len(local_block_ids) * self._layout.block_bytes
         step = ID_BYTES * max(1, self.piece_bytes // self._layout.block_bytes)
-        remote, local = pack_ids(remote_block_ids), pack_ids(local_block_ids)
+        if outgoing.lists != (remote_block_ids, local_block_ids):
+            outgoing.lists = list(remote_block_ids), list(local_block_ids)
+            outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
+        remote, local = outgoing.packed
         for first in range(0, len(local), step):
             part = slice(first, first + step)
             outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, layer, remote[part], local[part]))
@@ -259,7 +284,9 @@ class StreamTransfer:
             peer.close()
         for connection in (self._listener, *connections):
             self.drop(connection)
-        for thread in list(self._threads):
+        with self._spawning:
+            threads = list(self._threads)
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(5.0)
 
@@ -272,11 +299,13 @@ class StreamTransfer:
             try:
                 target()
             finally:
-                self._threads.discard(thread)
+                with self._spawning:
+                    self._threads.discard(thread)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.add(thread)
-        thread.start()
+        with self._spawning:  # `close` joins what is here: nothing that has not begun
+            thread.start()
+            self._threads.add(thread)
 
     def dial(self, descriptor: dict[str, Any]) -> socket.socket:
         """Returns: a connection that has passed the handshake. Raises: TransferError, OSError."""
@@ -302,17 +331,22 @@ class StreamTransfer:
             pass  # it had ended already
         connection.close()
 
-    def send(self, connection: socket.socket, frame: WriteFrame | EndFrame) -> None:
-        """Send a frame, unless its epoch is over. Raises: OSError."""
+    def send(self, connection: socket.socket, frame: WriteFrame | EndFrame, last: WriteFrame | None) -> bool:
+        """Send a frame, unless its epoch is over.
+
+        Args:
+            last: the write that was sent last on this connection.
+        Returns: whether it was sent. Raises: OSError.
+        """
         outgoing = self._out.get(frame.epoch)
         if outgoing is None or outgoing.is_over:
-            return
-        if isinstance(frame, EndFrame):
-            send_frame(connection, msgspec.msgpack.encode(frame))
-            outgoing.is_end_sent = True
-            self.add_done(frame.epoch, 0)
-        else:
-            self.send_write(connection, frame)
+            return False
+        if isinstance(frame, WriteFrame):
+            return self.send_write(connection, frame, last)
+        send_frame(connection, msgspec.msgpack.encode(frame))
+        outgoing.is_end_sent = True
+        self.add_done(frame.epoch, 0)
+        return True
 
     def add_done(self, epoch: str, num_bytes: int) -> None:
         """Count bytes that need their source no more; the last of them completes the epoch."""
@@ -401,13 +435,19 @@ class StreamTransfer:
             self.drop(connection)
             return
         connection.settimeout(None)
+        last: WriteFrame | None = None
         try:
             while True:
                 frame = _FRAMES.decode(receive_frame(connection))
-                if isinstance(frame, WriteFrame):
-                    self._on_write(connection, frame, state)
-                else:
+                if isinstance(frame, EndFrame):
                     self._on_end(connection, frame)
+                    continue
+                if isinstance(frame, RepeatFrame):
+                    if last is None:
+                        raise TransferError("there is no write to repeat")
+                    frame = WriteFrame(last.epoch, last.nonce, frame.layer, last.remote, last.local)
+                last = frame
+                self._on_write(connection, frame, state)
         except (OSError, TransferError, msgspec.MsgspecError) as error:
             reason = str(error)
         self.drop(connection)
@@ -489,9 +529,13 @@ class StreamTransfer:
     def released(self, state: Any) -> None:
         """The connection ended; give back what `accepted` made."""
 
-    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
-        """Send a write; count its bytes by add_done when their source is not needed any more."""
-        raise NotImplementedError
+    def send_write(self, connection: socket.socket, frame: WriteFrame, last: WriteFrame | None) -> bool:
+        """Send a write; its bytes are counted by add_done when their source is not needed any more (here: when the receiver says so).
+
+        Returns: whether it was sent.
+        """
+        send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
+        return True
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """Bring an admitted write's bytes into the pool, piece by piece inside incoming.landing."""

@@ -72,15 +72,15 @@ class TcpTransfer(StreamTransfer):
         _tune(connection)
         return None
 
-    def send_write(self, connection: socket.socket, frame: WriteFrame) -> None:
-        """See base."""
+    def send_write(self, connection: socket.socket, frame: WriteFrame, last: WriteFrame | None) -> bool:
+        """See base. Its bytes are done when the socket has taken them."""
         with self.reading(frame.epoch) as is_wanted:
             if not is_wanted:
-                return
-            header = msgspec.msgpack.encode(WriteFrame(frame.epoch, frame.nonce, frame.layer, frame.remote, b""))
-            send_frame(connection, header)
+                return False
+            send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
             _send_all(connection, self._views(frame.layer, unpack_ids(frame.local)))
         self.add_done(frame.epoch, frame.num_blocks * self._layout.block_bytes)
+        return True
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
