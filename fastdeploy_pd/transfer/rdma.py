@@ -120,11 +120,13 @@ class RdmaTransfer(TcpTransfer):
         source_layer_bytes = (
             state.remote_length(0) // self._layout.num_layers
         )  # the peer may have another number of blocks
-        runs = [
-            (self._layout.offset(frame.layer, remote), frame.layer * source_layer_bytes + local * size, count * size)
-            for local, remote, count in neighbours(*frame.pairs(source_layer_bytes // size))
+        runs = list(neighbours(*frame.pairs(source_layer_bytes // size)))
+        pieces = [
+            (self._layout.offset(layer, remote), layer * source_layer_bytes + local * size, count * size)
+            for layer in frame.layers
+            for local, remote, count in runs
         ]
-        targets, sources, sizes = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
+        targets, sources, sizes = (np.array(column, dtype=np.int64) for column in zip(*pieces, strict=True))
         with incoming.landing(stop=state.fail) as is_open:
             if not is_open:
                 return

@@ -108,14 +108,16 @@ class ShmTransfer(StreamTransfer):
         """See base."""
         size, target = self._layout.block_bytes, self._pool.array
         layer_bytes = len(state) // self._layout.num_layers  # the peer may have another number of blocks
-        runs = [
-            (frame.layer * layer_bytes + local * size, self._layout.offset(frame.layer, remote), count * size)
-            for local, remote, count in neighbours(*frame.pairs(layer_bytes // size))
+        runs = list(neighbours(*frame.pairs(layer_bytes // size)))
+        pieces = [
+            (layer * layer_bytes + local * size, self._layout.offset(layer, remote), count * size)
+            for layer in frame.layers
+            for local, remote, count in runs
         ]
         with incoming.landing() as is_open:
             if not is_open:
                 return
-            for start, offset, num_bytes in runs:
+            for start, offset, num_bytes in pieces:
                 target[offset : offset + num_bytes] = state[start : start + num_bytes]
 
     def skip(self, connection: socket.socket, frame: WriteFrame) -> None:

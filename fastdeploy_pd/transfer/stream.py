@@ -39,28 +39,32 @@ MAX_CONNECTIONS = 1024
 
 
 class WriteFrame(msgspec.Struct, tag="w", array_like=True):
-    """Announces blocks of one layer; with tcp their bytes follow."""
+    """Announces the same blocks of one or more layers; with tcp their bytes follow, layer by layer."""
 
     epoch: str
     nonce: int
-    layer: int
+    layers: list[int]  #: the same blocks in each
     remote: bytes  #: block ids, as pack_ids makes them
     local: bytes
 
     @property
     def num_blocks(self) -> int:
-        """How many it writes."""
-        return len(self.remote) // ID_BYTES
+        """How many it writes, counted in each layer."""
+        return len(self.layers) * (len(self.remote) // ID_BYTES)
+
+    def has_blocks_of(self, other: WriteFrame) -> bool:
+        """Whether both write the same blocks from the same blocks."""
+        return (self.epoch, self.nonce, self.remote, self.local) == (
+            other.epoch,
+            other.nonce,
+            other.remote,
+            other.local,
+        )
 
     def after(self, last: WriteFrame | None) -> WriteFrame | RepeatFrame:
         """Returns: what tells a receiver of it that has heard `last`."""
-        if last is not None and (self.epoch, self.nonce, self.remote, self.local) == (
-            last.epoch,
-            last.nonce,
-            last.remote,
-            last.local,
-        ):
-            return RepeatFrame(self.layer)
+        if last is not None and self.has_blocks_of(last):
+            return RepeatFrame(self.layers)
         return self
 
     def pairs(self, num_source_blocks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,15 +77,17 @@ class WriteFrame(msgspec.Struct, tag="w", array_like=True):
         source, target = unpack_ids(self.local), unpack_ids(self.remote)
         if len(source) != len(target):
             raise TransferError("source and target blocks differ in number")
-        if len(source) and not 0 <= source.min() <= source.max() < num_source_blocks:
+        if not len(source) or not self.layers:
+            raise TransferError("a write without blocks")
+        if not 0 <= source.min() <= source.max() < num_source_blocks:
             raise TransferError(f"blocks {source.min()} to {source.max()} are not all in the peer's pool")
         return source, target
 
 
 class RepeatFrame(msgspec.Struct, tag="r", array_like=True):
-    """Write the blocks of this connection's last WriteFrame in another layer."""
+    """Write the blocks of this connection's last WriteFrame in other layers."""
 
-    layer: int
+    layers: list[int]
 
 
 class EndFrame(msgspec.Struct, tag="e", array_like=True):
@@ -154,7 +160,9 @@ class PeerConnections:
             connection = transfer.dial(self.descriptor)
             transfer.spawn(lambda c=connection: self._hear(c), "kv-hear")
             last: WriteFrame | None = None
-            while (frame := frames.get()) is not None:
+            held: WriteFrame | EndFrame | None = None
+            while (frame := held or frames.get()) is not None:
+                held = self._join_layers(frame, frames) if isinstance(frame, WriteFrame) else None
                 if transfer.send(connection, frame, last) and isinstance(frame, WriteFrame):
                     last = frame
             reason = "closed"
@@ -169,6 +177,23 @@ class PeerConnections:
         transfer.peer_failed(self, reason)
         if connection is not None:
             transfer.drop(connection)
+
+    def _join_layers(
+        self, frame: WriteFrame, frames: queue.SimpleQueue[WriteFrame | EndFrame | None]
+    ) -> WriteFrame | EndFrame | None:
+        """Take further layers of the same blocks that wait already into a frame. Returns: what came instead."""
+        most = self._transfer.piece_bytes // self._transfer.block_bytes
+        while frame.num_blocks + frame.num_blocks // len(frame.layers) <= most:
+            try:
+                following = frames.get_nowait()
+            except queue.Empty:
+                return None
+            if not isinstance(following, WriteFrame) or not following.has_blocks_of(frame):
+                if following is None:
+                    frames.put(None)
+                return following
+            frame.layers += following.layers
+        return None
 
     def _hear(self, connection: socket.socket) -> None:
         try:
@@ -189,6 +214,7 @@ class StreamTransfer:
         self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket
     ) -> None:
         self._pool, self._layout = pool, layout
+        self.block_bytes = layout.block_bytes
         self._facts = describe(fingerprint, layout)
         self._handshake = Handshake(self._facts, secret)
         self._book = EpochBook(layout)
@@ -259,7 +285,7 @@ class StreamTransfer:
         remote, local = outgoing.packed
         for first in range(0, len(local), step):
             part = slice(first, first + step)
-            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, layer, remote[part], local[part]))
+            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, [layer], remote[part], local[part]))
 
     def finish(self, epoch: str) -> None:
         """See base."""
@@ -445,7 +471,7 @@ class StreamTransfer:
                 if isinstance(frame, RepeatFrame):
                     if last is None:
                         raise TransferError("there is no write to repeat")
-                    frame = WriteFrame(last.epoch, last.nonce, frame.layer, last.remote, last.local)
+                    frame = WriteFrame(last.epoch, last.nonce, frame.layers, last.remote, last.local)
                 last = frame
                 self._on_write(connection, frame, state)
         except (OSError, TransferError, msgspec.MsgspecError) as error:
@@ -462,7 +488,8 @@ class StreamTransfer:
         if incoming is not None:
             with incoming.lock:
                 try:
-                    incoming.admit(frame.layer, unpack_ids(frame.remote), frame.nonce)
+                    for layer in frame.layers:
+                        incoming.admit(layer, unpack_ids(frame.remote), frame.nonce)
                     incoming.connections.add(id(connection))
                 except TransferError as error:
                     refusal = error.message

@@ -78,13 +78,13 @@ class TcpTransfer(StreamTransfer):
             if not is_wanted:
                 return False
             send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
-            _send_all(connection, self._views(frame.layer, unpack_ids(frame.local)))
+            _send_all(connection, self._views(frame.layers, unpack_ids(frame.local)))
         self.add_done(frame.epoch, frame.num_blocks * self._layout.block_bytes)
         return True
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        views = self._views(frame.layer, unpack_ids(frame.remote))
+        views = self._views(frame.layers, unpack_ids(frame.remote))
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         while views:
@@ -112,12 +112,14 @@ class TcpTransfer(StreamTransfer):
             num_bytes -= received
         connection.settimeout(None)
 
-    def _views(self, layer: int, block_ids: np.ndarray) -> list[memoryview]:
-        """The blocks' bytes; neighbours in the pool as one piece."""
+    def _views(self, layers: list[int], block_ids: np.ndarray) -> list[memoryview]:
+        """The blocks' bytes, layer by layer; neighbours in the pool as one piece."""
         views: list[memoryview] = []
-        for block_id, _, count in neighbours(block_ids, block_ids):
-            offset = self._layout.offset(layer, block_id)
-            views.append(self._pool.view[offset : offset + count * self._layout.block_bytes])
+        runs = list(neighbours(block_ids, block_ids))
+        for layer in layers:
+            for block_id, _, count in runs:
+                offset = self._layout.offset(layer, block_id)
+                views.append(self._pool.view[offset : offset + count * self._layout.block_bytes])
         return views
 
 
