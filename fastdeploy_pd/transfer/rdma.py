@@ -21,7 +21,7 @@ from fastdeploy_pd.errors import ConfigError, TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
-from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, WriteFrame
+from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer, WriteFrame
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from rdma_comm.errors import RdmaError
 
@@ -113,6 +113,10 @@ class RdmaTransfer(TcpTransfer):
         """See base."""
         if state is not None:
             state.close()
+
+    def send_write(self, connection: socket.socket, frame: WriteFrame, last: WriteFrame | None) -> bool:
+        """See StreamTransfer: unlike with `tcp` no bytes follow."""
+        return StreamTransfer.send_write(self, connection, frame, last)
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
