@@ -25,16 +25,18 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.transfer.base import EpochArrived, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.select import build
-from rdma_comm.cuda.blocks import BlockMover
+from rdma_comm.cuda.blocks import BlockMover, planes
 from rdma_comm.cuda.driver import Gpu, Stream
 
 POOL_BYTES = 4 << 30
-MOVED_BYTES = 1 << 30
+MOVED_BYTES = 1 << 30  # of one epoch
+EPOCHS = 4
 BLOCKS_KIB = (4, 8, 16, 32, 64, 256, 1024)
 CTAS = (8, 16, 24, 32, 48, 66, 132)
 ROUNDS = 7
 MATRIX = 8192
 LOAD_S = 0.5
+COPY_AND_DIGEST = BlockMover.copy_and_digest
 
 
 def source_process(pipe: Connection) -> None:
@@ -51,78 +53,108 @@ def source_process(pipe: Connection) -> None:
     while (asked := pipe.recv()) is not None:
         if asked == "digest":
             pipe.send(digest_seconds(gpu, pool))
-        elif isinstance(asked, KVLayout):
-            send_epochs(pipe, gpu, asked)
+        elif isinstance(asked, tuple):
+            send_epochs(pipe, gpu, *asked)
         else:
             pipe.send(products_per_second(torch, 0, asked))
 
 
 def hand_over_layouts() -> dict[int, KVLayout]:
-    """Returns: by KiB of a block in one layer, 16 layers whose pool holds MOVED_BYTES one and a half times."""
+    """Returns: by KiB of a block in one layer, 16 layers whose pool holds EPOCHS of MOVED_BYTES and half as much more."""
     shapes = {8: (16, 1), 32: (64, 1), 64: (16, 8), 256: (64, 8)}
     return {
-        kib: KVLayout(16, 3 * MOVED_BYTES // 32 // (kib << 10), heads, block_size, 128, "float16")
+        kib: KVLayout(16, 3 * EPOCHS * MOVED_BYTES // 32 // (kib << 10), heads, block_size, 128, "float16")
         for kib, (block_size, heads) in shapes.items()
     }
 
 
-def epoch_blocks(layout: KVLayout, seed: int) -> list[int]:
-    """Returns: MOVED_BYTES' worth of blocks, scattered."""
+def epoch_blocks(layout: KVLayout, seed: int) -> list[list[int]]:
+    """Returns: of EPOCHS epochs MOVED_BYTES' worth of blocks each, scattered."""
     count = MOVED_BYTES // layout.num_layers // layout.block_bytes
-    blocks: list[int] = np.random.default_rng(seed).permutation(layout.num_blocks)[:count].tolist()
-    return blocks
+    blocks: list[int] = np.random.default_rng(seed).permutation(layout.num_blocks).tolist()
+    return [blocks[number * count : (number + 1) * count] for number in range(EPOCHS)]
 
 
-def wait_event(transfer: Transfer) -> TransferEvent:
-    """Returns: the next thing a transfer reports."""
-    while not (events := transfer.poll()):
-        time.sleep(0.0001)
-    return events[0]
+def copy_alone(self: BlockMover, *arguments: Any) -> np.ndarray:
+    """BlockMover.copy_and_digest without checksums."""
+    self.copy(*arguments[:5], planes=arguments[6])
+    return np.zeros(len(arguments[3]), np.uint64)
 
 
-def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout) -> None:
-    """Hand over ROUNDS epochs through IpcTransfer; tell how long each took until it was sent."""
-    pool = DevicePool(layout, gpu)
-    transfer = build("ipc", pool=pool, layout=layout, fingerprint="m")
+class Unchecked(DevicePool):
+    """A pool whose checksums are not computed: what they cost."""
+
+    def digest_layers(self, layers: Any, block_ids: Any, nonce: int) -> Any:
+        """See DevicePool."""
+        return np.zeros(len(block_ids), np.uint64)
+
+
+def wait_events(transfer: Transfer, count: int) -> list[TransferEvent]:
+    """Returns: the next things a transfer reports, in the order of their epochs."""
+    events: list[TransferEvent] = []
+    while len(events) < count:
+        events += transfer.poll()
+        time.sleep(0.00002)
+    return sorted(events, key=lambda e: e.epoch)
+
+
+def end_of(gpu: Gpu, layout: KVLayout, is_checked: bool) -> tuple[DevicePool, Transfer]:
+    """Returns: a pool and its transfer, in this process from now on with or without checksums."""
+    BlockMover.copy_and_digest = COPY_AND_DIGEST if is_checked else copy_alone  # type: ignore[method-assign]
+    pool = (DevicePool if is_checked else Unchecked)(layout, gpu)
+    return pool, build("ipc", pool=pool, layout=layout, fingerprint="m")
+
+
+def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool) -> None:
+    """Hand over what is asked for, until None is; answer with what the transfer has reported."""
+    pool, transfer = end_of(gpu, layout, is_checked)
     descriptor = pipe.recv()
-    for number in range(ROUNDS):
-        local, remote = epoch_blocks(layout, number), epoch_blocks(layout, 100 + number)
+    while (asked := pipe.recv()) is not None:
+        seed, num_epochs = asked
+        blocks = list(zip(epoch_blocks(layout, seed), epoch_blocks(layout, seed + 1), strict=True))[:num_epochs]
+        pipe.send("ready")
         pipe.recv()
-        began_s = time.perf_counter()
-        transfer.start(f"e{number}", 7, descriptor, remote)
-        for layer in range(layout.num_layers):
-            transfer.write(f"e{number}", layer, local, remote)
-        transfer.finish(f"e{number}")
-        event = wait_event(transfer)
-        pipe.send((time.perf_counter() - began_s, event))
+        for number, (local, remote) in enumerate(blocks):
+            transfer.start(f"{seed}-{number}", 7, descriptor, remote)
+            for layer in range(layout.num_layers):
+                transfer.write(f"{seed}-{number}", layer, local, remote)
+            transfer.finish(f"{seed}-{number}")
+        pipe.send(wait_events(transfer, num_epochs))
     transfer.close()
     pool.close()
 
 
-def hand_over_speed(pipe: Connection, gpu: Gpu, layout: KVLayout) -> dict[str, float]:
-    """Returns: GB/s until sent and until arrived, checksums of both sides included."""
-    pipe.send(layout)
-    pool = DevicePool(layout, gpu)
-    transfer = build("ipc", pool=pool, layout=layout, fingerprint="m")
+def hand_over_speed(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool = True) -> dict[str, float]:
+    """Returns: GB/s from the word to begin until all have arrived, checksums of both sides included: of one epoch and of EPOCHS at once."""
+    pipe.send((layout, is_checked))
+    pool, transfer = end_of(gpu, layout, is_checked)
     pipe.send(transfer.descriptor())
-    sent_s, arrived_s = [], []
-    for number in range(ROUNDS):
-        transfer.open_epoch(f"e{number}", epoch_blocks(layout, 100 + number), 7)
-        pipe.send("go")
-        began_s = time.perf_counter()
-        arrived = wait_event(transfer)
-        arrived_s.append(time.perf_counter() - began_s)
-        seconds, sent = pipe.recv()
-        if not isinstance(sent, EpochSent) or not isinstance(arrived, EpochArrived) or sent.digests != arrived.digests:
-            raise SystemExit(f"the hand-over failed: {sent} {arrived}")
-        sent_s.append(seconds)
-        transfer.revoke(f"e{number}")
+    found = {}
+    for num_epochs, name in ((1, "one_gb_s"), (EPOCHS, "several_gb_s")):
+        taken_s = []
+        for seed in range(0, 1000 * (ROUNDS + 1), 1000):
+            seed += num_epochs * 10
+            for number, remote in enumerate(epoch_blocks(layout, seed + 1)[:num_epochs]):
+                transfer.open_epoch(f"{seed}-{number}", remote, 7)
+            pipe.send((seed, num_epochs))
+            pipe.recv()
+            pipe.send("go")
+            began_s = time.perf_counter()
+            arrived = wait_events(transfer, num_epochs)
+            taken_s.append(time.perf_counter() - began_s)
+            for one, other in zip(arrived, pipe.recv(), strict=True):
+                if (
+                    not isinstance(other, EpochSent)
+                    or not isinstance(one, EpochArrived)
+                    or one.digests != other.digests
+                ):
+                    raise SystemExit(f"the hand-over failed: {str(one)[:200]} {str(other)[:200]}")
+                transfer.revoke(one.epoch)
+        found[name] = num_epochs * MOVED_BYTES / statistics.median(taken_s[1:]) / 1e9  # the first connects
+    pipe.send(None)
     transfer.close()
     pool.close()
-    return {
-        "sent_gb_s": MOVED_BYTES / statistics.median(sent_s) / 1e9,
-        "arrived_gb_s": MOVED_BYTES / statistics.median(arrived_s) / 1e9,
-    }
+    return found
 
 
 def products_per_second(torch: Any, device: int, seconds: float) -> float:
@@ -153,7 +185,7 @@ def digest_seconds(gpu: Gpu, pool: int) -> float:
     mover, taken = BlockMover(gpu), []
     for _ in range(ROUNDS):
         began_s = time.perf_counter()
-        mover.digest(pool, offsets, 32 << 10, 7, num_layers=32, layer_bytes=POOL_BYTES // 32)
+        mover.digest(pool, offsets, 32 << 10, 7, planes(0, np.arange(32) * (POOL_BYTES // 32), np.arange(32) * 4096))
         taken.append(time.perf_counter() - began_s)
     mover.close()
     return statistics.median(taken)
@@ -229,6 +261,7 @@ def main() -> int:
     """Returns: 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--hand-overs", action="store_true", help="these alone")
     args = parser.parse_args()
     context = mp.get_context("spawn")
     pipe, other = context.Pipe()
@@ -244,7 +277,7 @@ def main() -> int:
         "scattered_gb_s": {},
         "beside": {},
     }
-    for ctas in CTAS:
+    for ctas in () if args.hand_overs else CTAS:
         mover = BlockMover(gpu, ctas, max_blocks=1 << 18)
         row = {}
         for kib in BLOCKS_KIB:
@@ -258,9 +291,11 @@ def main() -> int:
             sys.stdout.write(f"     {result['beside'][ctas]}\n")
         sys.stdout.flush()
         mover.close()
-    result["hand_over"] = {kib: hand_over_speed(pipe, gpu, layout) for kib, layout in hand_over_layouts().items()}
-    sys.stdout.write(f"hand-over {result['hand_over']}\n")
     result["digest_s"] = {"target": digest_seconds(gpu, target)}
+    gpu.free(target)
+    for is_checked, name in ((True, "hand_over"), (False, "without_checksums")):
+        result[name] = {k: hand_over_speed(pipe, gpu, lay, is_checked) for k, lay in hand_over_layouts().items()}
+        sys.stdout.write(f"{name} {result[name]}\n")
     pipe.send("digest")
     result["digest_s"]["source"] = pipe.recv()
     sys.stdout.write(f"one piece {result['one_piece_gb_s']:.0f} GB/s; digests of 1 GiB {result['digest_s']}\n")

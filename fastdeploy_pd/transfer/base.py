@@ -7,7 +7,7 @@ decode  open_epoch(epoch, block_ids, nonce)   from now on writes of this epoch, 
 prefill start(epoch, nonce, peer descriptor)  connects if need be; refusals arrive as EpochFailed
 prefill write(epoch, layer, local, remote)    any number of times; local blocks are pinned until EpochSent or EpochFailed
 prefill finish(epoch)                         -> EpochSent(digests): everything is written, no local block is read any more
-decode                                        -> EpochArrived(digests): recomputed over what lies in the blocks now
+decode                                        -> EpochArrived(digests): recomputed over what has landed in the blocks
 decode  revoke(epoch)                         when it returns, no write of this epoch lands any more; blocks may be reused
 prefill cancel(epoch)                         -> EpochFailed: nothing of it is read or sent any more
 
@@ -85,7 +85,7 @@ class Transfer(Protocol):
         ...
 
     def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
-        """Queue one layer of some blocks. An epoch that has failed meanwhile is ignored."""
+        """Queue one layer of some blocks; the lists must not change afterwards. An epoch that has failed meanwhile is ignored."""
         ...
 
     def finish(self, epoch: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
-from rdma_comm.cuda.blocks import BlockMover
+from rdma_comm.cuda.blocks import BlockMover, planes
 from rdma_comm.cuda.driver import Gpu
 
 NUM_MOVERS = 2
@@ -27,7 +28,6 @@ class DevicePool:
         self.layout, self.gpu = layout, gpu
         self._is_owner = pointer is None
         self.pointer = gpu.allocate(layout.pool_bytes) if pointer is None else pointer
-        self._digester = BlockMover(gpu)
         self._movers: queue.SimpleQueue[BlockMover] = queue.SimpleQueue()
         for _ in range(NUM_MOVERS):
             self._movers.put(BlockMover(gpu))
@@ -36,44 +36,49 @@ class DevicePool:
         """Returns: (CUDA IPC handle of the allocation, the pool's offset in it). Raises: CudaError: it cannot be shared."""
         return self.gpu.export(self.pointer)
 
-    def copy(self, source: int, source_offsets: np.ndarray, target_offsets: np.ndarray, num_bytes: int) -> None:
-        """Copy blocks into the pool; when it returns they are there. From any thread; at most NUM_MOVERS at once.
-
-        Args:
-            source: an address that the GPU can reach; source_offsets, target_offsets: [n] bytes; num_bytes: of each block.
-        Raises: CudaError; ValueError: something is not aligned.
-        """
-        mover = self._movers.get()
-        try:
-            mover.copy(source, self.pointer, source_offsets, target_offsets, num_bytes)
-        finally:
-            self._movers.put(mover)
-
-    def offsets(self, layer: int, block_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns: [n] uint64: where blocks begin in one layer, in bytes from the pool's begin. Raises: IndexError: there is none such."""
-        ids = np.array(block_ids, dtype=np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.layout.num_blocks:
-            raise IndexError(f"blocks {ids.min()} to {ids.max()} are not all in the pool of {self.layout.num_blocks}")
-        found: np.ndarray = (ids * self.layout.block_bytes + self.layout.offset(layer, 0)).astype(np.uint64)
-        return found
+    def digest_layers(self, layers: Sequence[int], block_ids: np.ndarray, nonce: int) -> np.ndarray:
+        """Returns: [n] uint64: what these layers add to the checksums of blocks, modulo 2^64."""
+        with self._mover() as mover:
+            return mover.digest(
+                self.pointer, self.offsets(block_ids), self.layout.block_bytes, nonce, self.planes(layers, 0)
+            )
 
     def digest(self, block_ids: Sequence[int], nonce: int) -> tuple[int, ...]:
         """Checksums of blocks as they lie in memory now; see KVPool.digest.
 
         Returns: [n] sums of each block's mixed words in all layers (rdma_comm/cuda/blocks.cu), computed on the GPU.
         """
-        layout = self.layout
-        layer_bytes = layout.pool_bytes // layout.num_layers
-        sums = self._digester.digest(
-            self.pointer, self.offsets(0, block_ids), layout.block_bytes, nonce, layout.num_layers, layer_bytes
-        )
+        sums = self.digest_layers(range(self.layout.num_layers), np.array(block_ids, dtype=np.int64), nonce)
         return tuple(sums.tolist())
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        self._digester.close()
         while not self._movers.empty():
             self._movers.get().close()
         if self._is_owner and self.pointer:
             self.gpu.free(self.pointer)
             self.pointer = 0
+
+    @contextmanager
+    def _mover(self) -> Iterator[BlockMover]:
+        mover = self._movers.get()
+        try:
+            yield mover
+        finally:
+            self._movers.put(mover)
+
+    def offsets(self, block_ids: np.ndarray) -> np.ndarray:
+        """Returns: [n] uint64: where blocks begin in a layer, in bytes. Raises: IndexError: there is none such."""
+        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < self.layout.num_blocks:
+            raise IndexError(
+                f"blocks {block_ids.min()} to {block_ids.max()} are not all in the pool of {self.layout.num_blocks}"
+            )
+        return block_ids.astype(np.uint64) * np.uint64(self.layout.block_bytes)
+
+    def planes(self, layers: Sequence[int], source_layer_bytes: int) -> np.ndarray:
+        """Returns: layers as a BlockMover's planes: from a pool with layers of source_layer_bytes to this one."""
+        layout, numbers = self.layout, np.array(layers, dtype=np.uint64)
+        layer_bytes, words = layout.pool_bytes // layout.num_layers, layout.block_bytes // 8
+        return planes(
+            numbers * np.uint64(source_layer_bytes), numbers * np.uint64(layer_bytes), numbers * np.uint64(words)
+        )

@@ -15,8 +15,38 @@ import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
+from fastdeploy_pd.transfer.layout import pack_ids, unpack_ids
 
 PATIENCE_S = 0.05  # how long a revocation waits for a piece before it stops it
+
+
+class Sums:
+    """Checksums of an epoch's blocks that grow layer by layer. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: dict[bytes, np.ndarray] = {}  # of equal lists of blocks: mostly one, for all layers
+
+    def add(self, block_ids: bytes, sums: np.ndarray) -> None:
+        """
+        Args:
+            block_ids: n of them, packed; sums: [n] uint64, added modulo 2^64.
+        """
+        with self._lock:
+            before = self._parts.get(block_ids)
+            self._parts[block_ids] = sums if before is None else before + sums
+
+    def of(self, block_ids: Sequence[int]) -> tuple[int, ...]:
+        """Returns: [n] sums, in this order. Raises: KeyError: a block has none."""
+        if len(self._parts) == 1:
+            ((packed, sums),) = self._parts.items()
+            if packed == pack_ids(block_ids):
+                return tuple(sums.tolist())
+        found: dict[int, int] = {}
+        for packed, sums in self._parts.items():
+            for block_id, value in zip(unpack_ids(packed).tolist(), sums.tolist(), strict=True):
+                found[block_id] = (found.get(block_id, 0) + value) % 2**64
+        return tuple(found[block_id] for block_id in block_ids)
 
 
 class Incoming:
@@ -30,35 +60,53 @@ class Incoming:
         self._stops: dict[int, Callable[[], None]] = {}  # of the pieces that are landing
         self.num_bytes = 0  # landed
         self.announced_bytes: int | None = None  # told by the sender's end mark
+        self.sums = Sums()  # of what has landed, where the backend computes checksums as it goes
         self.is_told = False  # its arrival was reported
         self.connections: set[int] = set()  # that carried some of it: their end before its end is its failure
         self._place = np.full(layout.num_blocks, -1, dtype=np.int32)  # of a block in the epoch
         self._place[self.block_ids] = np.arange(len(self.block_ids))
+        self._last: tuple[bytes, np.ndarray] = (
+            b"",
+            np.zeros(0, dtype=bool),
+        )  # list of blocks, where they are in the epoch
         self._written = np.zeros((layout.num_layers, len(self.block_ids)), dtype=bool)
         self._layout = layout
 
-    def admit(self, layer: int, block_ids: np.ndarray, nonce: int) -> None:
+    def admit(self, layers: Sequence[int], block_ids: bytes, nonce: int) -> None:
         """Check a write before its bytes may land, and mark its blocks as written.
 
         Args:
-            block_ids: [n] int64.
+            block_ids: n of them, packed, the same in each layer.
 
         Raises: TransferError: wrong nonce, foreign block, no such layer, or written before.
         """
         if nonce != self.nonce:
             raise TransferError("the nonce is not the epoch's")
-        if not 0 <= layer < self._layout.num_layers:
-            raise TransferError(f"there is no layer {layer}")
+        for layer in layers:
+            if not 0 <= layer < self._layout.num_layers:
+                raise TransferError(f"there is no layer {layer}")
+        if self._last[0] != block_ids:  # layers come with the same
+            self._last = block_ids, self._places(block_ids)
+        is_there = self._last[1]
+        is_again = False
+        for layer in layers:
+            row = self._written[layer]
+            is_again = is_again or bool((row & is_there).any())
+            row |= is_there
+        if is_again:
+            raise TransferError("a block was written twice")
+
+    def _places(self, packed: bytes) -> np.ndarray:
+        block_ids = unpack_ids(packed)
         is_known = (block_ids >= 0) & (block_ids < self._layout.num_blocks)
         places = self._place[block_ids] if is_known.all() else np.array([-1])
         if (places < 0).any():
             raise TransferError("a block is not part of the epoch")
-        row = self._written[layer]
-        num_before = np.count_nonzero(row)
-        is_again = row[places].any()
-        row[places] = True
-        if is_again or np.count_nonzero(row) != num_before + len(places):
+        is_there = np.zeros(len(self.block_ids), dtype=bool)
+        is_there[places] = True
+        if np.count_nonzero(is_there) != len(places):
             raise TransferError("a block was written twice")
+        return is_there
 
     @contextmanager
     def landing(self, stop: Callable[[], None] = lambda: None) -> Iterator[bool]:

@@ -25,7 +25,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
-from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
+from fastdeploy_pd.transfer.epochs import EpochBook, Incoming, Sums
 from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids, unpack_ids
 
@@ -118,7 +118,9 @@ class Outgoing:
     nonce: int
     peer: PeerConnections
     remote: list[int]
-    local_of: dict[int, int] = field(default_factory=dict)
+    pairs: list[tuple[Sequence[int], Sequence[int]]] = field(
+        default_factory=list
+    )  # (remote, local) of layer 0's writes
     num_queued: int = 0  # bytes
     num_done: int = 0  # bytes that are gone (tcp) or taken (shm)
     is_end_sent: bool = False  # the receiver was told that no more follows
@@ -128,6 +130,14 @@ class Outgoing:
     lists: tuple[Sequence[int], Sequence[int]] = ((), ())  # (remote, local) of the last write, and ...
     packed: tuple[bytes, bytes] = (b"", b"")  # ... the same for the wire: all layers have the same
     failure: str = ""  # to be told when the last of them is done
+    sums: Sums = field(default_factory=Sums)  # where the backend computes checksums as it goes
+
+    def local_blocks(self) -> list[int]:
+        """Returns: the sender's blocks in the order of `remote`."""
+        local_of: dict[int, int] = {}
+        for remote, local in self.pairs:
+            local_of.update(zip(remote, local, strict=True))
+        return [local_of[block_id] for block_id in self.remote]
 
 
 class PeerConnections:
@@ -276,11 +286,11 @@ class StreamTransfer:
             if outgoing is None or outgoing.is_over:
                 return
             if layer == 0:  # the others repeat it
-                outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
+                outgoing.pairs.append((remote_block_ids, local_block_ids))
             outgoing.num_queued += len(local_block_ids) * self._layout.block_bytes
         step = ID_BYTES * max(1, self.piece_bytes // self._layout.block_bytes)
         if outgoing.lists != (remote_block_ids, local_block_ids):
-            outgoing.lists = list(remote_block_ids), list(local_block_ids)
+            outgoing.lists = remote_block_ids, local_block_ids
             outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
         remote, local = outgoing.packed
         for first in range(0, len(local), step):
@@ -381,13 +391,12 @@ class StreamTransfer:
             if outgoing is None or outgoing.is_over:
                 return
             outgoing.num_done += num_bytes
-            if not outgoing.is_end_sent or outgoing.num_done < outgoing.num_queued:
+            if not outgoing.is_end_sent or outgoing.num_done < outgoing.num_queued or outgoing.num_readers:
                 return
             outgoing.is_over = True
             del self._out[epoch]
         wire_s = self._clock.now_s() - outgoing.start_s
-        local = [outgoing.local_of[block_id] for block_id in outgoing.remote]
-        self._events.put(EpochSent(epoch, self._pool.digest(local, outgoing.nonce), outgoing.num_done, wire_s))
+        self._events.put(EpochSent(epoch, self.digests_sent(outgoing), outgoing.num_done, wire_s))
 
     def on_notice(self, notice: Notice) -> None:
         """The receiver has taken bytes, or refuses."""
@@ -416,14 +425,14 @@ class StreamTransfer:
         self._events.put(EpochFailed(epoch, reason))
 
     @contextmanager
-    def reading(self, epoch: str) -> Iterator[bool]:
-        """Inside the block the epoch's source blocks stay pinned. Yields: whether the epoch is still wanted."""
+    def reading(self, epoch: str) -> Iterator[Outgoing | None]:
+        """Inside the block the epoch's source blocks stay pinned; call add_done behind it. Yields: the epoch, if it is still wanted."""
         with self._lock:
             outgoing = self._out.get(epoch)
             if outgoing is not None:
                 outgoing.num_readers += 1
         try:
-            yield outgoing is not None
+            yield outgoing
         finally:
             if outgoing is not None:
                 with self._lock:
@@ -488,8 +497,7 @@ class StreamTransfer:
         if incoming is not None:
             with incoming.lock:
                 try:
-                    for layer in frame.layers:
-                        incoming.admit(layer, unpack_ids(frame.remote), frame.nonce)
+                    incoming.admit(frame.layers, frame.remote, frame.nonce)
                     incoming.connections.add(id(connection))
                 except TransferError as error:
                     refusal = error.message
@@ -528,7 +536,7 @@ class StreamTransfer:
             if not incoming.is_complete or not incoming.is_open or incoming.is_told:
                 return
             incoming.is_told = True
-            digests = self._pool.digest(incoming.block_ids, incoming.nonce)
+            digests = self.digests_arrived(incoming)
         self._events.put(EpochArrived(incoming.epoch, digests, incoming.num_bytes))
 
     def _notify(self, connection: socket.socket, notice: Notice) -> None:
@@ -563,6 +571,14 @@ class StreamTransfer:
         """
         send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
         return True
+
+    def digests_sent(self, outgoing: Outgoing) -> tuple[int, ...]:
+        """Returns: checksums of a complete epoch's source blocks, in the order of its remote blocks."""
+        return self._pool.digest(outgoing.local_blocks(), outgoing.nonce)
+
+    def digests_arrived(self, incoming: Incoming) -> tuple[int, ...]:
+        """Returns: checksums of what has landed, in the order of the epoch's blocks."""
+        return self._pool.digest(incoming.block_ids, incoming.nonce)
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """Bring an admitted write's bytes into the pool, piece by piece inside incoming.landing."""

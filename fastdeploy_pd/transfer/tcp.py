@@ -74,8 +74,8 @@ class TcpTransfer(StreamTransfer):
 
     def send_write(self, connection: socket.socket, frame: WriteFrame, last: WriteFrame | None) -> bool:
         """See base. Its bytes are done when the socket has taken them."""
-        with self.reading(frame.epoch) as is_wanted:
-            if not is_wanted:
+        with self.reading(frame.epoch) as outgoing:
+            if outgoing is None:
                 return False
             send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
             _send_all(connection, self._views(frame.layers, unpack_ids(frame.local)))

@@ -12,24 +12,35 @@ __device__ static uint4 load(const char *from)
     return v;
 }
 
-/* Copies num_blocks blocks of block_bytes (a multiple of 16) from source + offsets[2 * i] to target + offsets[2 * i + 1]. Either side may be
- * another GPU's memory. A block is cut into pieces of 8 KiB; UNROLL pieces are under way in each CTA at once. */
-extern "C" __global__ void __launch_bounds__(THREADS) copy_blocks(const char *source, char *target, const u64 *offsets, u32 num_blocks, u32 block_bytes)
+/* Where a block begins in each of two memories, from where its plane begins. */
+struct place {
+    u64 source, target;
+};
+
+/* Where a plane (a layer, say) begins in each of two memories; the position of its first 8-byte word in a whole block. */
+struct plane {
+    u64 source, target, first_word, unused;
+};
+
+/* Copies num_blocks blocks of block_bytes (a multiple of 16) in each of num_planes planes. Either side may be another GPU's memory. A block is
+ * cut into pieces of 8 KiB; UNROLL pieces are under way in each CTA at once. There are fewer than 2^31 pieces. */
+extern "C" __global__ void __launch_bounds__(THREADS)
+    copy_blocks(const char *source, char *target, const place *places, u32 num_blocks, const plane *planes, u32 num_planes, u32 block_bytes)
 {
     const u32 pieces = (block_bytes + PIECE - 1) / PIECE;
-    const u64 total = (u64)num_blocks * pieces;
-    for (u64 first = (u64)blockIdx.x * UNROLL; first < total; first += (u64)gridDim.x * UNROLL) {
+    const u32 total = num_planes * num_blocks * pieces;
+    for (u32 first = blockIdx.x * UNROLL; first < total; first += gridDim.x * UNROLL) {
         uint4 values[UNROLL];
         char *to[UNROLL];
 #pragma unroll
         for (u32 i = 0; i < UNROLL; i++) {
-            const u64 number = first + i;
-            const u32 block = (u32)(number / pieces), within = (u32)(number % pieces) * PIECE + threadIdx.x * 16;
+            const u32 number = first + i, item = number / pieces, within = number % pieces * PIECE + threadIdx.x * 16;
             to[i] = 0;
             if (number < total && within < block_bytes) {
-                const ulonglong2 place = ((const ulonglong2 *)offsets)[block];
-                values[i] = load(source + place.x + within);
-                to[i] = target + place.y + within;
+                const place block = places[item % num_blocks];
+                const plane layer = planes[item / num_blocks];
+                values[i] = load(source + layer.source + block.source + within);
+                to[i] = target + layer.target + block.target + within;
             }
         }
 #pragma unroll
@@ -49,18 +60,18 @@ __device__ static u64 mix(u64 x)
     return x ^ x >> 32;
 }
 
-/* Adds to digests[i] the sum over block i's 8-byte words w, at position p in the whole block (num_layers pieces of block_bytes, layer_bytes
- * apart, from pool + offsets[i] on), of mix(w ^ (nonce + p) * C). A sum does not depend on the order in which words are added, but every word
- * on its position and the nonce. */
-extern "C" __global__ void __launch_bounds__(THREADS) digest_blocks(const char *pool, const u64 *offsets, u32 num_blocks, u32 block_bytes, u32 num_layers, u64 layer_bytes, u64 nonce, u64 *digests)
+/* Adds to digests[i] the sum over the 8-byte words w of block i in these planes of the target memory, at position p in the whole block, of
+ * mix(w ^ (nonce + p) * C). A sum does not depend on the order in which words are added, but every word on its position and the nonce. */
+extern "C" __global__ void __launch_bounds__(THREADS)
+    digest_blocks(const char *pool, const place *places, u32 num_blocks, const plane *planes, u32 num_planes, u32 block_bytes, u64 nonce, u64 *digests)
 {
     __shared__ u64 sums[THREADS / 32];
-    const u64 total = (u64)num_blocks * num_layers;
-    for (u64 item = blockIdx.x; item < total; item += gridDim.x) {
-        const u32 block = (u32)(item % num_blocks);
-        const u64 layer = item / num_blocks;
-        const char *from = pool + offsets[block] + layer * layer_bytes;
-        const u64 first_word = layer * (block_bytes / 8) + nonce;
+    const u32 total = num_blocks * num_planes;
+    for (u32 item = blockIdx.x; item < total; item += gridDim.x) {
+        const u32 block = item % num_blocks;
+        const plane layer = planes[item / num_blocks];
+        const char *from = pool + layer.target + places[block].target;
+        const u64 first_word = layer.first_word + nonce;
         u64 sum = 0;
 #pragma unroll 4
         for (u32 at = threadIdx.x * 16; at < block_bytes; at += PIECE) {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rdma_comm.cuda import blocks, compile, driver
-from rdma_comm.cuda.blocks import BlockMover, digest_of
+from rdma_comm.cuda.blocks import BlockMover, digest_of, planes
 from rdma_comm.cuda.driver import CudaError, CudaUnavailable, Gpu
 
 BLOCK_BYTES, NUM_BLOCKS = 12304, 300  # no multiple of a piece
@@ -86,10 +86,20 @@ def test_scattered_blocks_inside_a_gpu_and_their_checksums(max_blocks: int) -> N
     found = content(gpu, target)
     assert np.array_equal(found[remote], data[local])
     assert not found[np.setdiff1d(np.arange(NUM_BLOCKS), remote)].any()
-    layers = np.arange(100, dtype=np.uint64) * np.uint64(BLOCK_BYTES)  # 100 blocks in three layers
+    offsets = np.arange(100, dtype=np.uint64) * np.uint64(BLOCK_BYTES)  # 100 blocks in three layers
     words = data.view(np.uint64).reshape(3, 100, -1).transpose(1, 0, 2).reshape(100, -1)
-    found = mover.digest(source, layers, BLOCK_BYTES, 99, num_layers=3, layer_bytes=100 * BLOCK_BYTES)
+    begins = np.arange(3) * 100 * BLOCK_BYTES
+    layers = planes(begins[::-1], begins, np.arange(3) * (BLOCK_BYTES // 8))
+    assert np.array_equal(mover.digest(source, offsets, BLOCK_BYTES, 99, layers), digest_of(words, 99))
+    parts = [mover.digest(source, offsets, BLOCK_BYTES, 99, layers[[i]]) for i in (2, 0, 1)]
+    assert np.array_equal(parts[0] + parts[1] + parts[2], digest_of(words, 99))
+    found = mover.copy_and_digest(source, target, offsets, offsets[::-1], BLOCK_BYTES, 99, layers)
+    landed = data.reshape(3, 100, -1)[::-1, ::-1]
+    assert np.array_equal(content(gpu, target).reshape(landed.shape), landed)
+    words = np.ascontiguousarray(landed[:, ::-1].transpose(1, 0, 2)).reshape(100, -1).view(np.uint64)
     assert np.array_equal(found, digest_of(words, 99))
+    with pytest.raises(ValueError, match="0 planes; 1 to 1024 are allowed"):
+        mover.digest(source, offsets, BLOCK_BYTES, 99, layers[:0])
     for wrong in ((source + 8, BLOCK_BYTES), (source, BLOCK_BYTES - 8)):
         with pytest.raises(ValueError, match="multiples of 16"):
             mover.copy(wrong[0], target, np.zeros(1, np.uint64), np.zeros(1, np.uint64), wrong[1])
