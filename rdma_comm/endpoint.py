@@ -15,11 +15,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rdma_comm import _verbs
-from rdma_comm.devices import SYSFS, Nic, choose_gid, list_nics
+from rdma_comm.devices import SYSFS, Nic, choose_gid, distance, list_gpus, list_nics
 from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaUnavailable
+from rdma_comm.gpu_memory import GpuMemory
+
+if TYPE_CHECKING:
+    from rdma_comm.cuda.driver import Gpu
 
 MAX_SEND_WR = 1024
 MAX_RECV_WR = 16
@@ -37,10 +41,13 @@ class Options:
     retry_count: int = 6
     traffic_class: int = 0
     is_relaxed: bool = False  #: relaxed PCI ordering
+    is_flushed: bool | None = (
+        None  #: whether what NICs wrote to a GPU is flushed before it is used; None: where its GPU needs it
+    )
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Options:
-        """Read KVCACHE_RDMA_NICS, KVCACHE_RDMA_GID_INDEX, KVCACHE_IB_TIMEOUT, KVCACHE_RELAX_ORDERING.
+        """Read KVCACHE_RDMA_NICS, KVCACHE_RDMA_GID_INDEX, KVCACHE_IB_TIMEOUT, KVCACHE_RELAX_ORDERING, KVCACHE_GDRCOPY_FLUSH_ENABLE.
 
         Raises: ValueError: a value is not valid; names the variable and what is allowed.
         """
@@ -54,18 +61,21 @@ class Options:
             return int(text)
 
         nics = tuple(n.strip() for n in env.get("KVCACHE_RDMA_NICS", "").split(",") if n.strip())
-        timeout = number("KVCACHE_IB_TIMEOUT", 8, 31)
+        timeout, flush = number("KVCACHE_IB_TIMEOUT", 8, 31), number("KVCACHE_GDRCOPY_FLUSH_ENABLE", 0, 1)
         return cls(
             nics=nics,
             gid_index=number("KVCACHE_RDMA_GID_INDEX", 0, 255),
             timeout=18 if timeout is None else timeout,
             is_relaxed=bool(number("KVCACHE_RELAX_ORDERING", 0, 1)),
+            is_flushed=None if flush is None else bool(flush),
         )
 
 
-def choose_nics(names: Sequence[str], sysfs: Path = SYSFS) -> list[Nic]:
-    """Returns: the named NICs in that order, or all active ones.
-
+def choose_nics(names: Sequence[str], sysfs: Path = SYSFS, gpu: str = "") -> list[Nic]:
+    """
+    Args:
+        gpu: PCI address of the one whose memory they are for.
+    Returns: the named NICs in that order; without names those that are nearest to the GPU, or all active ones.
     Raises: RdmaUnavailable: one is not there or has no active port, or there is none at all.
     """
     known = {n.name: n for n in list_nics(sysfs)}
@@ -74,6 +84,10 @@ def choose_nics(names: Sequence[str], sysfs: Path = SYSFS) -> list[Nic]:
         if not usable:
             _verbs.device_names()  # says why, where the kernel or the library is what is missing
             raise RdmaUnavailable(f"no RDMA device here has an active port (devices: {', '.join(known) or 'none'})")
+        near = next((g for g in list_gpus(sysfs) if g.address == gpu), None)
+        if near is not None:
+            least = min(distance(n, near) for n in usable)
+            usable = [n for n in usable if distance(n, near) == least]
         return usable
     for name in names:
         if name not in known:
@@ -112,49 +126,74 @@ class Rail:
 class Region:
     """One piece of memory, registered on every NIC."""
 
-    def __init__(self, rails: Sequence[Rail], address: int, length: int, owner: object, access: int) -> None:
-        self.address, self.length = address, length
+    def __init__(
+        self, rails: Sequence[Rail], address: int, length: int, owner: object, access: int, memory: GpuMemory | None
+    ) -> None:
+        self.address, self.length, self._memory = address, length, memory
         self.on_rail = []
         try:
             for rail in rails:
-                self.on_rail.append(_verbs.MemoryRegion(rail.domain, address, length, access, owner))
+                if memory is not None:
+                    self.on_rail.append(memory.register(rail.nic.name, rail.domain, access, owner))
+                else:
+                    self.on_rail.append(_verbs.MemoryRegion(rail.domain, address, length, access, owner))
         except Exception:
             self.close()
             raise
+
+    def flush(self) -> None:
+        """What NICs have written to it so far is seen by its GPU's kernels from now on. Raises: CudaError."""
+        if self._memory is not None:
+            self._memory.flush()
 
     def close(self) -> None:
         """Deregister. Idempotent."""
         for region in self.on_rail:
             region.close()
+        if self._memory is not None:
+            self._memory.close()
 
 
 class Endpoint:
     """This process's NICs."""
 
-    def __init__(self, options: Options | None = None, sysfs: Path = SYSFS) -> None:
-        """Raises: RdmaUnavailable: why there is no RDMA here, or not with these NICs; VerbsError."""
+    def __init__(self, options: Options | None = None, sysfs: Path = SYSFS, gpu: str = "") -> None:
+        """
+        Args:
+            gpu: PCI address of the GPU whose memory will be registered; NICs that are not named are chosen by their distance to it.
+        Raises: RdmaUnavailable: why there is no RDMA here, or not with these NICs; VerbsError.
+        """
         self.options = options or Options.from_environment(os.environ)
         self.rails: list[Rail] = []
         self._regions: list[Region] = []
         try:
-            for nic in choose_nics(self.options.nics, sysfs):
+            for nic in choose_nics(self.options.nics, sysfs, gpu):
                 self.rails.append(Rail(nic, self.options))
         except Exception:
             self.close()
             raise
 
-    def register(self, address: int, length: int, owner: object = None, is_writable_by_peers: bool = False) -> Region:
+    def register(
+        self,
+        address: int,
+        length: int,
+        owner: object = None,
+        is_writable_by_peers: bool = False,
+        gpu: Gpu | None = None,
+    ) -> Region:
         """Register memory on every NIC, once a process and piece of memory.
 
         Args:
             owner: kept alive as long as the region.
             is_writable_by_peers: peers may write to it, not only read.
-        Raises: VerbsError.
+            gpu: whose memory it is (rdma_comm.cuda.driver); None: the host's.
+        Raises: VerbsError; RdmaUnavailable: a NIC has no way to this GPU's memory.
         """
         access = _verbs.LOCAL_WRITE | _verbs.REMOTE_READ
         access |= _verbs.REMOTE_WRITE if is_writable_by_peers else 0
         access |= _verbs.RELAXED_ORDERING if self.options.is_relaxed else 0
-        region = Region(self.rails, address, length, owner, access)
+        memory = None if gpu is None else GpuMemory(gpu, address, length, self.options.is_flushed)
+        region = Region(self.rails, address, length, owner, access, memory)
         self._regions.append(region)
         return region
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError, TransferUnavailable
+from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
@@ -35,7 +36,7 @@ class RdmaTransfer(TcpTransfer):
 
     def __init__(
         self,
-        pool: KVPool,
+        pool: KVPool | DevicePool,
         layout: KVLayout,
         fingerprint: str,
         host: str = "127.0.0.1",
@@ -44,6 +45,7 @@ class RdmaTransfer(TcpTransfer):
     ) -> None:
         """
         Args:
+            pool: in host memory or a GPU's.
             host, port: of the control stream; 0 chooses a free one.
         Raises:
             TransferUnavailable: there is no RDMA here, or not with the NICs of KVCACHE_RDMA_NICS; says why.
@@ -53,8 +55,13 @@ class RdmaTransfer(TcpTransfer):
         try:
             from rdma_comm.endpoint import Connection, Endpoint, Options
 
-            self._endpoint = Endpoint(Options.from_environment(os.environ))
-            self._region = self._endpoint.register(pool.array.ctypes.data, layout.pool_bytes, pool.array)
+            options = Options.from_environment(os.environ)
+            if isinstance(pool, DevicePool):
+                self._endpoint = Endpoint(options, gpu=pool.gpu.pci_address)
+                self._region = self._endpoint.register(pool.pointer, layout.pool_bytes, pool, gpu=pool.gpu)
+            else:
+                self._endpoint = Endpoint(options)
+                self._region = self._endpoint.register(pool.array.ctypes.data, layout.pool_bytes, pool.array)
         except ValueError as error:
             raise ConfigError(f"--cache-transfer-protocol names 'rdma': {error}") from error
         except ImportError as error:
@@ -67,7 +74,7 @@ class RdmaTransfer(TcpTransfer):
         self._live: dict[int, Connection] = {}  # by id() of the socket
         self._live_lock = threading.Lock()
         try:
-            super().__init__(pool, layout, fingerprint, host, port, secret)
+            super().__init__(pool, layout, fingerprint, host, port, secret)  # type: ignore[arg-type]
         except ConfigError:
             self._endpoint.close()
             raise
@@ -136,6 +143,7 @@ class RdmaTransfer(TcpTransfer):
                 return
             try:
                 state.read(targets, sources, sizes, STALL_TIMEOUT_S)
+                self._region.flush()
             except (RdmaError, ValueError) as error:
                 raise TransferError(f"rdma: {error}") from error
 

@@ -17,7 +17,9 @@ LAZY_PEER_ACCESS = 1
 STREAM_NON_BLOCKING = 1
 EVENT_DISABLE_TIMING = 2
 HANDLE_BYTES = 64
-ATTRIBUTE_DMA_BUF_SUPPORTED = 124
+ATTRIBUTE_RDMA_FLUSH_OPTIONS, ATTRIBUTE_RDMA_WRITES_ORDERING = 117, 118
+SCOPE_OWNER = 100
+FLUSH_BY_HOST = 1
 ATTRIBUTE_DEVICE_ORDINAL, ATTRIBUTE_RANGE_START, ATTRIBUTE_RANGE_SIZE = 9, 11, 12
 HANDLE_TYPE_DMA_BUF_FD = 1
 NAMES = {"cuMemAlloc": "cuMemAlloc_v2", "cuMemFree": "cuMemFree_v2", "cuIpcOpenMemHandle": "cuIpcOpenMemHandle_v2",
@@ -190,6 +192,26 @@ class Gpu:
             "cuMemGetHandleForAddressRange", byref(descriptor), c_ulonglong(pointer), c_size_t(num_bytes), c_int(HANDLE_TYPE_DMA_BUF_FD), c_ulonglong(0)
         )  # fmt: skip
         return int(descriptor.value)
+
+    def attribute(self, number: int) -> int:
+        """Returns: a device attribute (cuda.h's CUdevice_attribute). Raises: CudaError."""
+        value = c_int()
+        self._driver.call("cuDeviceGetAttribute", byref(value), c_int(number), self._device)
+        return value.value
+
+    @property
+    def orders_nic_writes(self) -> bool:
+        """Whether kernels that start after a NIC has reported its writes see them."""
+        return self.attribute(ATTRIBUTE_RDMA_WRITES_ORDERING) >= SCOPE_OWNER
+
+    @property
+    def can_flush_nic_writes(self) -> bool:
+        """Whether `flush_nic_writes` works."""
+        return bool(self.attribute(ATTRIBUTE_RDMA_FLUSH_OPTIONS) & FLUSH_BY_HOST)
+
+    def flush_nic_writes(self) -> None:
+        """Let this GPU's kernels see what NICs have written to it so far. Raises: CudaError."""
+        self.call("cuFlushGPUDirectRDMAWrites", c_int(0), c_int(SCOPE_OWNER))
 
     # kernels
 

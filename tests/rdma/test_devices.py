@@ -50,6 +50,15 @@ def test_dgx_h100(tmp_path: Path) -> None:
     assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=enp41s0f0\n"  # not a GPU's NIC
 
 
+def test_a_gpu_s_memory_goes_by_the_nics_nearest_to_it(tmp_path: Path) -> None:
+    root = build(tmp_path, dgx_h100())
+    gpus = list_gpus(root)
+    nearest = [[n.name for n in choose_nics((), root, gpu.address)] for gpu in gpus]
+    assert nearest == [[n] for n in ("mlx5_0", "mlx5_3", "mlx5_4", "mlx5_5", "mlx5_6", "mlx5_9", "mlx5_10", "mlx5_11")]
+    assert len(choose_nics((), root, "0000:ff:00.0")) == len(choose_nics((), root)) == 12
+    assert [n.name for n in choose_nics(("mlx5_9", "mlx5_0"), root, gpus[0].address)] == ["mlx5_9", "mlx5_0"]
+
+
 def test_two_ports_a_nic(tmp_path: Path) -> None:
     card = Function("0000:00:01.0/0000:81:00.0", rdma="mlx5_0", states=(DOWN, ACTIVE))
     root = build(tmp_path, [card, Function("0000:00:02.0/0000:82:00.0", rdma="mlx5_1", states=(DOWN, DOWN))])

@@ -18,19 +18,19 @@ from tests.rdma.conftest import SOURCES, build_extension, needs, run_in_vm
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--timeout=200")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_the_compiled_part_and_the_communicator() -> None:
-    printed = run_in_vm(*PYTEST, "tests/rdma/inside", timeout_s=300)
+    printed = run_in_vm(*PYTEST, "tests/rdma/inside", timeout_s=600)
     assert " passed" in printed and "failed" not in printed
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_the_transfer_contract_on_rdma() -> None:
-    printed = run_in_vm(*PYTEST, "tests/transfer/test_contract.py", "-k", "rdma", timeout_s=300)
+    printed = run_in_vm(*PYTEST, "tests/transfer/test_contract.py", "-k", "rdma", timeout_s=600)
     assert " passed" in printed and "failed" not in printed
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(800)
 def test_the_compiled_part_under_address_sanitizer(tmp_path: Path) -> None:
     needs("gcc")
     library = subprocess.run(
@@ -44,13 +44,13 @@ def test_the_compiled_part_under_address_sanitizer(tmp_path: Path) -> None:
     options = "ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:verify_asan_link_order=0"
     printed = run_in_vm(
         *PYTEST, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand", "--import-mode=append",
-        timeout_s=400, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={Path(library).resolve()}", options, "PYTHONMALLOC=malloc"),
+        timeout_s=700, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={Path(library).resolve()}", options, "PYTHONMALLOC=malloc"),
     )  # fmt: skip
     assert " passed" in printed and "failed" not in printed and "AddressSanitizer" not in printed
     assert f"tested {package}/_verbs" in printed
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(800)
 def test_prefill_and_decode_on_two_machines_answer_like_one_engine(tmp_path: Path) -> None:
     engine, chooser = TinyEngine(DEMO_MODEL, "reference", num_blocks=64), random.Random(5)
     cases = []
@@ -62,6 +62,6 @@ def test_prefill_and_decode_on_two_machines_answer_like_one_engine(tmp_path: Pat
         cases.append({"prompt": prompt, "tokens": tokens})
     file = tmp_path / "cases.json"
     file.write_text(json.dumps(cases))
-    printed = run_in_vm("tests.rdma.two_hosts", hosts=2, timeout_s=400, mem_mib=2500, env={"RDMA_CASES": str(file)})
+    printed = run_in_vm("tests.rdma.two_hosts", hosts=2, timeout_s=700, mem_mib=2500, env={"RDMA_CASES": str(file)})
     sys.stdout.write(printed)
     assert printed.count("ended well") == 2

@@ -21,7 +21,7 @@ import redis
 
 from fastdeploy_pd.launch.embedded_redis import find_server
 
-PASSWORD, TOPIC, WAIT_S = "between two machines", "demo", 150.0
+PASSWORD, TOPIC, WAIT_S = "between two machines", "demo", 500.0
 SELF, PEER, INDEX = os.environ["SELF_IP"], os.environ["PEER_IP"], int(os.environ["HOST_INDEX"])
 REDIS = SELF if INDEX == 0 else PEER
 DIRECTORY = Path(tempfile.mkdtemp())

@@ -13,7 +13,7 @@ import pytest
 
 from rdma_comm.devices import list_nics
 from rdma_comm.endpoint import Connection, Endpoint, Options, Region
-from rdma_comm.errors import CompletionFailed, HandshakeFailed
+from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaError, RdmaUnavailable
 
 POOL_BYTES, BLOCK_BYTES = 8 << 20, 16384
 NUM_BLOCKS = POOL_BYTES // BLOCK_BYTES
@@ -146,3 +146,59 @@ def test_blocks_outside_the_peer_s_region_are_refused_here() -> None:
     with pytest.raises(ValueError, match="outside"):
         ends[0].write(local, remote + 1, sizes)
     assert not target.pool.any() and ends[0].num_rails == 1
+
+
+class HostAsGpu:
+    """A GPU's part in registration, played by host memory: a descriptor that no NIC takes, or none; a pool that every NIC takes."""
+
+    ordinal = 3
+
+    def __init__(self, descriptor: int | None, orders: bool = True, can_flush: bool = True) -> None:
+        self.descriptor, self.orders_nic_writes, self.can_flush_nic_writes = descriptor, orders, can_flush
+        self.asked: tuple[int, int] = (0, 0)
+        self.num_flushes = 0
+
+    def dmabuf(self, pointer: int, num_bytes: int) -> int:
+        self.asked = pointer, num_bytes
+        if self.descriptor is None:
+            raise RdmaError("cuMemGetHandleForAddressRange failed: CUDA_ERROR_NOT_SUPPORTED (801)")
+        return self.descriptor
+
+    def flush_nic_writes(self) -> None:
+        self.num_flushes += 1
+
+
+@pytest.mark.parametrize("has_descriptor", [True, False])
+def test_gpu_memory_is_registered_in_the_other_way_where_dmabuf_fails(has_descriptor: bool) -> None:
+    descriptor = os.memfd_create("no dmabuf") if has_descriptor else None
+    gpu = HostAsGpu(descriptor, orders=False)
+    source, target = Side(Options(), seed=1), Side(Options())
+    address = target.pool.ctypes.data
+    target.region = target.endpoint.register(address, POOL_BYTES, target.pool, gpu=gpu)  # type: ignore[arg-type]
+    assert gpu.asked[0] <= address < gpu.asked[0] + 65536 and gpu.asked[0] % 65536 == gpu.asked[1] % 65536 == 0
+    assert gpu.asked[0] + gpu.asked[1] >= address + POOL_BYTES
+    ends = join(source, target)
+    local, remote, sizes = scattered()
+    ends[1].read(local, remote, sizes)
+    assert np.array_equal(target.blocks[local // BLOCK_BYTES], source.blocks[remote // BLOCK_BYTES])
+    target.region.flush()
+    assert gpu.num_flushes == 1
+    for end in ends:
+        end.close()
+    target.endpoint.close()
+    if descriptor is not None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_gpu_memory_that_no_nic_reaches_is_said_with_both_reasons() -> None:
+    endpoint = Endpoint(Options())
+    with pytest.raises(RdmaUnavailable, match=r"GPU 3: by dmabuf: cuMemGet.*\(801\); by nvidia-peermem.*errno 14"):
+        endpoint.register(4096, 8192, gpu=HostAsGpu(None))  # type: ignore[arg-type]
+    with pytest.raises(RdmaUnavailable, match="KVCACHE_GDRCOPY_FLUSH_ENABLE=0"):
+        endpoint.register(4096, 8192, gpu=HostAsGpu(None, orders=False, can_flush=False))  # type: ignore[arg-type]
+    for value, expected in (("0", False), ("1", True), ("", None)):
+        assert Options.from_environment({"KVCACHE_GDRCOPY_FLUSH_ENABLE": value}).is_flushed is expected
+    with pytest.raises(ValueError, match="KVCACHE_GDRCOPY_FLUSH_ENABLE is '2'; it must be a number from 0 to 1"):
+        Options.from_environment({"KVCACHE_GDRCOPY_FLUSH_ENABLE": "2"})
+    endpoint.close()
