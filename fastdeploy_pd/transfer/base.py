@@ -11,6 +11,9 @@ decode                                        -> EpochArrived(digests): recomput
 decode  revoke(epoch)                         when it returns, no write of this epoch lands any more; blocks may be reused
 prefill cancel(epoch)                         -> EpochFailed: nothing of it is read or sent any more
 
+Where pools are ranks' shards that differ, both sides cut their blocks into `parts` of equal bytes (core/layout.py: share_heads) and give
+the numbers of parts wherever it says block ids: one epoch a pair of ranks.
+
 Every (epoch, layer, block) is written once; a block's layers are written in rising order. A digest is the pool's (xxh3_64 in
 host memory, a sum of mixed words on a GPU), seeded with the epoch's nonce, over one block's bytes in all layers, layer 0 first;
 digests come in the order of the epoch's block_ids. Decode decodes only what has equal digests from both sides, so a byte that was
@@ -23,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-TRANSFER_VERSION = 2
+TRANSFER_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +75,29 @@ class Transfer(Protocol):
         """
         ...
 
-    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
-        """Let writes of this epoch land in these local blocks. Raises: ValueError: the epoch was opened before."""
+    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
+        """Let writes of this epoch land in these local blocks.
+
+        Args:
+            parts: that each of our blocks is cut into; block_ids count them.
+        Raises: ValueError: the epoch was opened before; blocks can't be cut so.
+        """
         ...
 
     def revoke(self, epoch: str) -> None:
         """Let no further write of this epoch land; waits only for a copy in progress (microseconds). Idempotent."""
         ...
 
-    def start(self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int]) -> None:
-        """Begin to send: remote_block_ids are all blocks this epoch will write, in digest order."""
+    def start(
+        self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int], parts: int = 1
+    ) -> None:
+        """Begin to send.
+
+        Args:
+            remote_block_ids: all blocks this epoch will write, in digest order.
+            parts: that each of our own blocks is cut into; local block ids count them. The peer's ids count its own parts.
+        Raises: ValueError: blocks can't be cut so.
+        """
         ...
 
     def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:

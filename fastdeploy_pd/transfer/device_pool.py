@@ -36,19 +36,18 @@ class DevicePool:
         """Returns: (CUDA IPC handle of the allocation, the pool's offset in it). Raises: CudaError: it cannot be shared."""
         return self.gpu.export(self.pointer)
 
-    def digest_layers(self, layers: Sequence[int], block_ids: np.ndarray, nonce: int) -> np.ndarray:
+    def digest_layers(self, layers: Sequence[int], block_ids: np.ndarray, nonce: int, parts: int = 1) -> np.ndarray:
         """Returns: [n] uint64: what these layers add to the checksums of blocks, modulo 2^64."""
+        offsets, size = self.offsets(block_ids, parts), self.layout.block_bytes // parts
         with self._mover() as mover:
-            return mover.digest(
-                self.pointer, self.offsets(block_ids), self.layout.block_bytes, nonce, self.planes(layers, 0)
-            )
+            return mover.digest(self.pointer, offsets, size, nonce, self.planes(layers, 0, parts))
 
-    def digest(self, block_ids: Sequence[int], nonce: int) -> tuple[int, ...]:
+    def digest(self, block_ids: Sequence[int], nonce: int, parts: int = 1) -> tuple[int, ...]:
         """Checksums of blocks as they lie in memory now; see KVPool.digest.
 
         Returns: [n] sums of each block's mixed words in all layers (rdma_comm/cuda/blocks.cu), computed on the GPU.
         """
-        sums = self.digest_layers(range(self.layout.num_layers), np.array(block_ids, dtype=np.int64), nonce)
+        sums = self.digest_layers(range(self.layout.num_layers), np.array(block_ids, dtype=np.int64), nonce, parts)
         return tuple(sums.tolist())
 
     def close(self) -> None:
@@ -67,18 +66,19 @@ class DevicePool:
         finally:
             self._movers.put(mover)
 
-    def offsets(self, block_ids: np.ndarray) -> np.ndarray:
+    def offsets(self, block_ids: np.ndarray, parts: int = 1) -> np.ndarray:
         """Returns: [n] uint64: where blocks begin in a layer, in bytes. Raises: IndexError: there is none such."""
-        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < self.layout.num_blocks:
+        layout = self.layout.cut(parts)
+        if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < layout.num_blocks:
             raise IndexError(
-                f"blocks {block_ids.min()} to {block_ids.max()} are not all in the pool of {self.layout.num_blocks}"
+                f"blocks {block_ids.min()} to {block_ids.max()} are not all in the pool of {layout.num_blocks}"
             )
-        return block_ids.astype(np.uint64) * np.uint64(self.layout.block_bytes)
+        return block_ids.astype(np.uint64) * np.uint64(layout.block_bytes)
 
-    def planes(self, layers: Sequence[int], source_layer_bytes: int) -> np.ndarray:
+    def planes(self, layers: Sequence[int], source_layer_bytes: int, parts: int = 1) -> np.ndarray:
         """Returns: layers as a BlockMover's planes: from a pool with layers of source_layer_bytes to this one."""
         layout, numbers = self.layout, np.array(layers, dtype=np.uint64)
-        layer_bytes, words = layout.pool_bytes // layout.num_layers, layout.block_bytes // 8
+        layer_bytes, words = layout.pool_bytes // layout.num_layers, layout.block_bytes // parts // 8
         return planes(
             numbers * np.uint64(source_layer_bytes), numbers * np.uint64(layer_bytes), numbers * np.uint64(words)
         )

@@ -70,7 +70,7 @@ class Incoming:
             np.zeros(0, dtype=bool),
         )  # list of blocks, where they are in the epoch
         self._written = np.zeros((layout.num_layers, len(self.block_ids)), dtype=bool)
-        self._layout = layout
+        self.layout = layout  #: of the pool, cut as the epoch's blocks are
 
     def admit(self, layers: Sequence[int], block_ids: bytes, nonce: int) -> None:
         """Check a write before its bytes may land, and mark its blocks as written.
@@ -83,7 +83,7 @@ class Incoming:
         if nonce != self.nonce:
             raise TransferError("the nonce is not the epoch's")
         for layer in layers:
-            if not 0 <= layer < self._layout.num_layers:
+            if not 0 <= layer < self.layout.num_layers:
                 raise TransferError(f"there is no layer {layer}")
         if self._last[0] != block_ids:  # layers come with the same
             self._last = block_ids, self._places(block_ids)
@@ -98,7 +98,7 @@ class Incoming:
 
     def _places(self, packed: bytes) -> np.ndarray:
         block_ids = unpack_ids(packed)
-        is_known = (block_ids >= 0) & (block_ids < self._layout.num_blocks)
+        is_known = (block_ids >= 0) & (block_ids < self.layout.num_blocks)
         places = self._place[block_ids] if is_known.all() else np.array([-1])
         if (places < 0).any():
             raise TransferError("a block is not part of the epoch")
@@ -144,7 +144,7 @@ class Incoming:
     @property
     def expected_bytes(self) -> int:
         """Bytes of all its blocks in all layers."""
-        return len(self.block_ids) * self._layout.block_bytes * self._layout.num_layers
+        return len(self.block_ids) * self.layout.block_bytes * self.layout.num_layers
 
 
 class EpochBook:
@@ -155,12 +155,13 @@ class EpochBook:
         self._lock = threading.Lock()
         self._open: dict[str, Incoming] = {}
 
-    def open(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
-        """Raises: ValueError: the epoch is open already."""
+    def open(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
+        """Raises: ValueError: the epoch is open already, or blocks can't be cut into so many parts."""
+        layout = self._layout.cut(parts)
         with self._lock:
             if epoch in self._open:
                 raise ValueError(f"epoch {epoch} was opened before")
-            self._open[epoch] = Incoming(epoch, block_ids, nonce, self._layout)
+            self._open[epoch] = Incoming(epoch, block_ids, nonce, layout)
 
     def find(self, epoch: str) -> Incoming | None:
         """Returns: the epoch if it is open."""

@@ -19,10 +19,11 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.frames import WriteFrame
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import unpack_ids
 from fastdeploy_pd.transfer.shm import ShmTransfer, check_user
-from fastdeploy_pd.transfer.stream import Outgoing, WriteFrame
+from fastdeploy_pd.transfer.stream import Outgoing
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu
 from rdma_comm.errors import RdmaError
@@ -47,7 +48,7 @@ class _Source:
     pool_bytes: int
     mapped: int  #: what is to be unmapped; 0 in the same process
     mover: BlockMover
-    packed: tuple[bytes, bytes] = (b"", b"")  #: the last frame's blocks, here and there ...
+    packed: tuple[bytes, bytes, int] = (b"", b"", 0)  #: the last frame's blocks, here and there ...
     offsets: tuple[np.ndarray, np.ndarray] = (
         np.zeros(0),
         np.zeros(0),
@@ -115,19 +116,19 @@ class IpcTransfer(ShmTransfer):
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        pool, size = self._device_pool, self._layout.block_bytes
+        pool, size, parts = self._device_pool, frame.block_bytes, incoming.layout.parts
         layer_bytes = state.pool_bytes // self._layout.num_layers  # the peer may have another number of blocks
-        if state.packed != (frame.local, frame.remote):
+        if state.packed != (frame.local, frame.remote, size):
             local, remote = frame.pairs(layer_bytes // size)
             state.packed, state.offsets = (
                 (frame.local, frame.remote),
-                (local.astype(np.uint64) * np.uint64(size), pool.offsets(remote)),
+                (local.astype(np.uint64) * np.uint64(size), pool.offsets(remote, parts)),
             )
         with incoming.landing() as is_open:
             if not is_open:
                 return
             try:
-                planes = pool.planes(frame.layers, layer_bytes)
+                planes = pool.planes(frame.layers, layer_bytes, parts)
                 sums = state.mover.copy_and_digest(
                     state.pointer, pool.pointer, *state.offsets, size, frame.nonce, planes
                 )
@@ -141,7 +142,9 @@ class IpcTransfer(ShmTransfer):
             if outgoing is None or not super().send_write(connection, frame, last):
                 return False
             try:
-                sums = self._device_pool.digest_layers(frame.layers, unpack_ids(frame.local), frame.nonce)
+                sums = self._device_pool.digest_layers(
+                    frame.layers, unpack_ids(frame.local), frame.nonce, outgoing.layout.parts
+                )
             except RdmaError as error:
                 raise TransferError(f"ipc: {error}") from error
             outgoing.sums.add(frame.remote, sums)

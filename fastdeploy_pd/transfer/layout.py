@@ -34,19 +34,21 @@ class KVPool:
         offset = self.layout.offset(layer, block_id)
         return self.view[offset : offset + self.layout.block_bytes]
 
-    def digest(self, block_ids: Sequence[int], nonce: int) -> tuple[int, ...]:
+    def digest(self, block_ids: Sequence[int], nonce: int, parts: int = 1) -> tuple[int, ...]:
         """Checksums of blocks as they lie in memory now.
 
         Args:
             block_ids: [n] blocks.
             nonce: the epoch's; equal bytes of another epoch have another checksum.
+            parts: that blocks are cut into; block_ids count them.
         Returns: [n] xxh3_64 over each block's bytes in all layers, layer 0 first.
         """
-        digests = []
+        digests, layout = [], self.layout.cut(parts)
         for block_id in block_ids:
             state = xxhash.xxh3_64(seed=nonce)
-            for layer in range(self.layout.num_layers):
-                state.update(self.block(layer, block_id))
+            for layer in range(layout.num_layers):
+                offset = layout.offset(layer, block_id)
+                state.update(self.view[offset : offset + layout.block_bytes])
             digests.append(state.intdigest())
         return tuple(digests)
 

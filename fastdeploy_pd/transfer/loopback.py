@@ -49,6 +49,7 @@ class _Outgoing:
     peer: str
     nonce: int
     remote: list[int]
+    layout: KVLayout
     local_of: dict[int, int] = field(default_factory=dict)
     last_s: float = 0.0
     num_bytes: int = 0
@@ -59,6 +60,7 @@ class _Outgoing:
 class _Incoming:
     blocks: list[int]
     nonce: int
+    layout: KVLayout
     num_bytes: int = 0
 
 
@@ -96,20 +98,22 @@ class LoopbackTransfer:
             return f"fingerprint: {self._fingerprint} != {peer['fingerprint']}"
         return "; ".join(self._layout.differences(KVLayout(**peer["layout"])))
 
-    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
+    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
         """See base."""
         if epoch in self._seen:
             raise ValueError(f"epoch {epoch} was opened before")
         self._seen.add(epoch)
-        self._in[epoch] = _Incoming(list(block_ids), nonce)
+        self._in[epoch] = _Incoming(list(block_ids), nonce, self._layout.cut(parts))
 
     def revoke(self, epoch: str) -> None:
         """See base."""
         self._in.pop(epoch, None)
 
-    def start(self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int]) -> None:
+    def start(
+        self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int], parts: int = 1
+    ) -> None:
         """See base."""
-        self._out[epoch] = _Outgoing(peer["address"], nonce, list(remote_block_ids))
+        self._out[epoch] = _Outgoing(peer["address"], nonce, list(remote_block_ids), self._layout.cut(parts))
 
     def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
         """See base."""
@@ -154,14 +158,18 @@ class LoopbackTransfer:
         if peer is None or incoming is None or incoming.nonce != outgoing.nonce or network.rng.random() < network.drop:
             self._fail(epoch, outgoing, "the connection ended" if incoming is not None else "the epoch is closed")
             return
+        if outgoing.layout.block_bytes != incoming.layout.block_bytes:
+            sizes = outgoing.layout.block_bytes, incoming.layout.block_bytes
+            self._fail(epoch, outgoing, f"blocks of {sizes[0]} bytes, not of {sizes[1]}")
+            return
         for local, remote in pairs:
             if remote not in incoming.blocks:
                 self._fail(epoch, outgoing, f"block {remote} is not part of the epoch")
                 return
-            data = bytearray(self._pool.block(layer, local))
+            data = bytearray(_bytes_of(self._pool, outgoing.layout, layer, local))
             if network.rng.random() < network.corrupt:
                 data[network.rng.randrange(len(data))] ^= 1 << network.rng.randrange(8)
-            peer._pool.block(layer, remote)[:] = data
+            _bytes_of(peer._pool, incoming.layout, layer, remote)[:] = data
             outgoing.num_bytes += len(data)
 
     def _complete(self, epoch: str) -> None:
@@ -175,8 +183,10 @@ class LoopbackTransfer:
             return
         outgoing.is_over = True
         local = [outgoing.local_of[remote] for remote in outgoing.remote]
-        self._events.append(EpochSent(epoch, self._pool.digest(local, outgoing.nonce), outgoing.num_bytes, 0.0))
-        arrived = peer._pool.digest(incoming.blocks, incoming.nonce)
+        self._events.append(
+            EpochSent(epoch, self._pool.digest(local, outgoing.nonce, outgoing.layout.parts), outgoing.num_bytes, 0.0)
+        )
+        arrived = peer._pool.digest(incoming.blocks, incoming.nonce, incoming.layout.parts)
         peer._events.append(EpochArrived(epoch, arrived, outgoing.num_bytes))
 
     def _fail(self, epoch: str, outgoing: _Outgoing, reason: str) -> None:
@@ -185,3 +195,8 @@ class LoopbackTransfer:
         peer = self._network.ends.get(outgoing.peer)
         if peer is not None and epoch in peer._in:
             peer._events.append(EpochFailed(epoch, reason))
+
+
+def _bytes_of(pool: KVPool, layout: KVLayout, layer: int, block_id: int) -> memoryview:
+    offset = layout.offset(layer, block_id)
+    return pool.view[offset : offset + layout.block_bytes]

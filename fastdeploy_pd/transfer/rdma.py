@@ -20,9 +20,10 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.frames import WriteFrame
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
-from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer, WriteFrame
+from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from rdma_comm.errors import RdmaError
 
@@ -127,13 +128,11 @@ class RdmaTransfer(TcpTransfer):
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        size = self._layout.block_bytes
-        source_layer_bytes = (
-            state.remote_length(0) // self._layout.num_layers
-        )  # the peer may have another number of blocks
+        layout, size = incoming.layout, frame.block_bytes
+        source_layer_bytes = state.remote_length(0) // layout.num_layers  # the peer may have another number of blocks
         runs = list(neighbours(*frame.pairs(source_layer_bytes // size)))
         pieces = [
-            (self._layout.offset(layer, remote), layer * source_layer_bytes + local * size, count * size)
+            (layout.offset(layer, remote), layer * source_layer_bytes + local * size, count * size)
             for layer in frame.layers
             for local, remote, count in runs
         ]

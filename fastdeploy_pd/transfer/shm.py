@@ -19,8 +19,9 @@ import numpy as np
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.frames import WriteFrame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
-from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, StreamTransfer, WriteFrame
+from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, StreamTransfer
 
 _SIZE = struct.Struct("<Q")
 _CREDENTIALS = struct.Struct("3i")
@@ -106,11 +107,11 @@ class ShmTransfer(StreamTransfer):
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: np.ndarray) -> None:
         """See base."""
-        size, target = self._layout.block_bytes, self._pool.array
-        layer_bytes = len(state) // self._layout.num_layers  # the peer may have another number of blocks
+        layout, size, target = incoming.layout, frame.block_bytes, self._pool.array
+        layer_bytes = len(state) // layout.num_layers  # the peer may have another number of blocks
         runs = list(neighbours(*frame.pairs(layer_bytes // size)))
         pieces = [
-            (layer * layer_bytes + local * size, self._layout.offset(layer, remote), count * size)
+            (layer * layer_bytes + local * size, layout.offset(layer, remote), count * size)
             for layer in frame.layers
             for local, remote, count in runs
         ]

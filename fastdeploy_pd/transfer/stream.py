@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming, Sums
+from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
 from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
-from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids, unpack_ids
+from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 ACCEPT_PAUSE_S = 0.1
@@ -36,74 +36,6 @@ log = logging.getLogger("fastdeploy_pd.transfer")
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
 CONNECT_TIMEOUT_S = 3.0
 MAX_CONNECTIONS = 1024
-
-
-class WriteFrame(msgspec.Struct, tag="w", array_like=True):
-    """Announces the same blocks of one or more layers; with tcp their bytes follow, layer by layer."""
-
-    epoch: str
-    nonce: int
-    layers: list[int]  #: the same blocks in each
-    remote: bytes  #: block ids, as pack_ids makes them
-    local: bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """How many it writes, counted in each layer."""
-        return len(self.layers) * (len(self.remote) // ID_BYTES)
-
-    def has_blocks_of(self, other: WriteFrame) -> bool:
-        """Whether both write the same blocks from the same blocks."""
-        return (self.epoch, self.nonce, self.remote, self.local) == (
-            other.epoch,
-            other.nonce,
-            other.remote,
-            other.local,
-        )
-
-    def after(self, last: WriteFrame | None) -> WriteFrame | RepeatFrame:
-        """Returns: what tells a receiver of it that has heard `last`."""
-        if last is not None and self.has_blocks_of(last):
-            return RepeatFrame(self.layers)
-        return self
-
-    def pairs(self, num_source_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Args:
-            num_source_blocks: of the sender's pool.
-        Returns: ([n] blocks of the sender's pool, [n] of the receiver's).
-        Raises: TransferError: they are not equally many, or there is none of that number.
-        """
-        source, target = unpack_ids(self.local), unpack_ids(self.remote)
-        if len(source) != len(target):
-            raise TransferError("source and target blocks differ in number")
-        if not len(source) or not self.layers:
-            raise TransferError("a write without blocks")
-        if not 0 <= source.min() <= source.max() < num_source_blocks:
-            raise TransferError(f"blocks {source.min()} to {source.max()} are not all in the peer's pool")
-        return source, target
-
-
-class RepeatFrame(msgspec.Struct, tag="r", array_like=True):
-    """Write the blocks of this connection's last WriteFrame in other layers."""
-
-    layers: list[int]
-
-
-class EndFrame(msgspec.Struct, tag="e", array_like=True):
-    """No more writes of the epoch follow; so many bytes were written in all."""
-
-    epoch: str
-    nonce: int
-    num_bytes: int
-
-
-class Notice(msgspec.Struct, array_like=True):
-    """Receiver to sender: bytes taken, or why the epoch is refused."""
-
-    epoch: str
-    num_bytes: int
-    refusal: str
 
 
 _FRAMES = msgspec.msgpack.Decoder(WriteFrame | RepeatFrame | EndFrame)
@@ -118,6 +50,7 @@ class Outgoing:
     nonce: int
     peer: PeerConnections
     remote: list[int]
+    layout: KVLayout  #: of the pool, cut as the epoch's blocks are
     pairs: list[tuple[Sequence[int], Sequence[int]]] = field(
         default_factory=list
     )  # (remote, local) of layer 0's writes
@@ -192,7 +125,7 @@ class PeerConnections:
         self, frame: WriteFrame, frames: queue.SimpleQueue[WriteFrame | EndFrame | None]
     ) -> WriteFrame | EndFrame | None:
         """Take further layers of the same blocks that wait already into a frame. Returns: what came instead."""
-        most = self._transfer.piece_bytes // self._transfer.block_bytes
+        most = self._transfer.piece_bytes // frame.block_bytes
         while frame.num_blocks + frame.num_blocks // len(frame.layers) <= most:
             try:
                 following = frames.get_nowait()
@@ -224,7 +157,6 @@ class StreamTransfer:
         self, pool: KVPool, layout: KVLayout, fingerprint: str, secret: bytes | None, listener: socket.socket
     ) -> None:
         self._pool, self._layout = pool, layout
-        self.block_bytes = layout.block_bytes
         self._facts = describe(fingerprint, layout)
         self._handshake = Handshake(self._facts, secret)
         self._book = EpochBook(layout)
@@ -251,9 +183,9 @@ class StreamTransfer:
         """See base."""
         return difference(self._facts, peer)
 
-    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int) -> None:
+    def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
         """See base."""
-        self._book.open(epoch, block_ids, nonce)
+        self._book.open(epoch, block_ids, nonce, parts)
 
     def revoke(self, epoch: str) -> None:
         """See base."""
@@ -270,14 +202,19 @@ class StreamTransfer:
 
     # the contract, sending side
 
-    def start(self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int]) -> None:
+    def start(
+        self, epoch: str, nonce: int, peer: dict[str, Any], remote_block_ids: Sequence[int], parts: int = 1
+    ) -> None:
         """See base."""
+        layout = self._layout.cut(parts)
         key = str(sorted((k, str(v)) for k, v in peer.items()))
         with self._lock:
             connections = self._peers.get(key)
             if connections is None or connections.is_dead:
                 connections = self._peers[key] = PeerConnections(self, peer, self.num_connections)
-            self._out[epoch] = Outgoing(epoch, nonce, connections, list(remote_block_ids), start_s=self._clock.now_s())
+            self._out[epoch] = Outgoing(
+                epoch, nonce, connections, list(remote_block_ids), layout, start_s=self._clock.now_s()
+            )
 
     def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
         """See base."""
@@ -287,15 +224,16 @@ class StreamTransfer:
                 return
             if layer == 0:  # the others repeat it
                 outgoing.pairs.append((remote_block_ids, local_block_ids))
-            outgoing.num_queued += len(local_block_ids) * self._layout.block_bytes
-        step = ID_BYTES * max(1, self.piece_bytes // self._layout.block_bytes)
+            size = outgoing.layout.block_bytes
+            outgoing.num_queued += len(local_block_ids) * size
+        step = ID_BYTES * max(1, self.piece_bytes // size)
         if outgoing.lists != (remote_block_ids, local_block_ids):
             outgoing.lists = remote_block_ids, local_block_ids
             outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
         remote, local = outgoing.packed
         for first in range(0, len(local), step):
             part = slice(first, first + step)
-            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, [layer], remote[part], local[part]))
+            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, [layer], remote[part], local[part], size))
 
     def finish(self, epoch: str) -> None:
         """See base."""
@@ -480,7 +418,7 @@ class StreamTransfer:
                 if isinstance(frame, RepeatFrame):
                     if last is None:
                         raise TransferError("there is no write to repeat")
-                    frame = WriteFrame(last.epoch, last.nonce, frame.layers, last.remote, last.local)
+                    frame = msgspec.structs.replace(last, layers=frame.layers)
                 last = frame
                 self._on_write(connection, frame, state)
         except (OSError, TransferError, msgspec.MsgspecError) as error:
@@ -497,6 +435,10 @@ class StreamTransfer:
         if incoming is not None:
             with incoming.lock:
                 try:
+                    if frame.block_bytes != incoming.layout.block_bytes:
+                        raise TransferError(
+                            f"blocks of {frame.block_bytes} bytes, not of {incoming.layout.block_bytes}"
+                        )
                     incoming.admit(frame.layers, frame.remote, frame.nonce)
                     incoming.connections.add(id(connection))
                 except TransferError as error:
@@ -509,11 +451,10 @@ class StreamTransfer:
             self._notify(connection, Notice(frame.epoch, 0, refusal))
             return
         self.land(connection, incoming, frame, state)
-        num_bytes = frame.num_blocks * self._layout.block_bytes
         with incoming.lock:
-            incoming.num_bytes += num_bytes
+            incoming.num_bytes += frame.num_bytes
         if self.acknowledges:
-            self._notify(connection, Notice(frame.epoch, num_bytes, ""))
+            self._notify(connection, Notice(frame.epoch, frame.num_bytes, ""))
         self._complete(incoming)
 
     def _on_end(self, connection: socket.socket, frame: EndFrame) -> None:
@@ -574,11 +515,11 @@ class StreamTransfer:
 
     def digests_sent(self, outgoing: Outgoing) -> tuple[int, ...]:
         """Returns: checksums of a complete epoch's source blocks, in the order of its remote blocks."""
-        return self._pool.digest(outgoing.local_blocks(), outgoing.nonce)
+        return self._pool.digest(outgoing.local_blocks(), outgoing.nonce, outgoing.layout.parts)
 
     def digests_arrived(self, incoming: Incoming) -> tuple[int, ...]:
         """Returns: checksums of what has landed, in the order of the epoch's blocks."""
-        return self._pool.digest(incoming.block_ids, incoming.nonce)
+        return self._pool.digest(incoming.block_ids, incoming.nonce, incoming.layout.parts)
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """Bring an admitted write's bytes into the pool, piece by piece inside incoming.landing."""

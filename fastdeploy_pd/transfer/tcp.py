@@ -13,9 +13,10 @@ import numpy as np
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError
 from fastdeploy_pd.transfer.epochs import Incoming
+from fastdeploy_pd.transfer.frames import WriteFrame
 from fastdeploy_pd.transfer.handshake import send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours, unpack_ids
-from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer, WriteFrame
+from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer
 
 SOCKET_BUFFER_BYTES = 4 << 20
 MAX_VIEWS = 256  # of one system call; the kernel's limit is 1024
@@ -78,13 +79,13 @@ class TcpTransfer(StreamTransfer):
             if outgoing is None:
                 return False
             send_frame(connection, msgspec.msgpack.encode(frame.after(last)))
-            _send_all(connection, self._views(frame.layers, unpack_ids(frame.local)))
-        self.add_done(frame.epoch, frame.num_blocks * self._layout.block_bytes)
+            _send_all(connection, self._views(outgoing.layout, frame.layers, unpack_ids(frame.local)))
+        self.add_done(frame.epoch, frame.num_bytes)
         return True
 
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
-        views = self._views(frame.layers, unpack_ids(frame.remote))
+        views = self._views(incoming.layout, frame.layers, unpack_ids(frame.remote))
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         while views:
@@ -100,7 +101,7 @@ class TcpTransfer(StreamTransfer):
 
     def skip(self, connection: socket.socket, frame: WriteFrame) -> None:
         """See base."""
-        self._skip_bytes(connection, frame.num_blocks * self._layout.block_bytes)
+        self._skip_bytes(connection, frame.num_bytes)
 
     def _skip_bytes(self, connection: socket.socket, num_bytes: int) -> None:
         scratch = bytearray(min(num_bytes, len(self._scratch)))
@@ -112,14 +113,14 @@ class TcpTransfer(StreamTransfer):
             num_bytes -= received
         connection.settimeout(None)
 
-    def _views(self, layers: list[int], block_ids: np.ndarray) -> list[memoryview]:
+    def _views(self, layout: KVLayout, layers: list[int], block_ids: np.ndarray) -> list[memoryview]:
         """The blocks' bytes, layer by layer; neighbours in the pool as one piece."""
         views: list[memoryview] = []
         runs = list(neighbours(block_ids, block_ids))
         for layer in layers:
             for block_id, _, count in runs:
-                offset = self._layout.offset(layer, block_id)
-                views.append(self._pool.view[offset : offset + count * self._layout.block_bytes])
+                offset = layout.offset(layer, block_id)
+                views.append(self._pool.view[offset : offset + count * layout.block_bytes])
         return views
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.layout import KVLayout, shard, share_heads
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.layout import KVPool
@@ -352,3 +352,54 @@ def test_a_stranger_that_drips_its_handshake_is_sent_away(monkeypatch: pytest.Mo
                 time.sleep(0.1)
     assert time.monotonic() - began_s < 3
     target.close()
+
+
+@pytest.mark.parametrize(("num_sources", "num_targets"), [(1, 2), (2, 1), (4, 2), (2, 4), (1, 8)])
+def test_ranks_that_are_not_equally_many_move_each_byte_once(pair: Pair, num_sources: int, num_targets: int) -> None:
+    whole = replace(LAYOUT, num_kv_heads=4)
+    layouts = [[shard(whole, rank, count) for rank in range(count)] for count in (num_sources, num_targets)]
+    data = np.random.default_rng(9).integers(
+        0, 256, (3, 40, 2, 4, 16 * 8 * 4), dtype=np.uint8
+    )  # [layer, block, K or V, head, ...]
+    ends: list[list[tuple[Transfer, KVPool]]] = [[], []]
+    for side, of_ranks in enumerate(layouts):
+        for layout in of_ranks:
+            pool = new_pool(layout)
+            if side == 0:
+                heads = slice(layout.first_kv_head, layout.first_kv_head + layout.num_kv_heads)
+                pool.array[:] = data[:, :, :, heads].reshape(-1)
+            ends[side].append((pair.make(pool, layout), pool))
+    local, remote = [3, 9, 4], [7, 0, 21]
+    num_bytes = 0
+    for number, share in enumerate(share_heads(*layouts)):
+        (source, _), (target, _) = ends[0][share.source_rank], ends[1][share.target_rank]
+        assert not source.reaches(target.descriptor())
+        epoch, here, there = f"e-{number}", share.source_ids(local), share.target_ids(remote)
+        target.open_epoch(epoch, there, 5, share.target_parts)
+        source.start(epoch, 5, target.descriptor(), there, share.source_parts)
+        for layer in range(LAYOUT.num_layers):
+            source.write(epoch, layer, here, there)
+        source.finish(epoch)
+        (arrived,), (sent,) = pair.events(target), pair.events(source)
+        assert isinstance(arrived, EpochArrived) and isinstance(sent, EpochSent)
+        assert arrived.digests == sent.digests and len(set(sent.digests)) == len(there)
+        num_bytes += arrived.num_bytes
+    for (_, pool), layout in zip(ends[1], layouts[1], strict=True):
+        have = pool.array.reshape(3, 40, 2, layout.num_kv_heads, -1)
+        heads = slice(layout.first_kv_head, layout.first_kv_head + layout.num_kv_heads)
+        assert np.array_equal(have[:, remote], data[:, local][:, :, :, heads])
+        assert not have[:, [b for b in range(40) if b not in remote]].any()
+    assert num_bytes == data[:, local].nbytes * max(1, num_targets // 4)
+
+
+def test_parts_of_another_size_are_refused(pair: Pair) -> None:
+    pair.target.open_epoch("e", [4, 5], 5, 2)
+    pair.source.start("e", 5, pair.target.descriptor(), [4, 5])
+    for layer in range(LAYOUT.num_layers):
+        pair.source.write("e", layer, [1, 2], [4, 5])
+    pair.source.finish("e")
+    (failed,) = pair.events(pair.source)
+    assert isinstance(failed, EpochFailed) and "2048 bytes, not of 1024" in failed.reason
+    assert isinstance(pair.events(pair.target)[0], EpochFailed)
+    with pytest.raises(ValueError, match="cut into 3 parts"):
+        pair.target.open_epoch("f", [4], 5, 3)
