@@ -1,4 +1,4 @@
-.PHONY: help check test bench demo-model
+.PHONY: help check test bench bench-transfer demo-model
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
 check: ## style and types alone
@@ -8,5 +8,7 @@ test: ## install what tests need and run all of them
 	scripts/test.sh
 bench: ## measure; writes bench-results/*.json (docs/benchmarks.md)
 	.venv/bin/python -m benchmarks.run
+bench-transfer: ## KV transfers beside Mooncake, NIXL, perftest and a plain socket; writes bench-results/transfer.json
+	.venv/bin/python -m benchmarks.run --only transfer
 demo-model: ## train the demo model again (a GPU makes it minutes)
 	.venv/bin/python scripts/demo_model/train.py --out fastdeploy_pd/demo_model

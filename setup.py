@@ -44,7 +44,11 @@ setup(
         "ray": ["ray>=2.40"],
         "mooncake": ["mooncake-transfer-engine>=0.3.13"],
         "otel": ["opentelemetry-sdk>=1.28", "opentelemetry-exporter-otlp-proto-http>=1.28"],
-        "bench": ["httpx>=0.27"],
+        # NIXL, which bench_transfer measures too, names torch: pip install --no-deps nixl-cu13
+        "bench": [
+            "httpx>=0.27",
+            "mooncake-transfer-engine-non-cuda>=0.3.13; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
         "test": requirements("requirements-test.txt"),
     },
     entry_points={"console_scripts": ["fastdeploy-pd = fastdeploy_pd.entrypoints.cli:main"]},
