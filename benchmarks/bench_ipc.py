@@ -222,16 +222,18 @@ def check(gpu: Gpu, mover: BlockMover, source: int, target: int, block_bytes: in
             raise SystemExit(f"blocks of {block_bytes} bytes differ")
 
 
-def load_cost(pipe: Connection, torch: Any, mover: BlockMover, source: int, target: int) -> dict[str, float]:
-    """Returns: what is left of each GPU's matrix products a second beside copies of 32 KiB blocks without a pause, and their speed."""
+def load_cost(
+    pipe: Connection, torch: Any, mover: BlockMover, source: int, target: int, block_bytes: int
+) -> dict[str, float]:
+    """Returns: what is left of each GPU's matrix products a second beside copies of blocks without a pause, and their speed."""
     found: dict[str, float] = {}
     moved = [0, 0.0]
 
     def copies(is_over: threading.Event) -> None:
-        offsets = places(32 << 10, 1)
+        offsets = places(block_bytes, 1)
         began_s = time.perf_counter()
         while not is_over.is_set():
-            mover.copy(source, target, *offsets, 32 << 10)
+            mover.copy(source, target, *offsets, block_bytes)
             moved[0] += MOVED_BYTES
         moved[1] += time.perf_counter() - began_s
 
@@ -257,6 +259,20 @@ def load_cost(pipe: Connection, torch: Any, mover: BlockMover, source: int, targ
     return found
 
 
+def engines(pipe: Connection, torch: Any, gpu: Gpu, source: int, target: int) -> dict[str, Any]:
+    """Returns: by KiB of a block the speed of the kernel and of the copy engines, alone and beside products on either GPU."""
+    found: dict[str, Any] = {}
+    for name, engine_bytes in (("kernel", 1 << 60), ("engines", 0)):
+        mover = BlockMover(gpu, engine_bytes=engine_bytes)
+        for kib in (64, 256, 1024, 4096):
+            check(gpu, mover, source, target, kib << 10)
+            row = {"copy_gb_s": round(copy_speed(mover, source, target, kib << 10), 1)}
+            found[f"{name} {kib}"] = row | load_cost(pipe, torch, mover, source, target, kib << 10)
+            sys.stdout.write(f"{name} {kib} KiB: {found[f'{name} {kib}']}\n")
+        mover.close()
+    return found
+
+
 def main() -> int:
     """Returns: 0."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -278,7 +294,7 @@ def main() -> int:
         "beside": {},
     }
     for ctas in () if args.hand_overs else CTAS:
-        mover = BlockMover(gpu, ctas, max_blocks=1 << 18)
+        mover = BlockMover(gpu, ctas, max_blocks=1 << 18, engine_bytes=1 << 60)
         row = {}
         for kib in BLOCKS_KIB:
             if ctas == CTAS[-1]:
@@ -287,10 +303,12 @@ def main() -> int:
         result["scattered_gb_s"][ctas] = row
         sys.stdout.write(f"{ctas:4} CTAs " + " ".join(f"{kib} KiB {speed}" for kib, speed in row.items()) + "\n")
         if ctas in (8, 16, 32):
-            result["beside"][ctas] = load_cost(pipe, torch, mover, source, target)
+            result["beside"][ctas] = load_cost(pipe, torch, mover, source, target, 32 << 10)
             sys.stdout.write(f"     {result['beside'][ctas]}\n")
         sys.stdout.flush()
         mover.close()
+    if not args.hand_overs:
+        result["engines"] = engines(pipe, torch, gpu, source, target)
     result["digest_s"] = {"target": digest_seconds(gpu, target)}
     gpu.free(target)
     for is_checked, name in ((True, "hand_over"), (False, "without_checksums")):

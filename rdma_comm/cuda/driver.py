@@ -20,6 +20,8 @@ HANDLE_BYTES = 64
 ATTRIBUTE_RDMA_FLUSH_OPTIONS, ATTRIBUTE_RDMA_WRITES_ORDERING = 117, 118
 SCOPE_OWNER = 100
 FLUSH_BY_HOST = 1
+ORDER_OF_STREAM = 1
+BESIDE_COMPUTE = 1
 ATTRIBUTE_DEVICE_ORDINAL, ATTRIBUTE_RANGE_START, ATTRIBUTE_RANGE_SIZE = 9, 11, 12
 HANDLE_TYPE_DMA_BUF_FD = 1
 NAMES = {"cuMemAlloc": "cuMemAlloc_v2", "cuMemFree": "cuMemFree_v2", "cuIpcOpenMemHandle": "cuIpcOpenMemHandle_v2",
@@ -41,6 +43,19 @@ class CudaError(RdmaError):
 
 class _Handle(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_char * HANDLE_BYTES),)
+
+
+class _CopyAttributes(ctypes.Structure):
+    """cuda.h's CUmemcpyAttributes."""
+
+    _fields_ = (
+        ("order", c_int),
+        ("source_type", c_int),
+        ("source_id", c_int),
+        ("target_type", c_int),
+        ("target_id", c_int),
+        ("flags", c_uint),
+    )
 
 
 class _Driver:
@@ -66,6 +81,10 @@ class _Driver:
         status = self.status(name, *arguments)
         if status:
             raise CudaError(name, status, self.error_name(status))
+
+    def has(self, name: str) -> bool:
+        """Whether this driver has a call."""
+        return hasattr(self._library, name)
 
     def error_name(self, status: int) -> str:
         """Returns: e.g. CUDA_ERROR_OUT_OF_MEMORY."""
@@ -213,7 +232,24 @@ class Gpu:
         """Let this GPU's kernels see what NICs have written to it so far. Raises: CudaError."""
         self.call("cuFlushGPUDirectRDMAWrites", c_int(0), c_int(SCOPE_OWNER))
 
-    # kernels
+    # copies and kernels
+
+    def has(self, name: str) -> bool:
+        """Whether the driver has a call: younger ones are missing in older drivers."""
+        return self._driver.has(name)
+
+    def copy_batch(self, sources: Any, targets: Any, sizes: Any, stream: Stream) -> None:
+        """Queue copies of many pieces by the copy engines: cuMemcpyBatchAsync, of CUDA 12.8 and later.
+
+        Args:
+            sources, targets: [n] uint64 addresses; sizes: [n] uint64 bytes.
+        Raises: CudaError.
+        """
+        attributes, first, failed = _CopyAttributes(order=ORDER_OF_STREAM, flags=BESIDE_COMPUTE), c_size_t(), c_size_t()
+        lists = (c_void_p(a.ctypes.data) for a in (targets, sources, sizes))
+        self.call(
+            "cuMemcpyBatchAsync", *lists, c_size_t(len(sizes)), byref(attributes), byref(first), c_size_t(1), byref(failed), stream.handle
+        )  # fmt: skip
 
     def function(self, name: str) -> c_void_p:
         """Returns: one of blocks.cu's kernels, compiled for this GPU. Raises: CudaError."""

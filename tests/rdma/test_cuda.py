@@ -109,6 +109,38 @@ def test_scattered_blocks_inside_a_gpu_and_their_checksums(max_blocks: int) -> N
         gpu.free(pointer)
 
 
+def test_neighbours_are_joined() -> None:
+    places = np.array([[0, 64], [16, 80], [32, 96], [64, 112], [80, 0], [96, 16], [16, 32]], np.uint64)
+    assert blocks._joined(places, 16).tolist() == [[0, 64, 80, 16], [64, 112, 0, 32], [48, 16, 32, 16]]
+    assert blocks._joined(places[:1], 16).tolist() == [[0], [64], [16]]
+
+
+@needs_gpu
+@pytest.mark.parametrize("engine_bytes", [0, 3 * BLOCK_BYTES, 1 << 60])
+def test_large_pieces_go_by_the_copy_engines(engine_bytes: int) -> None:
+    gpu = Gpu(0)
+    data = random_bytes(4)
+    source, target = gpu.allocate(data.nbytes), gpu.allocate(data.nbytes)
+    gpu.write(source, data)
+    mover = BlockMover(gpu, engine_bytes=engine_bytes)
+    numbers = np.arange(100).reshape(20, 5)  # pieces of five blocks
+    local, remote = (np.random.default_rng(s).permutation(numbers).ravel() for s in (5, 6))
+    begins = np.arange(3) * 100 * BLOCK_BYTES
+    layers = planes(begins[::-1], begins, np.arange(3) * (BLOCK_BYTES // 8))
+    lists = [n.astype(np.uint64) * np.uint64(BLOCK_BYTES) for n in (local, remote)]
+    for nonce in (1, 2):  # the second time the lists are there already
+        found = mover.copy_and_digest(source, target, *lists, BLOCK_BYTES, nonce, layers)
+        landed = np.zeros((3, 100, BLOCK_BYTES), np.uint8)
+        landed[:, remote] = data.reshape(landed.shape)[::-1, local]
+        assert np.array_equal(content(gpu, target).reshape(landed.shape), landed)
+        words = np.ascontiguousarray(landed[:, remote].transpose(1, 0, 2)).reshape(100, -1).view(np.uint64)
+        assert np.array_equal(found, digest_of(words, nonce))
+        gpu.write(target, np.zeros_like(data))
+    mover.close()
+    for pointer in (source, target):
+        gpu.free(pointer)
+
+
 def owner(ordinal: int, pipe: Connection) -> None:
     gpu = Gpu(ordinal)
     other = gpu.allocate(4096)
@@ -152,4 +184,7 @@ def test_errors_have_the_driver_s_names() -> None:
     with pytest.raises(CudaError, match="cuPointerGetAttribute"):
         Gpu(0).export(12345)
     assert Gpu(0).pci_address.count(":") == 2
+    assert Gpu(0).has("cuInit") and not Gpu(0).has("cuNoSuchCall")
+    if Gpu(0).can_flush_nic_writes:
+        Gpu(0).flush_nic_writes()
     assert driver.driver() is driver.driver() and blocks.THREADS == 512
