@@ -43,11 +43,11 @@ class DevicePool:
             source: an address that the GPU can reach; source_offsets, target_offsets: [n] bytes; num_bytes: of each block.
         Raises: CudaError; ValueError: something is not aligned.
         """
-        mover = self._movers.get()
-        try:
-            mover.copy(source, self.pointer, source_offsets, target_offsets, num_bytes)
-        finally:
-            self._movers.put(mover)
+        self._move(source, self.pointer, source_offsets, target_offsets, num_bytes)
+
+    def copy_out(self, target: int, target_offsets: np.ndarray, source_offsets: np.ndarray) -> None:
+        """Copy blocks out of the pool; as `copy`."""
+        self._move(self.pointer, target, source_offsets, target_offsets, self.layout.block_bytes)
 
     def offsets(self, layer: int, block_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns: [n] uint64: where blocks begin in one layer, in bytes from the pool's begin. Raises: IndexError: there is none such."""
@@ -68,6 +68,15 @@ class DevicePool:
             self.pointer, self.offsets(0, block_ids), layout.block_bytes, nonce, layout.num_layers, layer_bytes
         )
         return tuple(sums.tolist())
+
+    def _move(
+        self, source: int, target: int, source_offsets: np.ndarray, target_offsets: np.ndarray, num_bytes: int
+    ) -> None:
+        mover = self._movers.get()
+        try:
+            mover.copy(source, target, source_offsets, target_offsets, num_bytes)
+        finally:
+            self._movers.put(mover)
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
