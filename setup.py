@@ -42,7 +42,10 @@ setup(
         "torch": ["torch>=2.11,<2.14"],
         "rdma": [],  # system packages only: rdma-core, python3-pyverbs
         "ray": ["ray>=2.40"],
-        "mooncake": ["mooncake-transfer-engine>=0.3.13"],
+        "mooncake": [
+            "mooncake-transfer-engine>=0.3.13"
+        ],  # needs CUDA 12; both: apt-get install libibverbs1 libnuma1 libcurl4
+        "mooncake-cpu": ["mooncake-transfer-engine-non-cuda>=0.3.13"],
         "otel": ["opentelemetry-sdk>=1.28", "opentelemetry-exporter-otlp-proto-http>=1.28"],
         # NIXL, which bench_transfer measures too, names torch: pip install --no-deps nixl-cu13
         "bench": [

@@ -242,11 +242,6 @@ def _topic(text: str) -> str:
 
 def _protocols(text: str) -> tuple[str, ...]:
     names = tuple(n.strip() for n in text.split(","))
-    later = {"nccl", "mooncake"} & set(names)
-    if later:
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(sorted(later))} is not part of this version; use shm (one machine), rdma (NICs) and tcp (any), e.g. rdma,shm,tcp"
-        )
     if not all(names) or len(set(names)) != len(names):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not allowed; it must be names separated by commas, each once, e.g. shm,tcp"
@@ -341,9 +336,13 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "--cache-transfer-protocol",
         type=_protocols,
         default=("shm", "tcp"),
-        help="transfer backends in order of preference",
+        help="transfer backends in order of preference: ipc, shm, rdma, nccl, mooncake, tcp, or one of another package",
     )
-    add("--cache-queue-port", type=_PORT, help="TCP port for KV blocks (default: a free one)")
+    add(
+        "--cache-queue-port",
+        type=_PORT,
+        help="TCP port for KV blocks, of the first of tcp, nccl and mooncake (default: a free one)",
+    )
     add(
         "--rdma-comm-ports",
         type=_ports,

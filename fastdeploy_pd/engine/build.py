@@ -170,7 +170,11 @@ def build_backends(
     if config.cluster.scheduler_name == "local":
         return {}
     cache = config.cache
-    ports = {"tcp": cache.cache_queue_port or 0, "rdma": cache.rdma_comm_ports[0] if cache.rdma_comm_ports else 0}
+    ports = {"rdma": cache.rdma_comm_ports[0] if cache.rdma_comm_ports else 0}
+    for name in cache.cache_transfer_protocol:
+        if name in ("tcp", "nccl", "mooncake"):
+            ports[name] = cache.cache_queue_port or 0
+            break
     backends: dict[str, Transfer | str] = {}
     for name in config.cache.cache_transfer_protocol:
         try:

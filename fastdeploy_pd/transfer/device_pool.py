@@ -36,6 +36,21 @@ class DevicePool:
         """Returns: (CUDA IPC handle of the allocation, the pool's offset in it). Raises: CudaError: it cannot be shared."""
         return self.gpu.export(self.pointer)
 
+    def copy(self, source: int, source_offsets: np.ndarray, target_offsets: np.ndarray, num_bytes: int) -> None:
+        """Copy blocks into the pool; when it returns they are there. From any thread; at most NUM_MOVERS at once.
+
+        Args:
+            source: an address that the GPU can reach; source_offsets, target_offsets: [n] bytes; num_bytes: of each block.
+        Raises: CudaError; ValueError: something is not aligned.
+        """
+        with self._mover() as mover:
+            mover.copy(source, self.pointer, source_offsets, target_offsets, num_bytes)
+
+    def copy_out(self, target: int, target_offsets: np.ndarray, source_offsets: np.ndarray, num_bytes: int) -> None:
+        """Copy blocks out of the pool; as `copy`."""
+        with self._mover() as mover:
+            mover.copy(self.pointer, target, source_offsets, target_offsets, num_bytes)
+
     def digest_layers(self, layers: Sequence[int], block_ids: np.ndarray, nonce: int, parts: int = 1) -> np.ndarray:
         """Returns: [n] uint64: what these layers add to the checksums of blocks, modulo 2^64."""
         offsets, size = self.offsets(block_ids, parts), self.layout.block_bytes // parts

@@ -148,7 +148,6 @@ class IpcTransfer(ShmTransfer):
             except RdmaError as error:
                 raise TransferError(f"ipc: {error}") from error
             outgoing.sums.add(frame.remote, sums)
-        self.add_done(frame.epoch, 0)
         return True
 
     def digests_sent(self, outgoing: Outgoing) -> tuple[int, ...]:

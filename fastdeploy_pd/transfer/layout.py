@@ -71,6 +71,12 @@ def unpack_ids(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype=_ID).astype(np.int64)
 
 
+def rows_of(layers: Sequence[int], block_ids: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Returns: [len(layers) * n] int64: blocks of several layers, layer by layer, as rows of a pool seen as [rows, block_bytes]."""
+    rows: np.ndarray = (np.array(layers, dtype=np.int64)[:, None] * num_blocks + block_ids).ravel()
+    return rows
+
+
 def neighbours(local: np.ndarray, remote: np.ndarray) -> Iterable[tuple[int, int, int]]:
     """Returns: (local block, remote block, count) of each run of blocks that lie side by side in both pools."""
     if not len(local):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
@@ -12,6 +12,11 @@ from fastdeploy_pd.transfer.base import Transfer
 
 RETRY_S = 30.0  # a backend that failed for a peer is left out for that peer so long, where there is another
 MAX_FAILURES = 4096  # remembered
+GROUP = "fastdeploy_pd.transfers"  #: of entry points; docs/transfer_backends.md
+BACKENDS = tuple(  # loaded when asked for: each imports what it needs
+    EntryPoint(name, f"fastdeploy_pd.transfer.{name}:{name.capitalize()}Transfer", GROUP)
+    for name in ("ipc", "mooncake", "nccl", "rdma", "shm", "tcp")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +90,10 @@ def build(name: str, **arguments: Any) -> Transfer:
         ConfigError: there is none of that name; lists those there are.
         TransferUnavailable: this machine has not got what it needs.
     """
-    from fastdeploy_pd.transfer.ipc import IpcTransfer
-    from fastdeploy_pd.transfer.rdma import RdmaTransfer
-    from fastdeploy_pd.transfer.shm import ShmTransfer
-    from fastdeploy_pd.transfer.tcp import TcpTransfer
-
-    known: dict[str, Any] = {"ipc": IpcTransfer, "rdma": RdmaTransfer, "shm": ShmTransfer, "tcp": TcpTransfer}
-    if name not in known:
-        known |= {point.name: point for point in entry_points(group="fastdeploy_pd.transfers")}
-        if name not in known:
-            raise ConfigError(f"--cache-transfer-protocol names {name!r}; there are {', '.join(sorted(known))}")
-        known[name] = known[name].load()
-    transfer: Transfer = known[name](**arguments)
+    points = {point.name: point for point in BACKENDS}
+    if name not in points:
+        points |= {point.name: point for point in entry_points(group=GROUP)} | points
+        if name not in points:
+            raise ConfigError(f"--cache-transfer-protocol names {name!r}; there are {', '.join(sorted(points))}")
+    transfer: Transfer = points[name].load()(**arguments)
     return transfer

@@ -364,7 +364,7 @@ class StreamTransfer:
 
     @contextmanager
     def reading(self, epoch: str) -> Iterator[Outgoing | None]:
-        """Inside the block the epoch's source blocks stay pinned; call add_done behind it. Yields: the epoch, if it is still wanted."""
+        """Inside the block the epoch's source blocks stay pinned. Yields: the epoch, if it is still wanted."""
         with self._lock:
             outgoing = self._out.get(epoch)
             if outgoing is not None:
@@ -378,6 +378,7 @@ class StreamTransfer:
                     is_last = outgoing.failure and not outgoing.num_readers
                 if is_last:
                     self._events.put(EpochFailed(epoch, outgoing.failure))
+                self.add_done(epoch, 0)  # it may have been all that was waited for
 
     # receiving threads
 

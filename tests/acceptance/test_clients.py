@@ -160,7 +160,7 @@ SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
         (["--splitwise-role", "decoder"], "--splitwise-role"),
         (["--splitwise-role", "decode"], "--scheduler-name splitwise"),
         (["--tensor-parallel-size", "2"], "only 1 is allowed"),
-        (["--cache-transfer-protocol", "nccl"], "use shm"),
+        (["--cache-transfer-protocol", "shm,shm"], "each once"),
         (
             ["--rdma-comm-ports", "1234,1235"],
             "--rdma-comm-ports names 2 ports; there must be one a tensor-parallel rank",

@@ -10,6 +10,7 @@ import pytest
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster
 from tests.acceptance.conftest import Case, answers_of, differences
+from tests.transfer.optional import has_mooncake
 
 TOPOLOGIES = {
     "mixed": ["mixed"],
@@ -62,3 +63,16 @@ def test_paddle_prefills_for_torch_and_the_other_way_round(redis_server: Embedde
             instances = [cluster.launch("prefill", ["--ops", prefill]), cluster.launch("decode", ["--ops", decode])]
             cluster.wait_ready(instances)
             assert not differences(some, asyncio.run(answers_of([i.http_url for i in instances], some)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+def test_other_ways_for_the_blocks(redis_server: EmbeddedRedis, cases: list[Case], backend: str) -> None:
+    if backend == "mooncake" and not has_mooncake():
+        pytest.skip("no Mooncake here")
+    some = cases[:20]
+    flags = ["--cache-transfer-protocol", backend]
+    env = {"FD_CLUSTER_SECRET": "a secret that all instances know"}
+    with LocalCluster(redis_server.url, f"way-{backend}", flags, env) as cluster:
+        instances = cluster.start(["prefill", "decode"])
+        assert not differences(some, asyncio.run(answers_of([i.http_url for i in instances], some)))

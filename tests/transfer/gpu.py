@@ -23,6 +23,18 @@ def has_gpu() -> bool:
     return True
 
 
+@cache
+def num_gpus() -> int:
+    """How many this process sees."""
+    count = 0
+    while True:
+        try:
+            Gpu(count)
+        except CudaUnavailable:
+            return count
+        count += 1
+
+
 class _Seen(DevicePool):
     def export(self) -> tuple[bytes, int]:
         return bytes(64), 0  # host memory has no handle; both ends are in this process

@@ -23,10 +23,13 @@ from fastdeploy_pd.transfer.shm import ShmTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from rdma_comm.devices import list_nics
 from tests.transfer.gpu import has_gpu, seen_by_gpu
+from tests.transfer.optional import has_mooncake
 
 LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
 #: rdma needs a device: where there is none, tests/rdma/test_in_vm.py runs this file in a machine that has one
-BACKENDS = ["tcp", "shm", "loopback", *(["rdma"] if list_nics() else []), *(["ipc"] if has_gpu() else [])]
+#: files is the example of docs/transfer_backends.md
+BACKENDS = ["tcp", "shm", "nccl", "loopback", "files", *(["mooncake"] if has_mooncake() else [])]
+BACKENDS += [*(["rdma"] if list_nics() else []), *(["ipc"] if has_gpu() else [])]
 SECRET = b"a secret that all instances know"
 
 
@@ -74,6 +77,8 @@ def new_pool(layout: KVLayout = LAYOUT, seed: int | None = None) -> KVPool:
 
 @pytest.fixture(params=BACKENDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    if request.param == "files":
+        request.getfixturevalue("installed_example")
     network = LoopbackNetwork() if request.param == "loopback" else None
     made: list[Transfer] = []
 
@@ -81,6 +86,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         if network is not None:
             transfer: Transfer = LoopbackTransfer(f"end-{len(made)}", pool, layout, network, fingerprint)
         else:
+            if request.param == "mooncake":
+                options.setdefault("secret", SECRET)
             place = seen_by_gpu(pool) if request.param == "ipc" else pool
             transfer = build(request.param, pool=place, layout=layout, fingerprint=fingerprint, **options)
         made.append(transfer)
@@ -268,7 +275,7 @@ def test_a_backend_that_failed_for_a_peer_is_passed_over_until_it_is_tried_again
 # what only sockets have
 
 
-@pytest.mark.parametrize("backend", ["tcp", "shm"])
+@pytest.mark.parametrize("backend", ["tcp", "shm", "nccl"])
 def test_another_secret_is_refused(backend: str) -> None:
     pools = new_pool(seed=1), new_pool()
     source = build(backend, pool=pools[0], layout=LAYOUT, fingerprint="m", secret=SECRET)
@@ -324,7 +331,7 @@ def test_pools_beyond_four_gibibytes() -> None:
     layout = KVLayout(2, 70_000, 2, 64, 64, "float32")  # 64 KiB a block, 8.5 GiB of address space, touched sparsely
     pools = KVPool(layout), KVPool(layout)
     pools[0].block(1, 69_999)[:] = b"\x5a" * layout.block_bytes
-    for backend in ("tcp", "shm"):
+    for backend in ("tcp", "shm", "nccl"):
         source = build(backend, pool=pools[0], layout=layout, fingerprint="m")
         target = build(backend, pool=pools[1], layout=layout, fingerprint="m")
         target.open_epoch(backend, [69_998], 1)
