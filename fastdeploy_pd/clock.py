@@ -25,7 +25,7 @@ class WallClock:
         return time.monotonic()
 
     def unix_s(self) -> float:
-        """Returns: seconds since 1970, for `created` fields and log lines only."""
+        """Returns: seconds since 1970, for `created` fields, log lines and what `doctor` says of clocks only."""
         return time.time()
 
 

@@ -60,18 +60,22 @@ def receive_frame(connection: socket.socket) -> dict[str, Any]:
 class Handshake:
     """One side's part."""
 
-    def __init__(self, must_match: Mapping[str, Any], secret: bytes | None = None) -> None:
+    def __init__(
+        self, must_match: Mapping[str, Any], secret: bytes | None = None, timeout_s: float = TIMEOUT_S
+    ) -> None:
         """
         Args:
             must_match: plain values that both sides compare: layout, data type, tensor parallel size ...
             secret: what both sides know; without one anybody who reaches the port may connect.
+            timeout_s: of each frame.
         """
+        self._timeout_s = timeout_s
         self._must_match = dict(must_match)
         self._key = hmac.new(secret or b"", b"rdma_comm bootstrap", hashlib.sha256).digest()
 
     def connect(self, connection: socket.socket, offer: Any) -> Any:
         """Returns: the server's offer. Raises: HandshakeFailed: names what differs; OSError."""
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(self._timeout_s)
         nonce = secrets.token_hex(NONCE_BYTES)
         send_frame(connection, {"magic": MAGIC, "version": VERSION, "nonce": nonce})
         hello = self._check_hello(receive_frame(connection))
@@ -84,7 +88,7 @@ class Handshake:
 
     def accept(self, connection: socket.socket, offer: Any) -> Any:
         """Returns: the client's offer. Raises: HandshakeFailed, OSError."""
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(self._timeout_s)
         hello = self._check_hello(receive_frame(connection))
         nonce = secrets.token_hex(NONCE_BYTES)
         nonces = hello["nonce"] + nonce

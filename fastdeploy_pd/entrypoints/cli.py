@@ -15,7 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,doctor,version}")
     up = commands.add_parser(
         "up",
         help="start a small cluster on this machine and talk to it",
@@ -38,8 +38,32 @@ def make_parser() -> argparse.ArgumentParser:
         "serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False
     )
     serve.add_argument("flags", nargs=argparse.REMAINDER)
+    _add_doctor(
+        commands.add_parser(
+            "doctor",
+            help="say what this machine, or a pair of machines, can do, and what mends the rest",
+            description="One line a check: ok, warn, fail or absent, and what mends it. Exit status 1 if something failed. See docs/doctor.md.",
+        )
+    )
     commands.add_parser("version", help="print the version")
     return parser
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    sides = doctor.add_mutually_exclusive_group()
+    sides.add_argument("--peer", metavar="HOST[:PORT]", help="test the pair with a machine that runs `doctor --listen`")
+    sides.add_argument(
+        "--listen",
+        metavar="[HOST:]PORT",
+        help="answer a `doctor --peer` until Ctrl-C (HOST: 0.0.0.0 with a secret, else 127.0.0.1)",
+    )
+    doctor.add_argument(
+        "--redis-url", metavar="URL", help="the cluster's Redis (default: what may run on this machine)"
+    )
+    doctor.add_argument(
+        "--cluster-secret-file", metavar="FILE", help="file with the cluster secret (or FD_CLUSTER_SECRET)"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,11 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "version":
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1:
+    is_up = args.command == "up"
+    if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
-        from fastdeploy_pd.launch.up import run
-
+        if is_up:
+            from fastdeploy_pd.launch.up import run
+        else:
+            from fastdeploy_pd.doctor.main import run
         return run(args)
     except FastDeployPDError as error:
         sys.stderr.write(f"\nerror: {error.message}\n")

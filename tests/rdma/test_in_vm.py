@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,14 @@ def test_prefill_and_decode_on_two_machines_answer_like_one_engine(tmp_path: Pat
     printed = run_in_vm("tests.rdma.two_hosts", hosts=2, timeout_s=700, mem_mib=2500, env={"RDMA_CASES": str(file)})
     sys.stdout.write(printed)
     assert printed.count("ended well") == 2
+
+
+@pytest.mark.timeout(300)
+def test_the_doctor_finds_rdma_between_two_machines() -> None:
+    printed = run_in_vm("tests.rdma.two_doctors", hosts=2, timeout_s=200, mem_mib=1500)
+    sys.stdout.write(printed)
+    assert re.search(r"^\[1\] ok +pair rdma: rxe0 .* the same bytes; MTU 4096 here, 4096 there", printed, re.M)
+    assert re.search(r"^\[1\] ok +pair backend: .* takes rdma \(shm: .*3 blocks handed over", printed, re.M)
+    for name in ("nics", "link", "gid", "mtu", "memlock", "backend rdma", "peer"):
+        assert re.search(rf"^\[1\] ok +{name}: ", printed, re.M), name
+    assert not re.search(r"^\[\d\] fail ", printed, re.M)
