@@ -98,16 +98,16 @@ def wait_events(transfer: Transfer, count: int) -> list[TransferEvent]:
     return sorted(events, key=lambda e: e.epoch)
 
 
-def end_of(gpu: Gpu, layout: KVLayout, is_checked: bool) -> tuple[DevicePool, Transfer]:
+def end_of(gpu: Gpu, layout: KVLayout, is_checked: bool, backend: str) -> tuple[DevicePool, Transfer]:
     """Returns: a pool and its transfer, in this process from now on with or without checksums."""
     BlockMover.copy_and_digest = COPY_AND_DIGEST if is_checked else copy_alone  # type: ignore[method-assign]
     pool = (DevicePool if is_checked else Unchecked)(layout, gpu)
-    return pool, build("ipc", pool=pool, layout=layout, fingerprint="m")
+    return pool, build(backend, pool=pool, layout=layout, fingerprint="m")
 
 
-def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool) -> None:
+def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool, backend: str) -> None:
     """Hand over what is asked for, until None is; answer with what the transfer has reported."""
-    pool, transfer = end_of(gpu, layout, is_checked)
+    pool, transfer = end_of(gpu, layout, is_checked, backend)
     descriptor = pipe.recv()
     while (asked := pipe.recv()) is not None:
         seed, num_epochs = asked
@@ -124,10 +124,12 @@ def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool) 
     pool.close()
 
 
-def hand_over_speed(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool = True) -> dict[str, float]:
+def hand_over_speed(
+    pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool = True, backend: str = "ipc"
+) -> dict[str, float]:
     """Returns: GB/s from the word to begin until all have arrived, checksums of both sides included: of one epoch and of EPOCHS at once."""
-    pipe.send((layout, is_checked))
-    pool, transfer = end_of(gpu, layout, is_checked)
+    pipe.send((layout, is_checked, backend))
+    pool, transfer = end_of(gpu, layout, is_checked, backend)
     pipe.send(transfer.descriptor())
     found = {}
     for num_epochs, name in ((1, "one_gb_s"), (EPOCHS, "several_gb_s")):
@@ -278,6 +280,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hand-overs", action="store_true", help="these alone")
+    parser.add_argument(
+        "--backend",
+        default="ipc",
+        help="that hands over: ipc, or nccl (NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1: by sockets)",
+    )
     args = parser.parse_args()
     context = mp.get_context("spawn")
     pipe, other = context.Pipe()
@@ -311,8 +318,10 @@ def main() -> int:
         result["engines"] = engines(pipe, torch, gpu, source, target)
     result["digest_s"] = {"target": digest_seconds(gpu, target)}
     gpu.free(target)
-    for is_checked, name in ((True, "hand_over"), (False, "without_checksums")):
-        result[name] = {k: hand_over_speed(pipe, gpu, lay, is_checked) for k, lay in hand_over_layouts().items()}
+    for is_checked, name in ((True, "hand_over"), (False, "without_checksums"))[: 2 if args.backend == "ipc" else 1]:
+        result[name] = {
+            k: hand_over_speed(pipe, gpu, lay, is_checked, args.backend) for k, lay in hand_over_layouts().items()
+        }
         sys.stdout.write(f"{name} {result[name]}\n")
     pipe.send("digest")
     result["digest_s"]["source"] = pipe.recv()
