@@ -1,0 +1,33 @@
+"""Which backends an instance builds from its flags, and on which ports."""
+
+from __future__ import annotations
+
+import socket
+
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.engine.build import build_backends
+from fastdeploy_pd.transfer.layout import KVPool
+
+LAYOUT = KVLayout(num_layers=2, num_blocks=8, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
+
+
+def test_the_first_that_listens_has_the_port_that_was_given() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for protocols, holder in (("shm,nccl,tcp", "nccl"), ("tcp,nccl", "tcp")):
+        flags = [
+            "--scheduler-name",
+            "splitwise",
+            "--cache-transfer-protocol",
+            protocols,
+            "--cache-queue-port",
+            str(port),
+        ]
+        backends = build_backends(InstanceConfig.from_args(flags, {}), KVPool(LAYOUT), LAYOUT, "m", None)
+        assert list(backends) == protocols.split(",")
+        found = {name: b.descriptor().get("port") for name, b in backends.items() if not isinstance(b, str)}
+        assert [name for name, used in found.items() if used == port] == [holder]
+        for backend in backends.values():
+            assert not isinstance(backend, str)
+            backend.close()
