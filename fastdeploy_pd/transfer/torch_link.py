@@ -274,8 +274,7 @@ class Lane:
                     self.fail()
                     raise TransferError("nccl: the connection ended, or the peer stalls")
                 time.sleep(POLL_S)
-            if not work.is_success():
-                raise TransferError("nccl: the message failed")
+            work.wait()  # says what failed
         except RuntimeError as error:
             raise TransferError(f"{self._side.kind}: {error}") from error
 

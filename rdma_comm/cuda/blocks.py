@@ -21,6 +21,7 @@ DEFAULT_CTAS = 32  # of 132: 370 GB/s over NVLink from blocks of 8 KiB on, of 37
 DIGEST_CTAS = 528  # four for each of an H200's multiprocessors
 ALIGNMENT = 16
 MAX_PLANES = 1024
+SAMPLE = 256
 ENGINE_BYTES = (
     1 << 20
 )  # pieces from this on: 348 GB/s beside the kernel's 366 on an idle GPU, 347 beside 194 on one that computes
@@ -60,7 +61,7 @@ class BlockMover:
         """
         self.gpu, self.num_ctas, self.max_blocks = gpu, num_ctas, max_blocks
         self._engine_bytes = engine_bytes if gpu.has("cuMemcpyBatchAsync") else 1 << 62
-        self._pieces = np.zeros((3, 0), np.uint64)  # of the lists in the table: source, target, bytes of each
+        self._pieces: np.ndarray | None = None  # of the lists in the table, where they are large: see _joined
         self._stream = Stream(gpu)
         table_bytes, sums_bytes = _PLANES_BYTES + max_blocks * 16, max_blocks * 8
         self._table, self._digests = gpu.allocate(table_bytes), gpu.allocate(sums_bytes)
@@ -169,7 +170,7 @@ class BlockMover:
                 words[:, 0], words[:, 1] = sources[first : first + count], targets[first : first + count]
                 self._upload(_PLANES_BYTES, count * 16)
                 self._uploaded = (sources, targets) if count == len(sources) else (None, None)
-                self._pieces = _joined(words, block_bytes)
+                self._pieces = _joined(words[:, 0], words[:, 1], block_bytes, self._engine_bytes)
             yield first, count
 
     def _upload(self, offset: int, num_bytes: int) -> None:
@@ -177,7 +178,7 @@ class BlockMover:
         self.gpu.call("cuMemcpyHtoDAsync", place, staged, c_size_t(num_bytes), self._stream.handle)
 
     def _start_copy(self, source: int, target: int, count: int, block_bytes: int, planes: np.ndarray) -> None:
-        if count * block_bytes >= self._engine_bytes * self._pieces.shape[1]:
+        if self._pieces is not None:
             begins = planes[:, None, :2] + np.array([source, target], np.uint64)
             sources, targets = (begins[:, :, i] + self._pieces[i] for i in (0, 1))
             self.gpu.copy_batch(sources.ravel(), targets.ravel(), np.tile(self._pieces[2], len(planes)), self._stream)
@@ -201,17 +202,22 @@ class BlockMover:
         self.gpu.call("cuMemcpyDtoHAsync", place, c_ulonglong(self._digests), num_bytes, stream)
 
 
-def _joined(places: np.ndarray, block_bytes: int) -> np.ndarray:
+def _joined(sources: np.ndarray, targets: np.ndarray, block_bytes: int, least_bytes: int) -> np.ndarray | None:
     """
     Args:
-        places: [n, 2] where blocks begin in source and target.
-    Returns: [3, m] source, target and bytes of the pieces that they make where blocks lie side by side in both.
+        sources, targets: [n] where blocks begin; least_bytes: of a piece on average.
+    Returns: [3, m] source, target and bytes of the pieces that they make where blocks lie side by side in both; None: too small ones.
     """
-    is_first = np.ones(len(places), dtype=bool)
-    is_first[1:] = (places[1:] - places[:-1] != block_bytes).any(axis=1)
+    least_of_sample = min(least_bytes, SAMPLE * block_bytes) // 2
+    if len(sources) > SAMPLE and _joined(sources[:SAMPLE], targets[:SAMPLE], block_bytes, least_of_sample) is None:
+        return None  # a long list of small pieces takes longer to look through than to copy
+    is_first = np.ones(len(sources), dtype=bool)
+    is_first[1:] = (np.diff(sources) != block_bytes) | (np.diff(targets) != block_bytes)
     starts = np.flatnonzero(is_first)
-    sizes = np.diff(np.append(starts, len(places))).astype(np.uint64) * np.uint64(block_bytes)
-    return np.stack([places[starts, 0], places[starts, 1], sizes])
+    if len(sources) * block_bytes < len(starts) * least_bytes:
+        return None
+    sizes = np.diff(np.append(starts, len(sources))).astype(np.uint64) * np.uint64(block_bytes)
+    return np.stack([sources[starts], targets[starts], sizes])
 
 
 def digest_of(words: np.ndarray, nonce: int) -> np.ndarray:

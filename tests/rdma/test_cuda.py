@@ -111,8 +111,14 @@ def test_scattered_blocks_inside_a_gpu_and_their_checksums(max_blocks: int) -> N
 
 def test_neighbours_are_joined() -> None:
     places = np.array([[0, 64], [16, 80], [32, 96], [64, 112], [80, 0], [96, 16], [16, 32]], np.uint64)
-    assert blocks._joined(places, 16).tolist() == [[0, 64, 80, 16], [64, 112, 0, 32], [48, 16, 32, 16]]
-    assert blocks._joined(places[:1], 16).tolist() == [[0], [64], [16]]
+    for least_bytes in (0, 28):
+        found = blocks._joined(places[:, 0], places[:, 1], 16, least_bytes)
+        assert found is not None and found.tolist() == [[0, 64, 80, 16], [64, 112, 0, 32], [48, 16, 32, 16]]
+    assert blocks._joined(places[:, 0], places[:, 1], 16, 29) is None
+    many = np.arange(10 * blocks.SAMPLE, dtype=np.uint64) * np.uint64(16)
+    found = blocks._joined(many, many, 16, many.nbytes)
+    assert found is not None and found.tolist() == [[0], [0], [len(many) * 16]]
+    assert blocks._joined(many * np.uint64(2), many, 16, 1 << 20) is None
 
 
 @needs_gpu

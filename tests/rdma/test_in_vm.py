@@ -27,7 +27,8 @@ def test_the_compiled_part_and_the_communicator() -> None:
 
 @pytest.mark.timeout(700)
 def test_the_transfer_contract_on_rdma() -> None:
-    printed = run_in_vm(*PYTEST, "tests/transfer/test_contract.py", "-k", "rdma", timeout_s=600)
+    files = ("tests/transfer/test_contract.py", "tests/transfer/test_connect.py")
+    printed = run_in_vm(*PYTEST, *files, "-k", "rdma", timeout_s=600)
     assert " passed" in printed and "failed" not in printed
 
 
