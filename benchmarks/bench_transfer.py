@@ -210,7 +210,7 @@ def rdma_row(size: int, figures: dict[str, list[float]]) -> Row:
     for (
         name,
         values,
-    ) in figures.items():  # perftest's clock is the CPU's: emulated, it may stand still and make a figure 0
+    ) in figures.items():  # in a busy emulated machine perftest has printed 0: no figure
         row[name] = statistics.median([value for value in values if value] or [0.0])
 
     def ratio(name: str, reference: str) -> float:
