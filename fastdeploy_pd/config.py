@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import ipaddress
 import re
+import socket
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.interfaces import address_of
 
 ROLES = ("mixed", "prefill", "decode")
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -106,7 +108,7 @@ class InstanceConfig:
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str], program: str = "api_server") -> InstanceConfig:
-        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET, FD_SCHEDULER_PASSWORD).
+        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET, FD_SCHEDULER_PASSWORD, KVCACHE_SOCKET_IFNAME).
 
         Args:
             program: what `--help` calls it.
@@ -120,6 +122,7 @@ class InstanceConfig:
                 check(value)
         _check_ports(args)
         args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
+        args.advertise_host = args.advertise_host or _own_address(env)
         secret = read_secret(args.cluster_secret_file, env)
         if secret is None and args.scheduler_name != "local" and not is_loopback(args.advertise_host):
             raise ConfigError(
@@ -389,7 +392,10 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
         type=_PORT,
         help="with --scheduler-name local: loopback port between API and engine (default: a Unix socket)",
     )
-    add("--advertise-host", default="127.0.0.1", help="address at which other instances reach this one")
+    add(
+        "--advertise-host",
+        help="address at which other instances reach this one (default: that of KVCACHE_SOCKET_IFNAME's interface, or 127.0.0.1)",
+    )
     add("--cluster-secret-file", help="file with the cluster secret (or FD_CLUSTER_SECRET)")
 
 
@@ -404,6 +410,17 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
         add(flag, type=_integer(1), help="only 1 in this version")
     for flag in ("--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
+
+
+def _own_address(env: Mapping[str, str]) -> str:
+    interface = env.get("KVCACHE_SOCKET_IFNAME", "")
+    address = address_of(interface) if interface else "127.0.0.1"
+    if not address:
+        names = ", ".join(name for _, name in socket.if_nameindex() if address_of(name))
+        raise ConfigError(
+            f"KVCACHE_SOCKET_IFNAME is {interface!r}, which is no network interface with an IPv4 address; there are: {names}"
+        )
+    return address
 
 
 def _check_ports(args: argparse.Namespace) -> None:

@@ -16,11 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "core": {"errors", "clock", "config", "request"},
     "model": {"errors", "clock", "config", "request", "core"},
-    "transfer": {"errors", "clock", "config", "request", "core"},
+    "transfer": {"errors", "clock", "config", "request", "interfaces", "core"},
     "cluster": {"errors", "clock", "config", "request", "core"},
     "observe": {"errors", "clock", "config", "request", "core"},
 }
-BASE = {"errors", "clock", "config", "request"}
+BASE = {"errors", "clock", "config", "request", "interfaces"}
 ALLOWED["engine"] = {*BASE, "core", "model", "transfer", "cluster", "observe"}
 ALLOWED["launch"] = {*ALLOWED["engine"], "engine", "launch", "entrypoints"}
 ALLOWED["doctor"] = {*ALLOWED["engine"], "engine", "launch"}

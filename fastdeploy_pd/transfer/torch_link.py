@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import Store
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.errors import TransferError
+from fastdeploy_pd.interfaces import interface_of
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool
@@ -277,22 +278,3 @@ class Lane:
             work.wait()  # says what failed
         except RuntimeError as error:
             raise TransferError(f"{self._side.kind}: {error}") from error
-
-
-def interface_of(host: str) -> str:
-    """Returns: the network interface that has this IPv4 address; "" if none is found."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        wanted = socket.gethostbyname(host)
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                if _address(probe, name) == wanted:
-                    return name
-    return ""
-
-
-def _address(probe: socket.socket, interface: str) -> str:
-    import fcntl  # Linux alone
-
-    get_address = 0x8915  # SIOCGIFADDR, netdevice(7)
-    answer = fcntl.ioctl(probe.fileno(), get_address, interface.encode().ljust(40, b"\0"))
-    return socket.inet_ntoa(answer[20:24])
