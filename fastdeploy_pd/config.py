@@ -121,6 +121,7 @@ class InstanceConfig:
             if value is not None:
                 check(value)
         _check_ports(args)
+        _choose_by_device(args)
         args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
         args.advertise_host = args.advertise_host or _own_address(env)
         secret = read_secret(args.cluster_secret_file, env)
@@ -301,6 +302,7 @@ def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     _add_model_flags(parser.add_argument)
+    _add_cache_flags(parser.add_argument)
     _add_cluster_flags(parser.add_argument)
     _add_server_flags(parser.add_argument)
     return parser
@@ -317,17 +319,28 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="compute and KV type; bfloat16 needs --ops torch",
+        help="compute and KV type; bfloat16 needs --ops torch (default: float32, on a GPU bfloat16)",
     )
-    add("--device", choices=("cpu",), default="cpu", help="where the model runs; this version computes on CPU")
-    add("--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the model runs; cuda: the first GPU that CUDA_VISIBLE_DEVICES leaves, with --ops torch",
+    )
+    add(
+        "--ops",
+        choices=("paddle", "torch", "reference"),
+        help="which framework computes (default: paddle, on a GPU torch)",
+    )
+
+
+def _add_cache_flags(add: Callable[..., Any]) -> None:
     add("--block-size", type=_block_size, default=64, help="tokens a KV block, a power of two")
     add("--num-gpu-blocks-override", type=_integer(1), help="KV blocks of the pool (default: from free memory)")
     add(
         "--gpu-memory-utilization",
         type=_number(float, 0.01, 0.95, "a number from 0.01 to 0.95"),
-        help="share of the device's free memory for KV blocks (CPU: of free RAM)",
+        help="share of the device's free memory for KV blocks, weights loaded (default: 0.9 of a GPU's; of RAM 0.25 and no more than needed)",
     )
     add(
         "--enable-prefix-caching",
@@ -338,8 +351,8 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add(
         "--cache-transfer-protocol",
         type=_protocols,
-        default=("shm", "tcp"),
-        help="transfer backends in order of preference: ipc, shm, rdma, nccl, mooncake, tcp, or one of another package",
+        help="transfer backends in order of preference: ipc, shm, rdma, nccl, mooncake, tcp, or one of another package (default: shm,tcp; "
+        "on a GPU ipc,rdma,nccl)",
     )
     add(
         "--cache-queue-port",
@@ -410,6 +423,17 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
         add(flag, type=_integer(1), help="only 1 in this version")
     for flag in ("--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
+
+
+def _choose_by_device(args: argparse.Namespace) -> None:
+    is_gpu = args.device != "cpu"
+    args.ops = args.ops or ("torch" if is_gpu else "paddle")
+    args.dtype = args.dtype or ("bfloat16" if is_gpu else "float32")
+    args.cache_transfer_protocol = args.cache_transfer_protocol or (
+        ("ipc", "rdma", "nccl") if is_gpu else ("shm", "tcp")
+    )
+    if is_gpu and args.ops != "torch":
+        raise ConfigError(f"--ops is {args.ops!r}; with --device {args.device} it must be torch")
 
 
 def _own_address(env: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
@@ -25,15 +25,20 @@ from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
 from fastdeploy_pd.model.runner import ModelRunner
 from fastdeploy_pd.request import Request
 from fastdeploy_pd.transfer.base import Transfer
+from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.select import build as build_transfer
+from rdma_comm.cuda.driver import Gpu
+from rdma_comm.errors import RdmaError
 
 log = logging.getLogger("fastdeploy_pd.engine")
 
 #: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
 DEFAULT_MEMORY_FRACTION = 0.25
+DEFAULT_GPU_FRACTION = 0.9
 #: a hung peer is noticed after this; a CPU step of a long prompt takes seconds on a busy machine
 CPU_PEER_TIMEOUT_S = 10.0
+Pool = KVPool | DevicePool
 #: full-length sequences a pool is made for, above max_num_seqs, when memory allows: prefixes stay cached
 SPARE_SEQUENCES = 8
 
@@ -44,7 +49,7 @@ class BuiltEngine:
 
     engine: Engine
     instance_id: str
-    pool: KVPool
+    pool: Pool
     fingerprint: str
     layout: KVLayout
     max_model_len: int
@@ -79,12 +84,13 @@ def free_memory_bytes() -> int:
     raise ConfigError("/proc/meminfo has no MemAvailable line; give --num-gpu-blocks-override")
 
 
-def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int) -> int:
+def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int, gpu: Gpu | None = None) -> int:
     """How many blocks the pool gets.
 
     Args:
         layout: with any num_blocks; the rest is used.
         max_model_len: tokens one sequence may have; the pool holds at least one such sequence.
+        gpu: whose memory it takes; None: the machine's.
     Raises: ConfigError: the memory, or the override, does not suffice for one sequence; says the numbers.
     """
     per_sequence = -(-max_model_len // layout.block_size)
@@ -93,9 +99,11 @@ def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int
         num_blocks, why = config.cache.num_gpu_blocks_override, "--num-gpu-blocks-override"
     else:
         fraction = config.cache.gpu_memory_utilization
-        budget = int(free_memory_bytes() * (DEFAULT_MEMORY_FRACTION if fraction is None else fraction))
-        num_blocks, why = budget // block_bytes, f"{budget / 2**20:.0f} MiB of free memory"
-        if fraction is None:
+        usual = DEFAULT_MEMORY_FRACTION if gpu is None else DEFAULT_GPU_FRACTION
+        free = free_memory_bytes() if gpu is None else gpu.memory()[0]
+        budget = int(free * (usual if fraction is None else fraction))
+        num_blocks, why = budget // block_bytes, f"{budget / 2**20:.0f} MiB of {free / 2**20:.0f} MiB free memory"
+        if fraction is None and gpu is None:
             num_blocks = min(num_blocks, (config.scheduling.max_num_seqs + SPARE_SEQUENCES) * per_sequence)
     if num_blocks < per_sequence:
         raise ConfigError(
@@ -128,14 +136,12 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
             f"--max-model-len ({max_model_len})"
         )
-    layout = ModelRunner.kv_layout(model, num_blocks=1, block_size=config.cache.block_size, dtype=config.model.dtype)
-    layout = ModelRunner.kv_layout(
-        model, num_pool_blocks(config, layout, max_model_len), config.cache.block_size, config.model.dtype
-    )
-    pool = KVPool(layout)
+    runner = ModelRunner(directory, config.model.ops, config.model.dtype, device=config.model.device)
+    pool = build_pool(config, model, max_model_len)
+    layout = pool.layout
+    runner.attach(pool.array if isinstance(pool, KVPool) else pool, layout)
     model_fingerprint = fingerprint(directory)
     backends = build_backends(config, pool, layout, model_fingerprint, secret)
-    runner = ModelRunner(directory, config.model.ops, pool.array, layout, dtype=config.model.dtype)
     instance_id = f"{config.cluster.splitwise_role}-{uuid.uuid4().hex[:12]}"
     scheduler = Scheduler(
         BlockPool(layout.num_blocks, layout.block_size),
@@ -160,8 +166,21 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, layout, max_model_len)
 
 
+def build_pool(config: InstanceConfig, model: ModelConfig, max_model_len: int) -> Pool:
+    """Returns: the KV pool on the device, in what memory is free now. Raises: ConfigError: that is too little; says the numbers."""
+    gpu = None
+    try:
+        if config.model.device != "cpu":
+            gpu = Gpu()
+        layout = ModelRunner.kv_layout(model, 1, config.cache.block_size, config.model.dtype)
+        layout = replace(layout, num_blocks=num_pool_blocks(config, layout, max_model_len, gpu))
+        return KVPool(layout) if gpu is None else DevicePool(layout, gpu)
+    except RdmaError as error:
+        raise ConfigError(f"--device is {config.model.device!r}: no KV pool on it: {error}") from error
+
+
 def build_backends(
-    config: InstanceConfig, pool: KVPool, layout: KVLayout, model_fingerprint: str, secret: bytes | None
+    config: InstanceConfig, pool: Pool, layout: KVLayout, model_fingerprint: str, secret: bytes | None
 ) -> dict[str, Transfer | str]:
     """Returns: the backends of --cache-transfer-protocol by name, in its order; of one that cannot be used here, the reason.
 

@@ -29,7 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     up.add_argument("--mixed", type=int, default=0, help="mixed instances (default 0)")
     up.add_argument("--model", default="demo", help="checkpoint directory, or `demo`")
     up.add_argument(
-        "--ops", choices=("paddle", "torch", "reference"), default="paddle", help="which framework computes"
+        "--ops",
+        choices=("paddle", "torch", "reference"),
+        help="which framework computes (default: paddle, behind `-- --device cuda` torch)",
     )
     up.add_argument("--prompt", default="Why split prefill and decode?", help="the first question")
     up.add_argument("--port", type=int, help="HTTP port of the first instance (default: a free one)")

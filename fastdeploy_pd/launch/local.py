@@ -105,7 +105,7 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def launch(self, role: str, flags: Sequence[str] = ()) -> LocalInstance:
+    def launch(self, role: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> LocalInstance:
         """Start an instance; it is not ready yet."""
         name = f"{role}-{len(self.instances)}"
         directory = self._directory / name
@@ -130,7 +130,7 @@ class LocalCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "TMPDIR": str(directory), **self._redis_env, **self._env},
+                env={**os.environ, "TMPDIR": str(directory), **self._redis_env, **self._env, **(env or {})},
                 preexec_fn=lambda: die_with_parent(parent),
             )
         instance = LocalInstance(name, role, process, directory)

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             check_redis(url)
         roles = ["prefill"] * args.prefill + ["decode"] * args.decode + ["mixed"] * args.mixed
         say(f"starting {', '.join(roles)}")
-        flags = ["--model", args.model, "--ops", args.ops, *args.flags]
+        flags = ["--model", args.model, *(["--ops", args.ops] if args.ops else []), *args.flags]
         cluster = stack.enter_context(LocalCluster(url, flags=flags))
         stack.callback(_ignore_signals)  # what was started is ended, however impatient one is
         instances = [

@@ -92,17 +92,27 @@ class Decoder:
         prepared = ops.plan(plan)
         rotation = ops.rotation(np.outer(positions, self._frequencies), config.num_heads + config.num_kv_heads)
         x = ops.embedding(self.embedding, token_ids)
+        marks = []
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             q = self._project(layer, x, rotation, cache, prepared)
             if on_layer is not None:
-                on_layer(index)
+                mark = ops.mark()
+                if mark is None:
+                    on_layer(index)
+                else:
+                    marks.append(mark)
             x = x + ops.linear(ops.attention(q, cache, prepared), layer.output, layer.output_bias)
             hidden = ops.rms_norm(x, layer.post_norm, config.rms_norm_eps)
             x = x + ops.linear(ops.swiglu(ops.linear(hidden, layer.gate_up)), layer.down)
-        if len(logit_rows) == 0:
-            return np.zeros((0, config.vocab_size), np.float32)
-        x = ops.rms_norm(ops.rows(x, logit_rows), self.final_norm, config.rms_norm_eps)
-        return ops.to_numpy(ops.linear(x, self.head))
+        logits = None
+        if len(logit_rows):
+            x = ops.rms_norm(ops.rows(x, logit_rows), self.final_norm, config.rms_norm_eps)
+            logits = ops.linear(x, self.head)
+        for index, mark in enumerate(marks):  # all is queued: layers are told as the device gets through them
+            ops.wait(mark)
+            if on_layer is not None:
+                on_layer(index)
+        return np.zeros((0, config.vocab_size), np.float32) if logits is None else ops.to_numpy(logits)
 
     def _project(self, layer: LayerWeights, x: Tensor, rotation: Any, cache: Any, plan: Any) -> Tensor:
         """Q of the new tokens; their K and V go into the cache. Q and K are normed and turned together."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,10 @@ class StepOutput:
     error: FastDeployPDError | None = None  #: a token id is not in the vocabulary, or the logits are not numbers
 
 
-def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads: int | None = None) -> Ops:
-    """Returns: a backend by name. Raises: ConfigError: unknown, not installed, or not for this dtype."""
+def make_ops(
+    name: str, config: ModelConfig, dtype: str = "float32", num_threads: int | None = None, device: str = "cpu"
+) -> Ops:
+    """Returns: a backend by name. Raises: ConfigError: unknown, not installed, or not for this dtype or device."""
     if name not in OPS_NAMES:
         raise ConfigError(f"--ops is {name!r}; it must be one of {', '.join(OPS_NAMES)}")
     if dtype != "float32" and name != "torch":
@@ -53,7 +56,7 @@ def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads
         if name == "torch":
             from fastdeploy_pd.model.ops.torch import TorchOps
 
-            return TorchOps(dtype, num_threads)
+            return TorchOps(dtype, num_threads, device)
     except ImportError as error:
         raise ConfigError(
             f"--ops {name} needs a package that is not installed ({error}); in the project's directory: {sys.executable} -m pip install '.[{name}]'"
@@ -64,35 +67,42 @@ def make_ops(name: str, config: ModelConfig, dtype: str = "float32", num_threads
 
 
 class ModelRunner:
-    """A model over one KV pool."""
+    """A model, and the KV pool that it works on."""
 
     def __init__(
         self,
         directory: Path,
         ops_name: str,
-        pool: np.ndarray,
-        layout: KVLayout,
         dtype: str = "float32",
         num_threads: int | None = None,
+        device: str = "cpu",
     ) -> None:
-        """
+        """Load the model; `attach` comes before `execute`.
+
         Args:
-            pool: [layout.pool_bytes] uint8, shared with the transfer; K and V are written into it in place.
-            layout: what `kv_layout` gave for this model.
             dtype: compute type of weights and activations.
             num_threads: threads of a product; OMP_NUM_THREADS or half the cores when None.
         Raises: ModelLoadError, ConfigError.
         """
         self.config = ModelConfig.from_directory(directory)
-        self.layout = layout
+        self.decoder = Decoder(
+            self.config, Checkpoint(directory), make_ops(ops_name, self.config, dtype, num_threads, device)
+        )
+
+    def attach(self, pool: Any, layout: KVLayout) -> None:
+        """
+        Args:
+            pool: [layout.pool_bytes] uint8 on the device, shared with the transfer; K and V are written into it in place.
+            layout: what `kv_layout` gave for this model.
+        Raises: ConfigError: they do not fit the model or each other.
+        """
         expected = self.kv_layout(self.config, layout.num_blocks, layout.block_size, layout.dtype)
         if layout != expected:
             raise ConfigError(f"the KV layout does not fit the model: {'; '.join(layout.differences(expected))}")
-        if pool.dtype != np.uint8 or pool.shape != (layout.pool_bytes,):
+        if isinstance(pool, np.ndarray) and (pool.dtype != np.uint8 or pool.shape != (layout.pool_bytes,)):
             raise ConfigError(f"the KV pool is {pool.dtype}{list(pool.shape)}; it must be uint8[{layout.pool_bytes}]")
-        ops = make_ops(ops_name, self.config, dtype, num_threads)
-        self.caches = ops.cache(pool, layout)
-        self.decoder = Decoder(self.config, Checkpoint(directory), ops)
+        self.layout = layout
+        self.caches = self.decoder.ops.cache(pool, layout)
 
     @staticmethod
     def kv_layout(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> KVLayout:

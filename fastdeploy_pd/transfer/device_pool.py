@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ class DevicePool:
         self._movers: queue.SimpleQueue[BlockMover] = queue.SimpleQueue()
         for _ in range(NUM_MOVERS):
             self._movers.put(BlockMover(gpu))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The memory as [pool_bytes] uint8 for frameworks (numba's CUDA array interface, version 3)."""
+        return {"shape": (self.layout.pool_bytes,), "typestr": "|u1", "data": (self.pointer, False), "version": 3}
 
     def export(self) -> tuple[bytes, int]:
         """Returns: (CUDA IPC handle of the allocation, the pool's offset in it). Raises: CudaError: it cannot be shared."""

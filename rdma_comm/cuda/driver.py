@@ -151,6 +151,12 @@ class Gpu:
         self.call("cuMemsetD8_v2", pointer, ctypes.c_ubyte(0), c_size_t(num_bytes))
         return int(pointer.value)
 
+    def memory(self) -> tuple[int, int]:
+        """Returns: (free, total) bytes. Raises: CudaError."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value, total.value
+
     def free(self, pointer: int) -> None:
         """Give memory back. Raises: CudaError."""
         self.call("cuMemFree", c_ulonglong(pointer))

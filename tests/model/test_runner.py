@@ -146,7 +146,9 @@ def test_refusals(directory: Path) -> None:
     def build(
         ops: str = "reference", pool: np.ndarray = pool, layout: KVLayout = layout, dtype: str = "float32"
     ) -> ModelRunner:
-        return ModelRunner(directory, ops, pool, layout, dtype)
+        runner = ModelRunner(directory, ops, dtype)
+        runner.attach(pool, layout)
+        return runner
 
     with pytest.raises(ConfigError, match="--ops is 'jax'; it must be one of paddle, torch, reference"):
         build("jax")

@@ -78,7 +78,8 @@ class TinyEngine:
         self.layout = ModelRunner.kv_layout(ModelConfig.from_directory(directory), num_blocks, block_size, kv_dtype)
         self.pool = np.zeros(self.layout.pool_bytes, np.uint8)
         self.blocks = BlockPool(num_blocks, block_size)
-        self.runner = ModelRunner(directory, ops, self.pool, self.layout, dtype, num_threads=1)
+        self.runner = ModelRunner(directory, ops, dtype, num_threads=1)
+        self.runner.attach(self.pool, self.layout)
 
     def request(self, prompt: list[int], max_tokens: int = 8, **sampling: object) -> Request:
         """Returns: a request with a block table of its own for all its tokens."""

@@ -71,11 +71,22 @@ class Ops(Protocol):
         """Returns: a float32 array in the compute type."""
         ...
 
-    def cache(self, pool: np.ndarray, layout: KVLayout) -> list[Tensor]:
-        """Returns: one object a layer over its blocks, [num_blocks, 2, num_kv_heads, block_size, head_dim]: views of the pool's bytes.
+    def cache(self, pool: Any, layout: KVLayout) -> list[Tensor]:
+        """
+        Args:
+            pool: [layout.pool_bytes] uint8, where this backend computes: an array, or a GPU's memory with a CUDA array interface.
+        Returns: one object a layer over its blocks, [num_blocks, 2, num_kv_heads, block_size, head_dim]: views of the pool's bytes.
 
         Raises: ConfigError: the backend cannot keep K and V in layout.dtype.
         """
+        ...
+
+    def mark(self) -> Any:
+        """Returns: the present end of what is queued, for `wait`; None: nothing is ever queued, it is done already."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Return when everything before the mark is done."""
         ...
 
     def plan(self, plan: AttentionPlan) -> Any:

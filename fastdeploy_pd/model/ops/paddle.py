@@ -78,6 +78,12 @@ class PaddleOps:
             caches.append(_Cache(paddle.utils.dlpack.from_dlpack(rows.__dlpack__()), array))
         return caches
 
+    def mark(self) -> None:
+        """See base."""
+
+    def wait(self, mark: None) -> None:
+        """See base."""
+
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See base."""
         spans = [(span, self._rows(span.block_ids)) for span in plan.spans]

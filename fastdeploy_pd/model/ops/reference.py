@@ -38,6 +38,12 @@ class ReferenceOps:
         """See base."""
         return numpy_cache(pool, layout)
 
+    def mark(self) -> None:
+        """See base."""
+
+    def wait(self, mark: None) -> None:
+        """See base."""
+
     def plan(self, plan: AttentionPlan) -> AttentionPlan:
         """See base."""
         return plan

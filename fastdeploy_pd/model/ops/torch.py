@@ -1,15 +1,18 @@
-"""The operations in PyTorch, on CPU, in float32 or bfloat16."""
+"""The operations in PyTorch, on CPU or a GPU, in float32 or bfloat16."""
 
 # Torch has types in part.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
@@ -47,48 +50,73 @@ class TorchOps:
 
     name = "torch"
 
-    def __init__(self, dtype: str, num_threads: int) -> None:
-        """Raises: ConfigError: dtype is not one it computes in."""
+    def __init__(self, dtype: str, num_threads: int, device: str = "cpu") -> None:
+        """
+        Args:
+            device: as torch names it.
+        Raises: ConfigError: dtype is not one it computes in, or there is no such device.
+        """
         if dtype not in COMPUTE_TYPES:
             raise ConfigError(f"--dtype is {dtype!r}; with --ops torch it must be one of {', '.join(COMPUTE_TYPES)}")
         self.dtype = COMPUTE_TYPES[dtype]
         torch.set_num_threads(num_threads)
+        self.device = _device(device)
 
     def weight(self, array: np.ndarray) -> torch.Tensor:
         """See base."""
-        return torch.tensor(array, dtype=self.dtype)
+        return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def cache(self, pool: np.ndarray, layout: KVLayout) -> list[torch.Tensor]:
+    def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
         """See base."""
         if layout.dtype not in KV_TYPES:
             raise ConfigError(f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(KV_TYPES)}")
         self._layout = layout
         shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        return list(torch.from_numpy(pool).view(KV_TYPES[layout.dtype]).view(shape))
+        memory = torch.from_numpy(pool) if isinstance(pool, np.ndarray) else torch.as_tensor(pool, device=self.device)
+        return list(memory.view(KV_TYPES[layout.dtype]).view(shape))
+
+    def mark(self) -> torch.cuda.Event | None:
+        """See base."""
+        if self.device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """See base."""
+        mark.synchronize()
+
+    def _sdpa(self) -> Any:
+        # torch 2.11's memory-efficient kernel is wrong for 64 n + 1 masked rows over keys that are expanded, not copied, for several heads.
+        return nullcontext() if self.device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See base."""
         return _Plan(
-            torch.from_numpy(plan.block_ids),
-            torch.from_numpy(plan.offsets),
-            torch.from_numpy(plan.fresh_blocks),
+            self._to_device(plan.block_ids),
+            self._to_device(plan.offsets),
+            self._to_device(plan.fresh_blocks),
             [(span, self._rows(span.block_ids)) for span in plan.spans],
             [self._group(group) for group in plan.groups],
         )
 
     def _rows(self, block_ids: np.ndarray) -> _Rows:
         keys, values = head_rows(block_ids, self._layout.num_kv_heads)
-        return _Rows(torch.from_numpy(keys.reshape(-1)), torch.from_numpy(values.reshape(-1)))
+        return _Rows(self._to_device(keys.reshape(-1)), self._to_device(values.reshape(-1)))
 
     def _group(self, group: DecodeGroup) -> _Group:
         num_slots = group.tables.shape[1] * self._layout.block_size
-        is_past = torch.arange(num_slots)[None, :] >= torch.from_numpy(group.lengths)[:, None]
-        mask = torch.zeros(is_past.shape, dtype=self.dtype).masked_fill_(is_past, float("-inf"))
-        return _Group(torch.from_numpy(group.rows), mask[:, None, None, :], self._rows(group.tables))
+        is_past = torch.arange(num_slots, device=self.device)[None, :] >= self._to_device(group.lengths)[:, None]
+        mask = torch.zeros(is_past.shape, dtype=self.dtype, device=self.device).masked_fill_(is_past, float("-inf"))
+        return _Group(self._to_device(group.rows), mask[:, None, None, :], self._rows(group.tables))
 
     def embedding(self, table: torch.Tensor, token_ids: np.ndarray) -> torch.Tensor:
         """See base."""
-        return table[torch.from_numpy(token_ids)]
+        return table[self._to_device(token_ids)]
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See base."""
@@ -113,7 +141,7 @@ class TorchOps:
 
     def rotation(self, angles: np.ndarray, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See base."""
-        cos, sin = (torch.from_numpy(t).to(self.dtype)[:, None, :] for t in signed_tables(angles))
+        cos, sin = (self._to_device(t).to(self.dtype)[:, None, :] for t in signed_tables(angles))
         return cos, sin
 
     def rotary(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -124,7 +152,7 @@ class TorchOps:
 
     def rows(self, table: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
         """See base."""
-        return table[torch.from_numpy(indices)]
+        return table[self._to_device(indices)]
 
     def write_kv(self, cache: torch.Tensor, plan: _Plan, k: torch.Tensor, v: torch.Tensor) -> None:
         """See base."""
@@ -135,7 +163,7 @@ class TorchOps:
 
     def attention(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """See base."""
-        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype)
+        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=self.device)
         for span, rows in plan.spans:
             self._attend_prompt(q, cache, span, rows, out)
         for group in plan.groups:
@@ -160,11 +188,15 @@ class TorchOps:
             tile = slice(span.row + first, span.row + last)
             seen = span.start + last  # the causal mask makes everything after it invisible
             grouped = q[tile].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-            visible = torch.arange(seen)[None, :] <= torch.arange(span.start + first, seen)[:, None]
-            shape = (num_kv_heads, grouped.shape[1], seen, head_dim)
-            attended = functional.scaled_dot_product_attention(
-                grouped, keys[:, :, :seen].expand(shape), values[:, :, :seen].expand(shape), attn_mask=visible
+            visible = (
+                torch.arange(seen, device=self.device)[None, :]
+                <= torch.arange(span.start + first, seen, device=self.device)[:, None]
             )
+            shape = (num_kv_heads, grouped.shape[1], seen, head_dim)
+            with self._sdpa():
+                attended = functional.scaled_dot_product_attention(
+                    grouped, keys[:, :, :seen].expand(shape), values[:, :, :seen].expand(shape), attn_mask=visible
+                )
             out[tile] = attended.permute(2, 0, 1, 3).reshape(last - first, -1)
 
     def _attend_group(self, q: torch.Tensor, cache: torch.Tensor, group: _Group) -> torch.Tensor:
@@ -177,4 +209,15 @@ class TorchOps:
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         """See base."""
-        return x.float().numpy()
+        return x.float().cpu().numpy()
+
+
+def _device(name: str) -> torch.device:
+    if name != "cpu" and not torch.cuda.is_available():
+        reason = (
+            f"this torch ({torch.__version__}) was built without CUDA"
+            if torch.version.cuda is None
+            else "it finds no GPU"
+        )
+        raise ConfigError(f"--device is {name!r}; torch cannot use one here: {reason}")
+    return torch.device(name)
