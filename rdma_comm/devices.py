@@ -1,4 +1,5 @@
-"""What RDMA hardware there is, read from sysfs alone: NICs, ports, GIDs, and how far each NIC is from each GPU.
+"""What RDMA hardware there is, read from sysfs (addresses from pyverbs where the system has it): NICs, ports, GIDs, and how far each NIC is from
+each GPU.
 
 The sysfs root can be given, so that recorded trees of other machines are understood as well.
 """
@@ -102,7 +103,17 @@ def _numa(device: Path) -> int:
     return int(text) if text.lstrip("-").isdecimal() else -1
 
 
-def _port(directory: Path) -> Port:
+def _port(directory: Path, gids: tuple[Gid, ...] | None) -> Port:
+    return Port(
+        number=int(directory.name),
+        state=_number(_read(directory / "state")),
+        is_ethernet=_read(directory / "link_layer") == "Ethernet",
+        rate=_read(directory / "rate"),
+        gids=_gids(directory) if gids is None else gids,
+    )
+
+
+def _gids(directory: Path) -> tuple[Gid, ...]:
     gids = []
     for entry in (
         sorted((directory / "gids").iterdir(), key=lambda p: int(p.name)) if (directory / "gids").exists() else ()
@@ -111,21 +122,19 @@ def _port(directory: Path) -> Port:
         if text and set(text) - set("0:"):
             kind = _read(directory / "gid_attrs" / "types" / entry.name, "IB/RoCE v1")
             gids.append(Gid(int(entry.name), ipaddress.IPv6Address(text), kind))
-    return Port(
-        number=int(directory.name),
-        state=_number(_read(directory / "state")),
-        is_ethernet=_read(directory / "link_layer") == "Ethernet",
-        rate=_read(directory / "rate"),
-        gids=tuple(gids),
-    )
+    return tuple(gids)
 
 
 def list_nics(sysfs: Path = SYSFS) -> list[Nic]:
-    """Returns: all RDMA devices by name; none where the kernel has no RDMA."""
+    """Returns: all RDMA devices by name; none where the kernel has no RDMA. Addresses are libibverbs' own where pyverbs is here."""
+    from rdma_comm import pyverbs  # late: it needs Gid
+
+    tables = pyverbs.gid_tables() if sysfs == SYSFS else {}
     found = []
     root = sysfs / "class" / "infiniband"
     for directory in sorted(root.iterdir()) if root.exists() else ():
-        ports = tuple(_port(p) for p in sorted((directory / "ports").iterdir(), key=lambda p: int(p.name)))
+        numbered = sorted((directory / "ports").iterdir(), key=lambda p: int(p.name))
+        ports = tuple(_port(p, tables.get((directory.name, int(p.name)))) for p in numbered)
         names = {_read(n) for n in directory.glob("ports/*/gid_attrs/ndevs/*")}
         interfaces = tuple(sorted(names - {""} | {p.name for p in (directory / "device" / "net").glob("*")}))
         device = directory / "device"

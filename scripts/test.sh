@@ -5,9 +5,9 @@ cd "$(dirname "$0")/.."
 . scripts/common.sh
 
 # What the RDMA tests need, a virtual machine with soft-RoCE, and Mooncake's engine. Without it they are skipped and say so.
-packages="qemu-system-x86 kmod iproute2 xz-utils libibverbs1 libibverbs-dev ibverbs-providers libnuma1 libcurl4"
+packages="qemu-system-x86 kmod iproute2 xz-utils libibverbs1 libibverbs-dev ibverbs-providers libnuma1 libcurl4 python3-pyverbs"
 libraries=$(ldconfig -p 2>/dev/null | grep -cE 'lib(ibverbs\.so\.1|numa\.so\.1|curl\.so\.4) ' || true)
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v qemu-system-x86_64 && [ -e /usr/include/infiniband/verbs.h ] && [ "$libraries" -ge 3 ]; } >/dev/null; then
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v qemu-system-x86_64 && [ -e /usr/include/infiniband/verbs.h ] && [ "$libraries" -ge 3 ] && [ -e /usr/lib/python3/dist-packages/pyverbs ]; } >/dev/null; then
   printf 'installing %s (once) ...\n' "$packages"
   # shellcheck disable=SC2086  # the list is meant to be split
   { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >/dev/null 2>&1 ||

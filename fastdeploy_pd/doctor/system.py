@@ -19,6 +19,7 @@ from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.launch.embedded_redis import find_server, version_of
 from fastdeploy_pd.launch.ports import bind_tcp, check_free
 from fastdeploy_pd.transfer.base import TRANSFER_VERSION
+from rdma_comm import pyverbs
 
 CAP_IPC_LOCK = 14
 MIN_FILES, ENOUGH_FILES = 512, 4096  # peers' connections (1024 are taken), clients, and what a framework opens
@@ -115,6 +116,7 @@ def versions(sysfs: Path) -> dict[str, str]:
         "transfer": str(TRANSFER_VERSION),
         "python": platform.python_version(),
         "libibverbs": _libibverbs_version(),
+        "pyverbs": "none" if pyverbs.find() is None else "here",
         "NVIDIA driver": driver.read_text().strip() if driver.exists() else "none",
         "Redis server": redis,
         "kernel": platform.release(),
