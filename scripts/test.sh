@@ -16,4 +16,4 @@ fi
 ensure_venv test requirements.txt requirements-test.txt
 .venv/bin/ruff check .
 .venv/bin/mypy --no-error-summary
-exec .venv/bin/python -m pytest -q "$@"
+exec .venv/bin/python -m pytest -q --durations=25 "$@"
