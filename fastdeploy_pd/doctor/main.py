@@ -18,7 +18,7 @@ from pathlib import Path
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.config import is_loopback, read_secret
 from fastdeploy_pd.doctor import hardware, system
-from fastdeploy_pd.doctor.backends import check_backend, known_backends
+from fastdeploy_pd.doctor.backends import BACKEND_S, check_backend, known_backends
 from fastdeploy_pd.doctor.coordinator import check_redis
 from fastdeploy_pd.doctor.exchange import DEFAULT_PORT
 from fastdeploy_pd.doctor.finding import Check, Finding, run_checks
@@ -51,7 +51,7 @@ def local_checks(options: RedisOptions, is_asked_for: bool, env: Mapping[str, st
         Check("gpu memory registration", partial(hardware.check_gpu_memory, sysfs), 40.0, HANG_REMEDY),
         Check("gpu-nic distance", partial(hardware.check_distance, sysfs, env)),
         *(
-            Check(f"backend {name}", partial(check_backend, name, sysfs, env), 30.0, HANG_REMEDY)
+            Check(f"backend {name}", partial(check_backend, name, sysfs, env), BACKEND_S, HANG_REMEDY)
             for name in known_backends()
         ),
         Check("redis", partial(check_redis, options, is_asked_for), 10.0, "redis-cli PING; ss -ltnp"),
