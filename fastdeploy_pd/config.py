@@ -199,10 +199,12 @@ class _Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown and unknown[1].startswith("-"):
             near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
             message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+        elif unknown:
+            message = f"{unknown[1]!r} belongs to no flag; a model is given as --model {unknown[1]}"
         raise ConfigError(re.sub(r"^argument (--[\w-]+): ", r"\1: ", message))
 
 

@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return serve(argv[1:], "fastdeploy-pd serve")
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = "; flags of an instance go behind `--`, as in: fastdeploy-pd up -- --cache-transfer-protocol tcp"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (hint if args.command == "up" else ""))
     if args.command == "version":
         sys.stdout.write(f"{__version__}\n")
         return 0

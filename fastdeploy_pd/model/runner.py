@@ -59,7 +59,7 @@ def make_ops(
             return TorchOps(dtype, num_threads, device)
     except ImportError as error:
         raise ConfigError(
-            f"--ops {name} needs a package that is not installed ({error}); in the project's directory: {sys.executable} -m pip install '.[{name}]'"
+            f"--ops {name} needs a package that is not installed ({error}): {sys.executable} -m pip install 'fastdeploy-pd[{name}]'"
         ) from error
     from fastdeploy_pd.model.ops.reference import ReferenceOps
 

@@ -215,9 +215,10 @@ class TorchOps:
 def _device(name: str) -> torch.device:
     if name != "cpu" and not torch.cuda.is_available():
         reason = (
-            f"this torch ({torch.__version__}) was built without CUDA"
+            f"this torch ({torch.__version__}) was built without CUDA: "
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
             if torch.version.cuda is None
-            else "it finds no GPU"
+            else "it finds no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
         raise ConfigError(f"--device is {name!r}; torch cannot use one here: {reason}")
     return torch.device(name)

@@ -1,0 +1,37 @@
+"""What is said to who gives a wrong flag."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.entrypoints.cli import main
+from fastdeploy_pd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--modle", "demo"], "there is no flag --modle; did you mean --model?"),
+        (["demo"], "'demo' belongs to no flag; a model is given as --model demo"),
+        (["--port", "99999"], "--port: '99999' is not allowed; it must be an integer from 1 to 65535"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not part of this version"),
+    ],
+)
+def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        InstanceConfig.from_args(flags, {})
+    assert error.value.message.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["up", "--cache-transfer-protocol", "tcp"], "go behind `--`, as in: fastdeploy-pd up -- --cache-transfer"),
+        (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate\n"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and text in capsys.readouterr().err
