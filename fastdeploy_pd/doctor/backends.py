@@ -85,8 +85,8 @@ def _gpu_pool() -> Any:
     return pool
 
 
-def check_backend(name: str, sysfs: Path, env: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether a backend moves blocks between two ends in this process."""
+def check_backend(name: str, sysfs: Path, env: Mapping[str, str], secret: bytes | None = None) -> Iterator[Finding]:
+    """Whether a backend moves blocks between two ends in this process, which have the secret as instances have it."""
     title = f"backend {name}"
     is_expected = {
         "rdma": bool(active_ports(sysfs)) or "KVCACHE_RDMA_NICS" in env,
@@ -94,7 +94,7 @@ def check_backend(name: str, sysfs: Path, env: Mapping[str, str]) -> Iterator[Fi
     }.get(name, name not in OPTIONAL)
     with ExitStack() as stack:
         try:
-            source, target = open_backend(name, stack), open_backend(name, stack)
+            source, target = (open_backend(name, stack, secret=secret) for _ in range(2))
         except ConfigError as error:
             state = "fail" if is_expected or not isinstance(error, TransferUnavailable) else "absent"
             is_mendable = name != "ipc" or bool(list_gpus(sysfs))  # where there is no GPU, a driver is no help

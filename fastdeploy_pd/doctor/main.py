@@ -31,10 +31,13 @@ OK, FAILED, BAD_FLAGS = 0, 1, 2  # exit status
 HANG_REMEDY = "dmesg | tail (a driver hangs)"
 
 
-def local_checks(options: RedisOptions, is_asked_for: bool, env: Mapping[str, str], sysfs: Path = SYSFS) -> list[Check]:
+def local_checks(
+    options: RedisOptions, is_asked_for: bool, env: Mapping[str, str], sysfs: Path = SYSFS, secret: bytes | None = None
+) -> list[Check]:
     """
     Args:
         options: which Redis; is_asked_for: it was given, so it must be there.
+        secret: the cluster's.
     Returns: what to find out about this machine.
     """
     return [
@@ -51,7 +54,7 @@ def local_checks(options: RedisOptions, is_asked_for: bool, env: Mapping[str, st
         Check("gpu memory registration", partial(hardware.check_gpu_memory, sysfs), 40.0, HANG_REMEDY),
         Check("gpu-nic distance", partial(hardware.check_distance, sysfs, env)),
         *(
-            Check(f"backend {name}", partial(check_backend, name, sysfs, env), BACKEND_S, HANG_REMEDY)
+            Check(f"backend {name}", partial(check_backend, name, sysfs, env, secret), BACKEND_S, HANG_REMEDY)
             for name in known_backends()
         ),
         Check("redis", partial(check_redis, options, is_asked_for), 10.0, "redis-cli PING; ss -ltnp"),
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return BAD_FLAGS
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.CRITICAL)
     report = Report(is_json=args.json)
-    own = report.examine("this machine", local_checks(options, args.redis_url is not None, env))
+    own = report.examine("this machine", local_checks(options, args.redis_url is not None, env, secret=secret))
     versions = system.versions(SYSFS)
     if peer is not None:
         _examine_pair(report, Pair(*peer, secret, versions, env))

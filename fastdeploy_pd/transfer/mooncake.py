@@ -293,7 +293,7 @@ def _try_out(options: Options) -> None:
 def _load() -> Any:
     """Returns: the engine's class. Raises: TransferUnavailable: it is not installed, or cannot be loaded."""
     os.environ.setdefault("MC_TCP_STATUS_TIMEOUT_SEC", str(int(STALL_TIMEOUT_S)))
-    os.environ.setdefault("GLOG_minloglevel", "2")  # it logs every connection
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # it logs every connection
     # Late: it is no requirement of the package, and needs system libraries.
     try:
         from mooncake.engine import TransferEngine

@@ -64,8 +64,11 @@ def listening(secret: str = SECRET) -> Iterator[int]:
 
 
 def test_alone_with_redis(redis_server: EmbeddedRedis) -> None:
-    found = sections(doctor("--json", "--redis-url", redis_server.url))["this machine"]
+    done = doctor("--json", "--redis-url", redis_server.url)
+    found = sections(done)["this machine"]
+    assert not re.search(r"^I\d{4} ", done.stderr, re.M), "Mooncake tells what it does"
     assert {found[name]["state"] for name in ("backend shm", "backend tcp", "redis", "versions")} == {"ok"}
+    assert "has no cluster secret" not in found["backend mooncake"]["detail"], "it was given one"
     assert all(f["remedy"] for f in found.values() if f["state"] in ("warn", "fail"))
     documented = (ROOT / "docs/doctor.md").read_text()
     assert [name for name in found if f"`{name}`" not in documented] == []
