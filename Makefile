@@ -1,16 +1,24 @@
+# needs MODULE: say what to do where .venv has not got it
+needs = @.venv/bin/python -c 'import $(1)' 2>/dev/null || { echo 'error: this needs $(1) in .venv: scripts/quickstart.sh --once; .venv/bin/pip install -r requirements-test.txt' >&2; exit 1; }
+
 .PHONY: help check test test-gpu bench bench-transfer demo-model
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
 check: ## style and types alone
+	$(call needs,mypy)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 test: ## install what tests need and run all of them
 	scripts/test.sh
-test-gpu: ## what needs a GPU (some of it two); skipped by name where there is none
+test-gpu: ## what needs a GPU (some of it two), skipped by name where there is none, and the transfer contract
+	$(call needs,pytest)
 	.venv/bin/python -m pytest -q tests/acceptance/test_gpu.py tests/rdma/test_cuda.py tests/transfer
-bench: ## measure; writes bench-results/*.json (docs/benchmarks.md)
+bench: ## measure what needs no GPU; writes bench-results/*.json (docs/benchmarks.md)
+	$(call needs,httpx)
 	.venv/bin/python -m benchmarks.run
-bench-transfer: ## KV transfers beside Mooncake, NIXL, perftest and a plain socket; writes bench-results/transfer.json
-	.venv/bin/python -m benchmarks.run --only transfer
+bench-transfer: ## KV transfers beside Mooncake, NIXL, perftest and a plain socket; shorter: make bench-transfer ARGS='--rounds 1'
+	$(call needs,numpy)
+	.venv/bin/python -m benchmarks.run --only transfer $(ARGS)
 demo-model: ## train the demo model again (a GPU makes it minutes)
+	$(call needs,torch)
 	.venv/bin/python scripts/demo_model/train.py --out fastdeploy_pd/demo_model

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, one after the other; JSON in bench-results/."""
+"""`make bench`: every benchmark that needs no GPU, one after the other; JSON in bench-results/. Other flags go to the benchmark."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for the JSON files")
     parser.add_argument("--only", choices=NAMES, action="append", help="run this one; may be given several times")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     args.out.mkdir(exist_ok=True)
     for name in args.only or NAMES:
         sys.stdout.write(f"== {name}\n")
         sys.stdout.flush()
         status = subprocess.call(
-            [sys.executable, "-m", f"benchmarks.bench_{name}", "--json", str(args.out / f"{name}.json")]
+            [sys.executable, "-m", f"benchmarks.bench_{name}", "--json", str(args.out / f"{name}.json"), *flags]
         )
         if status:
             return status
