@@ -21,6 +21,16 @@ def test_the_phase_diagram_is_the_table() -> None:
     assert block[1] == print_transitions()
 
 
+def test_every_link_leads_somewhere() -> None:
+    links = {
+        (p, link)
+        for p in (ROOT / "README.md", *DOCS.glob("*.md"))
+        for link in re.findall(r"\]\(([^)#]+)", p.read_text())
+    }
+    assert len(links) >= 20
+    assert [f"{p.name}: {link}" for p, link in links if "://" not in link and not (p.parent / link).exists()] == []
+
+
 def test_every_invariant_names_a_test_that_exists() -> None:
     text = (DOCS / "invariants.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
