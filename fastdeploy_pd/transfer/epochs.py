@@ -61,7 +61,7 @@ class Incoming:
         self.num_bytes = 0  # landed
         self.announced_bytes: int | None = None  # told by the sender's end mark
         self.sums = Sums()  # of what has landed, where the backend computes checksums as it goes
-        self.is_told = False  # its arrival was reported
+        self.is_told = False  # its end was reported
         self.connections: set[int] = set()  # that carried some of it: their end before its end is its failure
         self._place = np.full(layout.num_blocks, -1, dtype=np.int32)  # of a block in the epoch
         self._place[self.block_ids] = np.arange(len(self.block_ids))
@@ -175,9 +175,7 @@ class EpochBook:
         if incoming is not None:
             incoming.close()
 
-    def lost_connection(self, connection: int, on_lost: Callable[[str], None]) -> None:
-        """Tell which unfinished epochs a connection that ended has carried."""
+    def carried_by(self, connection: int) -> list[Incoming]:
+        """Returns: the unfinished epochs that a connection has carried some of."""
         with self._lock:
-            lost = [i.epoch for i in self._open.values() if connection in i.connections and not i.is_complete]
-        for epoch in lost:
-            on_lost(epoch)
+            return [i for i in self._open.values() if connection in i.connections and not i.is_complete]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
 
@@ -74,5 +76,5 @@ class Notice(msgspec.Struct, array_like=True):
     """Receiver to sender: bytes taken, or why the epoch is refused."""
 
     epoch: str
-    num_bytes: int
+    num_bytes: Annotated[int, msgspec.Meta(ge=0)]
     refusal: str

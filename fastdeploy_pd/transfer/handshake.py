@@ -12,7 +12,7 @@ import hmac
 import secrets
 import socket
 import struct
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ _CLOCK = WallClock()
 HANDSHAKE_TIMEOUT_S = 5.0
 NONCE_BYTES = 32
 _LENGTH = struct.Struct("<I")
+T = TypeVar("T")
 
 
 class Hello(msgspec.Struct):
@@ -42,6 +43,10 @@ class Credentials(msgspec.Struct):
 
     facts: bytes
     proof: bytes
+
+
+_HELLO, _CREDENTIALS = msgspec.msgpack.Decoder(Hello), msgspec.msgpack.Decoder(Credentials)
+_FACTS, _REASON = msgspec.msgpack.Decoder(dict[str, Any]), msgspec.msgpack.Decoder(str)
 
 
 def describe(fingerprint: str, layout: KVLayout) -> dict[str, Any]:
@@ -93,6 +98,14 @@ def receive_frame(connection: socket.socket, deadline_s: float | None = None) ->
     return receive_exactly(connection, num_bytes, deadline_s)
 
 
+def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Returns: what a peer has sent. Raises: TransferError: it is something else, or nested too deeply."""
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise TransferError(f"a frame cannot be read: {error}") from error
+
+
 class Handshake:
     """One end's part; the same object serves many connections."""
 
@@ -112,16 +125,11 @@ class Handshake:
             nonce = secrets.token_bytes(NONCE_BYTES)
             send_frame(connection, msgspec.msgpack.encode(Hello(MAGIC, TRANSFER_VERSION, nonce)))
             hello = self._hello(receive_frame(connection, end_s))
-            self._check(
-                msgspec.msgpack.decode(receive_frame(connection, end_s), type=Credentials),
-                b"server",
-                nonce,
-                hello.nonce,
-            )
+            self._check(decode(receive_frame(connection, end_s), _CREDENTIALS), b"server", nonce, hello.nonce)
             proof = self._proof(b"client", nonce, hello.nonce, self._encoded)
             send_frame(connection, msgspec.msgpack.encode(Credentials(self._encoded, proof)))
-            reason = msgspec.msgpack.decode(receive_frame(connection, end_s), type=str)
-        except (OSError, msgspec.MsgspecError) as error:
+            reason = decode(receive_frame(connection, end_s), _REASON)
+        except OSError as error:
             raise TransferError(f"handshake failed: {error}") from error
         if reason:
             raise IncompatiblePeer(reason)
@@ -136,18 +144,18 @@ class Handshake:
             send_frame(connection, msgspec.msgpack.encode(Hello(MAGIC, TRANSFER_VERSION, nonce)))
             proof = self._proof(b"server", hello.nonce, nonce, self._encoded)
             send_frame(connection, msgspec.msgpack.encode(Credentials(self._encoded, proof)))
-            credentials = msgspec.msgpack.decode(receive_frame(connection, end_s), type=Credentials)
+            credentials = decode(receive_frame(connection, end_s), _CREDENTIALS)
             try:
                 self._check(credentials, b"client", hello.nonce, nonce)
             except IncompatiblePeer as error:
                 send_frame(connection, msgspec.msgpack.encode(error.message))
                 raise
             send_frame(connection, msgspec.msgpack.encode(""))
-        except (OSError, msgspec.MsgspecError) as error:
+        except OSError as error:
             raise TransferError(f"handshake failed: {error}") from error
 
     def _hello(self, data: bytes) -> Hello:
-        hello = msgspec.msgpack.decode(data, type=Hello)
+        hello = decode(data, _HELLO)
         if hello.magic != MAGIC or len(hello.nonce) != NONCE_BYTES:
             raise TransferError("the peer does not speak this protocol")
         if hello.version != TRANSFER_VERSION:
@@ -158,8 +166,7 @@ class Handshake:
         expected = self._proof(side, client_nonce, server_nonce, credentials.facts)
         if not hmac.compare_digest(expected, credentials.proof):
             raise IncompatiblePeer("cluster secret: the peer's proof does not fit ours")
-        facts = msgspec.msgpack.decode(credentials.facts)
-        reason = difference(self._facts, facts if isinstance(facts, dict) else {})
+        reason = difference(self._facts, decode(credentials.facts, _FACTS))
         if reason:
             raise IncompatiblePeer(reason)
 

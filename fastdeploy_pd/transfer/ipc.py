@@ -20,7 +20,7 @@ from fastdeploy_pd.errors import TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.frames import WriteFrame
-from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import unpack_ids
 from fastdeploy_pd.transfer.shm import ShmTransfer, check_user
 from fastdeploy_pd.transfer.stream import Outgoing
@@ -32,12 +32,14 @@ from rdma_comm.errors import RdmaError
 class _Mapping(msgspec.Struct):
     """How the receiver gets at the sender's pool."""
 
-    process: int
     pool_bytes: int
     handle: bytes  #: CUDA IPC handle of the allocation
     offset: int  #: of the pool in it
     ordinal: int  #: for an end in the same process, which cannot open a handle of its own
     pointer: int
+
+
+_MAPPING = msgspec.msgpack.Decoder(_Mapping)
 
 
 @dataclass(slots=True)
@@ -88,9 +90,7 @@ class IpcTransfer(ShmTransfer):
     def after_handshake(self, connection: socket.socket) -> None:
         """See base: say how our pool is mapped; the peer answers when it has."""
         pool = self._device_pool
-        mapping = _Mapping(
-            os.getpid(), self._layout.pool_bytes, self._handle, self._offset, pool.gpu.ordinal, pool.pointer
-        )
+        mapping = _Mapping(self._layout.pool_bytes, self._handle, self._offset, pool.gpu.ordinal, pool.pointer)
         send_frame(connection, msgspec.msgpack.encode(mapping))
         refusal = receive_frame(connection)
         if refusal:
@@ -98,10 +98,11 @@ class IpcTransfer(ShmTransfer):
 
     def accepted(self, connection: socket.socket) -> Any:
         """See base: check who calls and map its pool. Returns: a _Source."""
-        check_user(connection)
+        # Not by a process id that it tells: in two containers two processes may have the same.
+        is_own = check_user(connection) == os.getpid()
         try:
-            source = self._map(msgspec.msgpack.decode(receive_frame(connection), type=_Mapping))
-        except (RdmaError, msgspec.MsgspecError, ValueError) as error:
+            source = self._map(decode(receive_frame(connection), _MAPPING), is_own)
+        except (RdmaError, TransferError, ValueError) as error:
             send_frame(connection, str(error).encode())
             raise TransferError(f"the sender's GPU memory cannot be mapped: {error}") from error
         send_frame(connection, b"")
@@ -158,11 +159,11 @@ class IpcTransfer(ShmTransfer):
         """See base: they were computed as the blocks came in."""
         return incoming.sums.of(incoming.block_ids)
 
-    def _map(self, mapping: _Mapping) -> _Source:
+    def _map(self, mapping: _Mapping, is_own: bool) -> _Source:
         gpu = self._device_pool.gpu
         if mapping.pool_bytes <= 0 or mapping.offset < 0:
             raise ValueError(f"a pool of {mapping.pool_bytes} bytes at {mapping.offset}")
-        if mapping.process == os.getpid():
+        if is_own:
             gpu.reach(Gpu(mapping.ordinal))
             return _Source(mapping.pointer, mapping.pool_bytes, 0, BlockMover(gpu))
         base = gpu.open(mapping.handle)

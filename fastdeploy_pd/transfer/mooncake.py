@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.frames import WriteFrame
-from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours, rows_of
 from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
@@ -80,8 +80,11 @@ class _Source(msgspec.Struct):
     """The sender's pool, as it tells the receiver."""
 
     segment: str  #: the engine's name
-    pointer: int
-    pool_bytes: int
+    pointer: Annotated[int, msgspec.Meta(gt=0, lt=1 << 62)]
+    pool_bytes: Annotated[int, msgspec.Meta(gt=0, lt=1 << 62)]
+
+
+_SOURCE = msgspec.msgpack.Decoder(_Source)
 
 
 class MooncakeTransfer(TcpTransfer):
@@ -167,10 +170,10 @@ class MooncakeTransfer(TcpTransfer):
         """
         super().accepted(connection)
         try:
-            source = msgspec.msgpack.decode(receive_frame(connection), type=_Source)
+            source = decode(receive_frame(connection), _SOURCE)
             with self._reading(source, np.zeros(1, dtype=np.int64), self._layout.block_bytes):
                 pass
-        except (msgspec.MsgspecError, TransferError) as error:
+        except TransferError as error:
             send_frame(connection, str(error).encode())
             raise TransferError(f"the sender's pool cannot be read: {error}") from error
         send_frame(connection, b"")

@@ -21,11 +21,13 @@ from fastdeploy_pd.errors import ConfigError, TransferError, TransferUnavailable
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.frames import WriteFrame
-from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours
 from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from rdma_comm.errors import RdmaError
+
+_OFFER = msgspec.msgpack.Decoder(list[dict[str, Any]])
 
 
 class RdmaTransfer(TcpTransfer):
@@ -85,11 +87,11 @@ class RdmaTransfer(TcpTransfer):
         try:
             link = self._link(connection)
             send_frame(connection, msgspec.msgpack.encode(link.offer([self._region])))
-            link.connect([self._region], msgspec.msgpack.decode(receive_frame(connection)))
+            link.connect([self._region], decode(receive_frame(connection), _OFFER))
             send_frame(connection, b"")
             if receive_frame(connection):
                 raise TransferError("the peer cannot reach our NICs")
-        except (RdmaError, msgspec.MsgspecError) as error:
+        except RdmaError as error:
             raise TransferError(f"no RDMA connection to the peer: {error}") from error
 
     def accepted(self, connection: socket.socket) -> Any:
@@ -97,12 +99,12 @@ class RdmaTransfer(TcpTransfer):
         super().accepted(connection)
         try:
             link = self._link(connection)
-            offer = msgspec.msgpack.decode(receive_frame(connection))
+            offer = decode(receive_frame(connection), _OFFER)
             send_frame(connection, msgspec.msgpack.encode(link.offer([self._region])))
             link.connect([self._region], offer)
             receive_frame(connection)
             send_frame(connection, b"")
-        except (RdmaError, msgspec.MsgspecError) as error:
+        except RdmaError as error:
             raise TransferError(f"no RDMA connection to the peer: {error}") from error
         return link
 

@@ -33,11 +33,16 @@ def host_id() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
-def check_user(connection: socket.socket) -> None:
-    """Raises: TransferError: the process at the other end of a Unix socket is not this user's."""
+def check_user(connection: socket.socket) -> int:
+    """Returns: the id, as this process sees it, of the process at the other end of a Unix socket.
+
+    Raises: TransferError: it is not this user's.
+    """
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    if user != os.getuid():
         raise TransferError("the peer belongs to another user")
+    return int(process)
 
 
 class ShmTransfer(StreamTransfer):

@@ -26,7 +26,7 @@ from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming, Sums
 from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
-from fastdeploy_pd.transfer.handshake import Handshake, describe, difference, receive_frame, send_frame
+from fastdeploy_pd.transfer.handshake import Handshake, decode, describe, difference, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
@@ -64,6 +64,8 @@ class Outgoing:
     packed: tuple[bytes, bytes] = (b"", b"")  # ... the same for the wire: all layers have the same
     failure: str = ""  # to be told when the last of them is done
     sums: Sums = field(default_factory=Sums)  # where the backend computes checksums as it goes
+    num_sent: int = 0  # bytes that the receiver was told of; it owes us notices of those that are not done ...
+    owed_since_s: float = 0.0  # ... since then
 
     def local_blocks(self) -> list[int]:
         """Returns: the sender's blocks in the order of `remote`."""
@@ -79,6 +81,7 @@ class PeerConnections:
     def __init__(self, transfer: StreamTransfer, descriptor: dict[str, Any], num_connections: int) -> None:
         self.descriptor = descriptor
         self.is_dead = False
+        self.heard_s = 0.0  # when its last notice came
         self._transfer = transfer
         self._queues: list[queue.SimpleQueue[WriteFrame | EndFrame | None]] = []
         self._next = itertools.count()
@@ -98,7 +101,7 @@ class PeerConnections:
             frames.put(None)
 
     def _run(self, frames: queue.SimpleQueue[WriteFrame | EndFrame | None]) -> None:
-        transfer, connection = self._transfer, None
+        transfer, connection, reason = self._transfer, None, "a fault of this end"
         try:
             connection = transfer.dial(self.descriptor)
             transfer.spawn(lambda c=connection: self._hear(c), "kv-hear")
@@ -115,11 +118,13 @@ class PeerConnections:
             KeyError,
             TypeError,
             ValueError,
-        ) as error:  # the last three: its descriptor is wrong
+            OverflowError,
+        ) as error:  # the last four: its descriptor is wrong
             reason = error.message if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
-        transfer.peer_failed(self, reason)
-        if connection is not None:
-            transfer.drop(connection)
+        finally:
+            transfer.peer_failed(self, reason)
+            if connection is not None:
+                transfer.drop(connection)
 
     def _join_layers(
         self, frame: WriteFrame, frames: queue.SimpleQueue[WriteFrame | EndFrame | None]
@@ -141,8 +146,13 @@ class PeerConnections:
     def _hear(self, connection: socket.socket) -> None:
         try:
             while True:
-                self._transfer.on_notice(_NOTICES.decode(receive_frame(connection)))
-        except (OSError, TransferError, msgspec.MsgspecError) as error:
+                try:
+                    connection.recv(1, socket.MSG_PEEK)
+                except TimeoutError:
+                    self._transfer.on_silence(self)
+                    continue
+                self._transfer.on_notice(self, decode(receive_frame(connection), _NOTICES))
+        except (OSError, TransferError) as error:
             self._transfer.peer_failed(self, f"the peer ended the connection ({error})")
 
 
@@ -290,9 +300,13 @@ class StreamTransfer:
         if is_closed:
             self.drop(connection)
             raise TransferError("this end is closed")
-        self._handshake.connect(connection)
-        self.after_handshake(connection)
-        connection.settimeout(STALL_TIMEOUT_S)
+        try:
+            self._handshake.connect(connection)
+            self.after_handshake(connection)
+            connection.settimeout(STALL_TIMEOUT_S)
+        except BaseException:
+            self.drop(connection)
+            raise
         return connection
 
     def drop(self, connection: socket.socket) -> None:
@@ -316,6 +330,10 @@ class StreamTransfer:
         if outgoing is None or outgoing.is_over:
             return False
         if isinstance(frame, WriteFrame):
+            with self._lock:
+                if outgoing.num_sent <= outgoing.num_done:
+                    outgoing.owed_since_s = self._clock.now_s()
+                outgoing.num_sent += frame.num_bytes
             return self.send_write(connection, frame, last)
         send_frame(connection, msgspec.msgpack.encode(frame))
         outgoing.is_end_sent = True
@@ -334,19 +352,42 @@ class StreamTransfer:
             outgoing.is_over = True
             del self._out[epoch]
         wire_s = self._clock.now_s() - outgoing.start_s
-        self._events.put(EpochSent(epoch, self.digests_sent(outgoing), outgoing.num_done, wire_s))
+        event: TransferEvent = EpochFailed(epoch, "its checksums could not be computed")
+        try:
+            event = EpochSent(epoch, self.digests_sent(outgoing), outgoing.num_done, wire_s)
+        except KeyError as error:
+            event = EpochFailed(epoch, f"block {error} of the epoch was not written")
+        finally:
+            self._events.put(event)
 
-    def on_notice(self, notice: Notice) -> None:
+    def on_notice(self, peer: PeerConnections, notice: Notice) -> None:
         """The receiver has taken bytes, or refuses."""
+        peer.heard_s = self._clock.now_s()
+        outgoing = self._out.get(notice.epoch)
+        if outgoing is None or outgoing.peer is not peer:
+            return
         if notice.refusal:
             self._fail_outgoing(notice.epoch, notice.refusal)
         else:
             self.add_done(notice.epoch, notice.num_bytes)
 
+    def on_silence(self, peer: PeerConnections) -> None:
+        """The receiver has said nothing for STALL_TIMEOUT_S. Raises: TransferError: it should have, or nobody needs the connection."""
+        now_s = self._clock.now_s()
+        with self._lock:
+            served = [o for o in self._out.values() if o.peer is peer]
+            if not served:
+                peer.is_dead = True  # the next epoch connects anew
+                raise TransferError("idle")
+            owing = [o for o in served if self.acknowledges and o.num_done < o.num_sent]
+            if any(now_s - max(o.owed_since_s, peer.heard_s) > STALL_TIMEOUT_S for o in owing):
+                raise TransferError(f"the peer has taken nothing for {STALL_TIMEOUT_S:g} s")
+
     def peer_failed(self, peer: PeerConnections, reason: str) -> None:
         """A connection ended: every unfinished epoch of the peer fails, the next one connects anew."""
         with self._lock:
             peer.is_dead = True
+            self._peers = {key: p for key, p in self._peers.items() if p is not peer}
             lost = [o.epoch for o in self._out.values() if o.peer is peer]
         peer.close()
         for epoch in lost:
@@ -393,26 +434,41 @@ class StreamTransfer:
                 time.sleep(ACCEPT_PAUSE_S)
                 continue
             with self._lock:
-                if len(self._connections) >= MAX_CONNECTIONS:
+                if self._is_closed or len(self._connections) >= MAX_CONNECTIONS:
                     connection.close()
                     continue
                 self._connections.add(connection)
-            self.spawn(lambda c=connection: self._serve(c), f"kv-{self.name}-receive")
+            try:
+                self.spawn(lambda c=connection: self._serve(c), f"kv-{self.name}-receive")
+            except RuntimeError as error:  # no more threads for now
+                log.warning("cannot take a connection: %s", error)
+                self.drop(connection)
 
     def _serve(self, connection: socket.socket) -> None:
+        reason = "a fault of this end"
         try:
             self._handshake.accept(connection)
             state = self.accepted(connection)
+            try:
+                connection.settimeout(None)
+                reason = self._receive(connection, state)
+            finally:
+                self.drop(connection)
+                self.released(state)
+                for incoming in self._book.carried_by(id(connection)):
+                    self._tell(incoming, EpochFailed(incoming.epoch, f"the sender is gone ({reason})"))
         except (TransferError, OSError) as error:
             self.num_rejected += 1
             log.warning("refused a connection: %s", error)
+        finally:
             self.drop(connection)
-            return
-        connection.settimeout(None)
+
+    def _receive(self, connection: socket.socket, state: Any) -> str:
+        """Returns: why the connection ended."""
         last: WriteFrame | None = None
         try:
             while True:
-                frame = _FRAMES.decode(receive_frame(connection))
+                frame = decode(receive_frame(connection), _FRAMES)
                 if isinstance(frame, EndFrame):
                     self._on_end(connection, frame)
                     continue
@@ -420,15 +476,12 @@ class StreamTransfer:
                     if last is None:
                         raise TransferError("there is no write to repeat")
                     frame = msgspec.structs.replace(last, layers=frame.layers)
+                if not 0 < frame.num_bytes <= max(self.piece_bytes, self._layout.block_bytes):
+                    raise TransferError(f"a write of {frame.num_bytes} bytes")
                 last = frame
                 self._on_write(connection, frame, state)
-        except (OSError, TransferError, msgspec.MsgspecError) as error:
-            reason = str(error)
-        self.drop(connection)
-        self.released(state)
-        self._book.lost_connection(
-            id(connection), lambda e: self._events.put(EpochFailed(e, f"the sender is gone ({reason})"))
-        )
+        except (OSError, TransferError) as error:
+            return str(error)
 
     def _on_write(self, connection: socket.socket, frame: WriteFrame, state: Any) -> None:
         incoming = self._book.find(frame.epoch)
@@ -447,7 +500,7 @@ class StreamTransfer:
         if refusal or incoming is None:
             if incoming is not None and incoming.nonce == frame.nonce:
                 # Its own writer breaks the rules: it can't complete any more, and nobody should wait for it.
-                self._events.put(EpochFailed(frame.epoch, refusal))
+                self._tell(incoming, EpochFailed(frame.epoch, refusal))
             self.skip(connection, frame)
             self._notify(connection, Notice(frame.epoch, 0, refusal))
             return
@@ -467,9 +520,8 @@ class StreamTransfer:
             incoming.connections.add(id(connection))
             incoming.announced_bytes = frame.num_bytes
         if frame.num_bytes != incoming.expected_bytes:
-            self._events.put(
-                EpochFailed(frame.epoch, f"{frame.num_bytes} of {incoming.expected_bytes} bytes were written")
-            )
+            reason = f"{frame.num_bytes} of {incoming.expected_bytes} bytes were written"
+            self._tell(incoming, EpochFailed(frame.epoch, reason))
             return
         self._complete(incoming)
 
@@ -478,8 +530,20 @@ class StreamTransfer:
             if not incoming.is_complete or not incoming.is_open or incoming.is_told:
                 return
             incoming.is_told = True
-            digests = self.digests_arrived(incoming)
-        self._events.put(EpochArrived(incoming.epoch, digests, incoming.num_bytes))
+        event: TransferEvent = EpochFailed(incoming.epoch, "its checksums could not be computed")
+        try:
+            digests = self.digests_arrived(incoming)  # without the lock, which a revocation waits for
+            event = EpochArrived(incoming.epoch, digests, incoming.num_bytes)
+        finally:
+            if incoming.is_open:
+                self._events.put(event)
+
+    def _tell(self, incoming: Incoming, event: EpochFailed) -> None:
+        """Report an epoch's end, unless it was reported."""
+        with incoming.lock:
+            is_told, incoming.is_told = incoming.is_told, True
+        if not is_told:
+            self._events.put(event)
 
     def _notify(self, connection: socket.socket, notice: Notice) -> None:
         send_frame(connection, msgspec.msgpack.encode(notice))

@@ -25,7 +25,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.interfaces import interface_of
 from fastdeploy_pd.transfer.device_pool import DevicePool
-from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S
 
@@ -37,6 +37,7 @@ _NCCL_SETTINGS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
+_ENTRY = msgspec.msgpack.Decoder(tuple[str, bytes])
 _environment = threading.Lock()
 _clock = WallClock()
 
@@ -82,7 +83,7 @@ class ConnectionStore(Store):
         assert self._connection is not None
         data = receive_frame(self._connection)
         if data:
-            key, value = msgspec.msgpack.decode(data, type=tuple[str, bytes])
+            key, value = decode(data, _ENTRY)
             self._values[key] = value
         return bool(data)
 

@@ -1,0 +1,287 @@
+"""What an authenticated peer that has gone mad can say, and what strangers can: no thread, connection or epoch is lost to them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import TransferError
+from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
+from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
+from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.layout import KVPool, pack_ids
+from fastdeploy_pd.transfer.select import build
+from fastdeploy_pd.transfer.stream import StreamTransfer
+from fastdeploy_pd.transfer.tcp import TcpTransfer
+from tests.transfer.optional import has_mooncake
+
+LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
+SIZE = LAYOUT.block_bytes
+SECRET = b"a secret that all instances know"
+BACKENDS = ["tcp", "shm", "nccl", *(["mooncake"] if has_mooncake() else [])]
+IDS = pack_ids([1, 2])
+DEEP = b"\x91" * 100_000  # a list in a list in a list ...
+
+
+def until(is_so: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+    deadline_s = time.monotonic() + timeout_s
+    while not (value := is_so()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+    return value
+
+
+def hand_over(source: StreamTransfer, target: StreamTransfer, epoch: str, pause_s: float = 0.0) -> list[TransferEvent]:
+    """Returns: one event of each end."""
+    target.open_epoch(epoch, [1, 2], 5)
+    source.start(epoch, 5, target.descriptor(), [1, 2])
+    for layer in range(LAYOUT.num_layers):
+        source.write(epoch, layer, [3, 4], [1, 2])
+        time.sleep(pause_s)
+    source.finish(epoch)
+    found = [until(source.poll), until(target.poll)]
+    target.revoke(epoch)
+    assert all(len(events) == 1 for events in found), found
+    return [events[0] for events in found]
+
+
+@dataclasses.dataclass
+class Ends:
+    source: Any
+    target: Any
+    pools: list[KVPool]
+
+    def rogue(self) -> socket.socket:
+        """Returns: a connection that has passed all that the source passes, for frames of one's own."""
+        return self.source.dial(self.target.descriptor())
+
+    def check_still_well(self) -> None:
+        events = hand_over(self.source, self.target, "afterwards")
+        assert isinstance(events[0], EpochSent) and isinstance(events[1], EpochArrived), events
+        assert events[0].digests == events[1].digests
+
+
+@pytest.fixture(params=BACKENDS)
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    monkeypatch.setenv("GLOG_minloglevel", "3")
+    pools = [KVPool(LAYOUT), KVPool(LAYOUT)]
+    pools[0].array[:] = 90
+    made = [build(request.param, pool=p, layout=LAYOUT, fingerprint="m", secret=SECRET) for p in pools]
+    yield Ends(*made, pools)
+    for end in made:
+        end.close()
+
+
+WRITE = WriteFrame("e", 5, [0], IDS, IDS, SIZE)
+MALFORMED = {
+    "negative size": msgspec.structs.replace(WRITE, block_bytes=-SIZE),
+    "no size": msgspec.structs.replace(WRITE, block_bytes=0),
+    "huge size": msgspec.structs.replace(WRITE, block_bytes=2**63),
+    "no layer": msgspec.structs.replace(WRITE, layers=[]),
+    "no block": msgspec.structs.replace(WRITE, local=b"", remote=b""),
+    "many layers": msgspec.structs.replace(WRITE, layers=[0] * 100_000),
+    "layers that are huge numbers": msgspec.structs.replace(WRITE, layers=[2**63]),
+    "half an id": msgspec.structs.replace(WRITE, local=IDS[:-1], remote=IDS[:-1]),
+    "a repeat first": RepeatFrame([1]),
+}
+
+
+@pytest.mark.parametrize("nonce", [5, 6], ids=["with the nonce", "without"])
+@pytest.mark.parametrize("case", [*MALFORMED, "nested"])
+def test_a_malformed_frame_lands_nowhere_and_leaves_nothing_behind(ends: Ends, case: str, nonce: int) -> None:
+    frame = MALFORMED.get(case, WRITE)
+    if isinstance(frame, WriteFrame):
+        frame = msgspec.structs.replace(frame, nonce=nonce)
+    data = msgspec.msgpack.encode(frame)
+    if case == "nested":
+        data = b"\x97" + data[1:] + DEEP + b"\x00"  # a field more than it has
+    ends.target.open_epoch("e", [1, 2], 5)
+    num_threads, num_connections = threading.active_count(), len(ends.target._connections)
+    rogue = ends.rogue()
+    send_frame(rogue, data)
+    rogue.settimeout(0.3)  # a frame that makes sense is refused when its bytes have come
+    with contextlib.suppress(OSError, TransferError):
+        assert msgspec.msgpack.decode(receive_frame(rogue), type=Notice).refusal
+    ends.source.drop(rogue)
+    until(lambda: len(ends.target._connections) == num_connections and threading.active_count() <= num_threads)
+    assert not ends.pools[1].array.any()
+    assert len(ends.target.poll()) <= 1
+    ends.target.revoke("e")
+    ends.check_still_well()
+
+
+def test_an_epoch_ends_once_whatever_its_writer_says(ends: Ends) -> None:
+    ends.target.open_epoch("e", [1, 2], 5)
+    rogue = ends.rogue()
+    for num_bytes in (0, 1, 2**62, LAYOUT.num_layers * 2 * SIZE, 0):
+        send_frame(rogue, msgspec.msgpack.encode(EndFrame("e", 5, num_bytes)))
+    for epoch, nonce in (("e", 6), ("nobody's", 5)):
+        send_frame(rogue, msgspec.msgpack.encode(EndFrame(epoch, nonce, 0)))
+        assert "closed" in msgspec.msgpack.decode(receive_frame(rogue), type=Notice).refusal
+    ends.source.drop(rogue)
+    until(lambda: not ends.target._connections)
+    (event,) = ends.target.poll()
+    assert isinstance(event, EpochFailed) and "0 of 12288 bytes" in event.reason
+    ends.target.revoke("e")
+    ends.check_still_well()
+
+
+def test_the_end_of_a_peer_with_two_connections_is_told_once() -> None:
+    pools = KVPool(LAYOUT), KVPool(LAYOUT)
+    source, target = (TcpTransfer(p, LAYOUT, "m", num_connections=2) for p in pools)
+    target.open_epoch("e", [1, 2], 5)
+    source.start("e", 5, target.descriptor(), [1, 2])
+    for layer in range(2):
+        source.write("e", layer, [1, 2], [1, 2])
+    until(lambda: target._book.find("e").num_bytes == 4 * SIZE)
+    source.close()
+    until(lambda: not target._connections)
+    assert [type(e) for e in target.poll()] == [EpochFailed]
+    target.close()
+
+
+def test_what_was_never_written_is_a_failure_told_to_both(ends: Ends) -> None:
+    ends.target.open_epoch("e", [1, 2], 5)
+    ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
+    ends.source.finish("e")
+    for end in (ends.source, ends.target):
+        assert [type(e) for e in until(end.poll)] == [EpochFailed]
+    ends.target.revoke("e")
+    ends.check_still_well()
+
+
+def test_a_peer_speaks_for_its_own_epochs_only(ends: Ends) -> None:
+    ends.target.open_epoch("e", [1, 2], 5)
+    ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
+    ends.source.write("e", 0, [1, 2], [1, 2])
+    other = ends.source._out["e"].peer.__class__(ends.source, ends.target.descriptor(), 1)
+    ends.source.on_notice(other, Notice("e", 0, "refused"))
+    ends.source.on_notice(other, Notice("e", 1 << 40, ""))
+    assert not ends.source.poll()
+    other.close()
+    ends.target.revoke("e")
+
+
+def test_an_epoch_may_take_longer_than_a_stall(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt is computed chunk by chunk: nothing is sent, or said, in between."""
+    for module in ("stream", "tcp", "torch_link", "mooncake"):
+        monkeypatch.setattr(f"fastdeploy_pd.transfer.{module}.STALL_TIMEOUT_S", 0.3)
+    events = hand_over(ends.source, ends.target, "e", pause_s=0.7)
+    assert isinstance(events[0], EpochSent) and isinstance(events[1], EpochArrived), events
+
+
+def test_a_connection_that_nobody_needs_ends_and_comes_back(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("stream", "tcp", "torch_link", "mooncake"):
+        monkeypatch.setattr(f"fastdeploy_pd.transfer.{module}.STALL_TIMEOUT_S", 0.3)
+    ends.check_still_well()
+    until(lambda: not ends.target._connections and not ends.source._connections)
+    assert not ends.source._peers
+    ends.check_still_well()
+
+
+def test_a_receiver_that_never_acknowledges_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeploy_pd.transfer.stream.STALL_TIMEOUT_S", 0.3)
+    pools = KVPool(LAYOUT), KVPool(LAYOUT)
+    source, target = (build("shm", pool=p, layout=LAYOUT, fingerprint="m") for p in pools)
+    target._notify = lambda *_: None
+    target.open_epoch("e", [1], 5)
+    source.start("e", 5, target.descriptor(), [1])
+    source.write("e", 0, [1], [1])
+    (event,) = until(source.poll)
+    assert isinstance(event, EpochFailed) and "has taken nothing for 0.3 s" in event.reason
+    for end in (source, target):
+        end.close()
+
+
+def test_pairs_that_refuse_each_other_keep_nothing_open(ends: Ends) -> None:
+    layout = dataclasses.replace(LAYOUT, head_dim=16)
+    pool = KVPool(layout)
+    other = build(ends.source.name, pool=pool, layout=layout, fingerprint="m", secret=SECRET)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        ends.source.start(f"e{number}", 5, other.descriptor(), [1])
+        (event,) = until(ends.source.poll)
+        assert isinstance(event, EpochFailed) and "head_dim" in event.reason
+    until(lambda: not ends.source._connections and not other._connections)
+    assert not ends.source._peers
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"port": 1 << 80}, {"port": -1}, {"port": None}, {"host": 5}, {"host": "a" * 300}, {"host": "\0"}]
+)
+def test_a_descriptor_of_nonsense_fails_its_epoch(wrong: dict[str, Any]) -> None:
+    source, target = (TcpTransfer(KVPool(LAYOUT), LAYOUT, "m") for _ in range(2))
+    source.start("e", 5, {**target.descriptor(), **wrong}, [1])
+    (event,) = until(source.poll)
+    assert isinstance(event, EpochFailed)
+    for end in (source, target):
+        end.close()
+
+
+@pytest.mark.parametrize("step", ["hello", "credentials"])
+def test_a_stranger_that_nests_deeply_is_sent_away(step: str) -> None:
+    target = TcpTransfer(KVPool(LAYOUT), LAYOUT, "m", secret=SECRET)
+    where = (target.descriptor()["host"], target.descriptor()["port"])
+    hello = {"magic": b"FDKV", "version": target.descriptor()["version"], "nonce": bytes(32)}
+    for _ in range(3):
+        with socket.create_connection(where) as stranger:
+            if step == "credentials":
+                send_frame(stranger, msgspec.msgpack.encode(hello))
+                receive_frame(stranger), receive_frame(stranger)
+            send_frame(stranger, b"\x81\xa1x" + DEEP + b"\x00")
+            stranger.settimeout(3)
+            assert stranger.recv(1) == b""
+    until(lambda: not target._connections)
+    assert target.num_rejected == 3
+    target.close()
+
+
+def test_revoking_does_not_wait_for_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = KVPool(LAYOUT), KVPool(LAYOUT)
+    source, target = (TcpTransfer(p, LAYOUT, "m") for p in pools)
+    is_computing, may_end = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> tuple[int, ...]:
+        is_computing.set()
+        assert may_end.wait(5)
+        return ()
+
+    monkeypatch.setattr(target, "digests_arrived", slow)  # as those of gigabytes are
+    target.open_epoch("e", [1], 5)
+    source.start("e", 5, target.descriptor(), [1])
+    for layer in range(LAYOUT.num_layers):
+        source.write("e", layer, [1], [1])
+    source.finish("e")
+    assert is_computing.wait(5)
+    revoking = threading.Thread(target=target.revoke, args=("e",))
+    revoking.start()
+    revoking.join(1)
+    was_waiting = revoking.is_alive()
+    may_end.set()
+    revoking.join()
+    source.close()
+    target.close()
+    assert not was_waiting
+    assert not target.poll()
+
+
+def test_nobody_is_let_in_while_an_end_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TcpTransfer(KVPool(LAYOUT), LAYOUT, "m")
+    target._is_closed = True  # as `close` does first
+    with socket.create_connection((target.descriptor()["host"], target.descriptor()["port"])) as late:
+        late.settimeout(3)
+        assert late.recv(1) == b""
+    target._is_closed = False
+    target.close()
