@@ -133,7 +133,7 @@ def list_nics(sysfs: Path = SYSFS) -> list[Nic]:
     found = []
     root = sysfs / "class" / "infiniband"
     for directory in sorted(root.iterdir()) if root.exists() else ():
-        numbered = sorted((directory / "ports").iterdir(), key=lambda p: int(p.name))
+        numbered = sorted(directory.glob("ports/*"), key=lambda p: int(p.name))
         ports = tuple(_port(p, tables.get((directory.name, int(p.name)))) for p in numbered)
         names = {_read(n) for n in directory.glob("ports/*/gid_attrs/ndevs/*")}
         interfaces = tuple(sorted(names - {""} | {p.name for p in (directory / "device" / "net").glob("*")}))

@@ -50,7 +50,8 @@ find_gpus() { # fills GPU_PATHS and GPU_NUMAS, in PCI order
   chosen=${CUDA_VISIBLE_DEVICES-}
   if [[ $chosen =~ ^[0-9]+(,[0-9]+)*$ ]]; then IFS=, read -ra indices <<<"$chosen"; fi
   for index in "${indices[@]}"; do
-    [[ -n ${all[index]-} ]] || continue
+    [[ ${#index} -lt 10 && -n ${all[10#$index]-} ]] || continue # 08 is no octal number
+    index=$((10#$index))
     GPU_PATHS+=("$(pci_path "${all[index]}")")
     GPU_NUMAS+=("$(value "${all[index]}/numa_node")")
   done
@@ -71,7 +72,7 @@ gpu() {
   local nic state names
   local -a lines=() inactive=()
   for nic in "$SYS"/class/infiniband/*; do
-    state=$(cat "$nic"/ports/*/state 2>/dev/null || true)
+    state=$(cat /dev/null "$nic"/ports/*/state 2>/dev/null || true) # a device without ports: not stdin
     if [[ $state == *ACTIVE* ]]; then
       lines+=("$(printf '%06d %s' "$(nearest "$nic/device")" "${nic##*/}")")
     else
@@ -95,16 +96,18 @@ near_gpu() {
 }
 
 cpu() {
-  local net name rank
+  local net name rank state
   local -a lines=()
   for net in "$SYS"/class/net/*; do
     name=${net##*/}
-    [[ $name != lo && $(value "$net/type") == 1 && $(value "$net/operstate") == up ]] || continue
+    state=$(value "$net/operstate") # unknown: of drivers that do not say; the kernel asks to treat it as up
+    [[ $name != lo && $(value "$net/type") == 1 && $state == @(up|unknown) ]] || continue
     [[ ! -d $net/bridge && ! -e $net/tun_flags && ! -e $net/master ]] || continue
     if [[ -d $net/bonding ]]; then rank=0
     elif [[ ! -e $net/device ]]; then rank=3
     elif near_gpu "$net"; then rank=2
     else rank=1; fi
+    [[ $state == up ]] || rank=$((rank + 4))
     lines+=("$(printf '%d %06d %s' "$rank" "$(value "$net/ifindex")" "$name")")
   done
   ((${#lines[@]})) || die "no network interface in $SYS/class/net is up (loopback, bridges and tunnels do not count)"

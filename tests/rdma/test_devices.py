@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ def script(root: Path, kind: str, visible: str | None = None) -> subprocess.Comp
     env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {"SYSFS_ROOT": str(root)}
     if visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = visible
-    return subprocess.run([str(SCRIPT), kind], env=env, capture_output=True, text=True, timeout=60, check=False)
+    with open("/dev/zero") as endless:  # it asks nobody
+        return subprocess.run(
+            [str(SCRIPT), kind], env=env, stdin=endless, capture_output=True, text=True, timeout=20, check=False
+        )
 
 
 def nics(root: Path, visible: str | None = None) -> list[str]:
@@ -112,6 +116,28 @@ def test_all_ports_down(tmp_path: Path) -> None:
     assert "no RDMA device has an active port (mlx5_0)" in script(root, "gpu").stderr
     with pytest.raises(RdmaUnavailable, match="'mlx5_0', which has no active port"):
         choose_nics(["mlx5_0"], root)
+
+
+def test_a_device_without_ports(tmp_path: Path) -> None:
+    root = build(tmp_path, [Function(f"0000:00:0{n + 2}.0", rdma=f"mlx5_{n}") for n in (0, 1)])
+    shutil.rmtree(root / "class/infiniband/mlx5_0/ports")
+    assert [n.name for n in list_nics(root)] == ["mlx5_0", "mlx5_1"]
+    assert nics(root) == ["mlx5_1"]
+
+
+@pytest.mark.parametrize("visible", ["08", "0,08", "", "-1", "GPU-8a1b", "0,0", ","])
+def test_odd_names_of_visible_gpus(tmp_path: Path, visible: str) -> None:
+    root = build(tmp_path, dgx_h100(), [LOOPBACK])
+    assert len(nics(root, visible)) == 12
+    assert nics(root, "9" * 30) == nics(root, "99")
+
+
+def test_an_interface_whose_driver_does_not_tell_its_state(tmp_path: Path) -> None:
+    root = build(tmp_path, [Function("0000:00:02.0", net="eth0"), Function("0000:00:03.0", net="eth1")], [LOOPBACK])
+    (root / "class/net/eth0/operstate").write_text("unknown\n")
+    assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=eth1\n"
+    (root / "class/net/eth1/operstate").write_text("down\n")
+    assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=eth0\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["tpu"], ["gpu", "cpu"]])
