@@ -14,6 +14,7 @@ import json
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,12 +35,20 @@ def send_frame(connection: socket.socket, value: Mapping[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    """The connection's timeout holds for all of it, and not for each piece: a peer that drips is no better than one that is silent."""
     data = bytearray()
-    while len(data) < num_bytes:
-        piece = connection.recv(num_bytes - len(data))
-        if not piece:
-            raise HandshakeFailed(f"the peer ended the connection after {len(data)} of {num_bytes} bytes")
-        data += piece
+    timeout_s = connection.gettimeout()
+    end_s = None if timeout_s is None else time.monotonic() + timeout_s
+    try:
+        while len(data) < num_bytes:
+            if end_s is not None:
+                connection.settimeout(max(1e-6, end_s - time.monotonic()))
+            piece = connection.recv(num_bytes - len(data))
+            if not piece:
+                raise HandshakeFailed(f"the peer ended the connection after {len(data)} of {num_bytes} bytes")
+            data += piece
+    finally:
+        connection.settimeout(timeout_s)
     return bytes(data)
 
 
@@ -50,7 +59,7 @@ def receive_frame(connection: socket.socket) -> dict[str, Any]:
         raise HandshakeFailed(f"a frame of {num_bytes} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
         value = json.loads(_receive(connection, num_bytes))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HandshakeFailed(f"a frame is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise HandshakeFailed(f"a frame holds a {type(value).__name__}; it must be an object")
@@ -126,12 +135,12 @@ class Handshake:
         facts, proof = credentials.get("facts"), credentials.get("proof")
         if not isinstance(facts, str) or not isinstance(proof, str):
             raise HandshakeFailed("facts and proof must be strings")
-        if not hmac.compare_digest(self._proof(side, nonces, facts).encode(), proof.encode()):
-            raise HandshakeFailed("secret: the peer's proof does not fit ours")
         try:
+            if not hmac.compare_digest(self._proof(side, nonces, facts).encode(), proof.encode()):
+                raise HandshakeFailed("secret: the peer's proof does not fit ours")
             known = json.loads(facts)
             theirs = dict(known["must_match"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HandshakeFailed(f"the peer's facts cannot be read: {error}") from error
         for name in sorted({*self._must_match, *theirs}):
             if self._must_match.get(name) != theirs.get(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +21,7 @@ from rdma_comm.bootstrap import receive_frame, send_frame
 
 MAX_SESSIONS = 4
 SESSION_S, IDLE_TIMEOUT_S = 120.0, 30.0
+ACCEPT_PAUSE_S = 0.1
 PAIR_BACKENDS = ("shm", "rdma", "tcp")  #: those of host memory, the fastest first
 log = logging.getLogger("fastdeploy_pd.doctor")
 
@@ -54,7 +56,12 @@ class Listener:
     def run(self) -> None:
         """Answer until the process ends."""
         while True:
-            connection, address = self._listener.accept()
+            try:
+                connection, address = self._listener.accept()
+            except OSError as error:  # no more files for now
+                log.warning("cannot take a connection: %s", error)
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
             if not self._places.acquire(blocking=False):
                 connection.close()
                 continue
@@ -132,7 +139,14 @@ class Session:
             return {"reason": str(error)}
         return {"reason": f"this version does not know {request['do']!r}"}
 
+    def _start_anew(self) -> None:
+        """Close what is open: a peer that asks again and again takes no more than one that asks once."""
+        self._stack.close()
+        self._backends.clear()
+        self._rdma = None
+
     def _open_backends(self) -> dict[str, Any]:
+        self._start_anew()
         reasons = {}
         for name in PAIR_BACKENDS:
             try:
@@ -142,6 +156,7 @@ class Session:
         return {"descriptors": {n: t.descriptor() for n, t in self._backends.items()}, "reasons": reasons}
 
     def _join_rdma(self, offer: Any) -> dict[str, Any]:
+        self._start_anew()
         self._rdma = RdmaEnd(self._peer, self._env)
         self._stack.callback(self._rdma.close)
         if offer is not None:

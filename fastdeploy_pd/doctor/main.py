@@ -63,6 +63,7 @@ def local_checks(
 
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status: 0 nothing failed, 1 something did, 2 a flag is wrong."""
+    _open_streams()
     env = dict(os.environ)
     try:
         secret = read_secret(args.cluster_secret_file, env)
@@ -94,12 +95,13 @@ class Report:
 
     def __init__(self, is_json: bool) -> None:
         self._is_json = is_json
+        self._is_lost = False  # could not be written
         self._sections: dict[str, list[Finding]] = {}
 
     @property
     def status(self) -> int:
         """The exit status."""
-        return FAILED if any(f.state == "fail" for s in self._sections.values() for f in s) else OK
+        return FAILED if self._is_lost or any(f.state == "fail" for s in self._sections.values() for f in s) else OK
 
     def examine(self, title: str, checks: Sequence[Check]) -> list[Finding]:
         """Run a section's checks. Returns: what they found."""
@@ -123,18 +125,32 @@ class Report:
         if self._is_json:
             state = "fail" if self.status else "ok"
             sections = {title: [f.to_wire() for f in found] for title, found in self._sections.items()}
-            sys.stdout.write(json.dumps({"host": socket.gethostname(), "state": state, "sections": sections}) + "\n")
-        sys.stdout.flush()
+            self._write(json.dumps({"host": socket.gethostname(), "state": state, "sections": sections}))
 
     def _begin(self, title: str) -> None:
         if not self._is_json:
-            sys.stdout.write(f"{title}:\n")
-            sys.stdout.flush()
+            self._write(f"{title}:")
 
     def _show(self, finding: Finding) -> None:
         if not self._is_json:
-            sys.stdout.write(finding.line() + "\n")
+            self._write(finding.line())
+
+    def _write(self, line: str) -> None:
+        try:
+            sys.stdout.write(line + "\n")
             sys.stdout.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # which only says that somebody has read enough: `| head`
+                sys.stderr.write(f"error: the report cannot be written: {error.strerror}\n")
+                self._is_lost = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Where the caller has closed stdout or stderr: otherwise the next socket would have its number, and get what libraries print."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _examine_pair(report: Report, pair: Pair) -> None:
