@@ -124,6 +124,10 @@ class InstanceConfig:
         _choose_by_device(args)
         args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
         args.advertise_host = args.advertise_host or _own_address(env)
+        if args.advertise_host in ("0.0.0.0", "::", "*"):
+            raise ConfigError(
+                f"--advertise-host is {args.advertise_host!r}, where nobody can be reached; it must be one of this machine's addresses"
+            )
         secret = read_secret(args.cluster_secret_file, env)
         if secret is None and args.scheduler_name != "local" and not is_loopback(args.advertise_host):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 
 _SIOCGIFADDR = 0x8915
@@ -13,7 +14,7 @@ _REQUEST_BYTES = 40  # struct ifreq; the address stands behind the name's 16 byt
 def address_of(interface: str) -> str:
     """Returns: an interface's IPv4 address; "" if there is no such interface, or it has none."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, interface.encode()[:15].ljust(_REQUEST_BYTES, b"\0"))
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, os.fsencode(interface)[:15].ljust(_REQUEST_BYTES, b"\0"))
         return socket.inet_ntoa(answer[20:24])
     return ""
 

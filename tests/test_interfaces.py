@@ -31,6 +31,11 @@ def test_an_instance_s_address_is_that_of_its_socket_interface_unless_said_other
     assert advertised("nonsense", "--advertise-host", "10.0.0.1") == "10.0.0.1"
     with pytest.raises(ConfigError, match=r"KVCACHE_SOCKET_IFNAME is 'nonsense', .* there are: .*lo"):
         advertised("nonsense")
+    with pytest.raises(ConfigError, match="which is no network interface"):
+        advertised("lo\udcff")  # as bytes that are no text look in os.environ
+    for nowhere in ("0.0.0.0", "::", "*"):
+        with pytest.raises(ConfigError, match="must be one of this machine's addresses"):
+            advertised("", "--advertise-host", nowhere)
     other = next((name for _, name in socket.if_nameindex() if name != "lo" and address_of(name)), "")
     if other:
         assert advertised(other) == address_of(other)

@@ -43,7 +43,7 @@ class TcpTransfer(StreamTransfer):
             host: address to listen on and to tell peers.
             port: 0 chooses a free one.
             num_connections: to each peer; a large request is spread over all of them.
-        Raises: ConfigError: the address is taken, or reachable from elsewhere without a secret.
+        Raises: ConfigError: the address is taken, or not this machine's, or reachable from elsewhere without a secret.
         """
         if secret is None and not _is_loopback(host):
             raise ConfigError(
@@ -52,7 +52,8 @@ class TcpTransfer(StreamTransfer):
         try:
             listener = socket.create_server((host, port), backlog=128)
         except OSError as error:
-            raise ConfigError(f"{self.port_flag} {port} on {host} cannot be used: {error.strerror}") from error
+            where = f"{self.port_flag} {port} on {host}" if port else f"--advertise-host {host}"
+            raise ConfigError(f"{where} cannot be used: {error.strerror}") from error
         self.num_connections = num_connections
         self._host, self._port = host, int(listener.getsockname()[1])
         self._scratch = bytearray(1 << 16)

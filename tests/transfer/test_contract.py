@@ -296,6 +296,15 @@ def test_no_open_port_without_a_secret() -> None:
         TcpTransfer(new_pool(), LAYOUT, "m", host="0.0.0.0")
 
 
+def test_an_address_that_is_not_ours_names_its_flag() -> None:
+    for host, flag in (
+        (("nosuch.invalid", 0), "--advertise-host nosuch.invalid"),
+        (("8.8.8.8", 5), "--cache-queue-port 5 on"),
+    ):
+        with pytest.raises(ConfigError, match=flag):
+            TcpTransfer(new_pool(), LAYOUT, "m", *host, SECRET)
+
+
 def test_garbage_on_the_port_does_nothing() -> None:
     target = TcpTransfer(new_pool(), LAYOUT, "m")
     where = (target.descriptor()["host"], target.descriptor()["port"])
