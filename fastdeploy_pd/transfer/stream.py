@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ log = logging.getLogger("fastdeploy_pd.transfer")
 
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
 CONNECT_TIMEOUT_S = 3.0
+CLOSE_TIMEOUT_S = 5.0  # for all threads: gloo gives up half a message after STALL_TIMEOUT_S only
 MAX_CONNECTIONS = 1024
 
 
@@ -270,9 +271,10 @@ class StreamTransfer:
             self.drop(connection)
         with self._spawning:
             threads = list(self._threads)
+        end_s = self._clock.now_s() + CLOSE_TIMEOUT_S
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(5.0)
+                thread.join(max(0.0, end_s - self._clock.now_s()))
 
     # for the connections
 
@@ -300,13 +302,12 @@ class StreamTransfer:
         if is_closed:
             self.drop(connection)
             raise TransferError("this end is closed")
-        try:
+        with ExitStack() as failure:
+            failure.callback(self.drop, connection)
             self._handshake.connect(connection)
             self.after_handshake(connection)
             connection.settimeout(STALL_TIMEOUT_S)
-        except BaseException:
-            self.drop(connection)
-            raise
+            failure.pop_all()
         return connection
 
     def drop(self, connection: socket.socket) -> None:

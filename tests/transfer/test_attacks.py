@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFr
 from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, pack_ids
 from fastdeploy_pd.transfer.select import build
+from fastdeploy_pd.transfer.shm import check_user
 from fastdeploy_pd.transfer.stream import StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
 from tests.transfer.optional import has_mooncake
@@ -158,6 +161,22 @@ def test_what_was_never_written_is_a_failure_told_to_both(ends: Ends) -> None:
         assert [type(e) for e in until(end.poll)] == [EpochFailed]
     ends.target.revoke("e")
     ends.check_still_well()
+
+
+def test_who_calls_is_told_by_the_kernel() -> None:
+    """`ipc` takes addresses from its own process as they are; process ids that peers tell repeat from container to container."""
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        assert check_user(here) == os.getpid()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        code = (
+            "import socket, sys; c = socket.socket(socket.AF_UNIX); c.connect(chr(0) + sys.argv[1]); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, listener.getsockname()[1:].decode()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as child, listener.accept()[0] as connection:
+            assert check_user(connection) == child.pid
 
 
 def test_a_peer_speaks_for_its_own_epochs_only(ends: Ends) -> None:
