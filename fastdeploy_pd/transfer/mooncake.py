@@ -33,6 +33,7 @@ from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours, rows_of
 from fastdeploy_pd.transfer.stream import STALL_TIMEOUT_S, StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
+from rdma_comm.devices import list_nics
 
 STAGING_BYTES = 4 << 20
 TRY_OUT_S = 20.0
@@ -121,6 +122,8 @@ class MooncakeTransfer(TcpTransfer):
                 "(--cluster-secret-file or FD_CLUSTER_SECRET); FD_MOONCAKE_ALLOW_OPEN_PORTS=1 allows it all the same"
             )
         new_engine = _load()
+        if self._options.protocol == "rdma":
+            _check_nics(self._options.nics)
         self._staging: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._memory: list[np.ndarray] = []  # all buffers ever: a late read may still write into one
         self._is_registered = False
@@ -272,6 +275,16 @@ class MooncakeTransfer(TcpTransfer):
     def _register(self, memory: np.ndarray) -> None:
         if self._engine.register_memory(memory.ctypes.data, memory.nbytes):
             raise TransferError(f"mooncake cannot register {memory.nbytes} bytes")
+
+
+def _check_nics(names: str) -> None:
+    """Raises: TransferUnavailable: there is no such RDMA device; the engine would take TCP instead, and say nothing."""
+    active = [nic.name for nic in list_nics() if nic.active_port is not None]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not active or not set(wanted) <= set(active):
+        raise TransferUnavailable(
+            f"FD_MOONCAKE_PROTOCOL is 'rdma' and KVCACHE_RDMA_NICS {names!r}; RDMA devices with an active port: {', '.join(active) or 'none'}"
+        )
 
 
 def _try_out(options: Options) -> None:

@@ -17,6 +17,7 @@ from fastdeploy_pd.transfer.base import EpochArrived
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.mooncake import P2P, Options
 from fastdeploy_pd.transfer.select import build
+from rdma_comm.devices import list_nics
 from tests.transfer.optional import has_mooncake
 from tests.transfer.test_ipc import SECRET, events
 
@@ -52,6 +53,17 @@ def test_a_wrong_variable_is_named(name: str, value: str, allowed: str) -> None:
 def test_no_open_ports_without_a_secret() -> None:
     with pytest.raises(TransferUnavailable, match="FD_MOONCAKE_ALLOW_OPEN_PORTS"):
         build("mooncake", pool=KVPool(LAYOUT), layout=LAYOUT, fingerprint="m")
+
+
+@needs_mooncake
+@pytest.mark.parametrize("names", ["", "no_such_nic"])
+def test_rdma_that_is_not_here_does_not_become_tcp(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if list_nics() and not names:
+        pytest.skip("there is RDMA here")
+    monkeypatch.setenv("FD_MOONCAKE_PROTOCOL", "rdma")
+    monkeypatch.setenv("KVCACHE_RDMA_NICS", names)
+    with pytest.raises(TransferUnavailable, match=f"FD_MOONCAKE_PROTOCOL is 'rdma' and KVCACHE_RDMA_NICS '{names}'"):
+        build("mooncake", pool=KVPool(LAYOUT), layout=LAYOUT, fingerprint="m", secret=SECRET)
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
