@@ -168,7 +168,8 @@ def _examine_pair(report: Report, pair: Pair) -> None:
 def _serve(listener: Listener, is_json: bool) -> None:
     logging.getLogger("fastdeploy_pd.doctor").setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job is started with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     out = sys.stderr if is_json else sys.stdout
     out.write(f"listening on {listener.host}:{listener.port}\n")
     out.flush()

@@ -51,12 +51,13 @@ def listening(secret: str = SECRET) -> Iterator[int]:
     """A `doctor --listen`. Yields: its port."""
     process = subprocess.Popen(
         [*COMMAND, "--listen", "127.0.0.1:0"], env=environment(secret), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     try:
         assert process.stdout is not None
         found = (re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line) for line in process.stdout)
         yield next(int(match[1]) for match in found if match)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         assert process.wait(10) in (0, 1)
     finally:
         process.kill()
