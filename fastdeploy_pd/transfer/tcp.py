@@ -88,7 +88,10 @@ class TcpTransfer(StreamTransfer):
         """See base."""
         views = self._views(incoming.layout, frame.layers, unpack_ids(frame.remote))
         poller = select.poll()
-        poller.register(connection, select.POLLIN)
+        try:
+            poller.register(connection, select.POLLIN)
+        except ValueError as error:  # closed by another thread
+            raise TransferError("the connection ended") from error
         while views:
             # Waiting is done before; while landing, only bytes that are here already are taken.
             if not poller.poll(STALL_TIMEOUT_S * 1000):
