@@ -194,6 +194,13 @@ def build_backends(
         if name in ("tcp", "nccl", "mooncake"):
             ports[name] = cache.cache_queue_port or 0
             break
+    else:
+        if cache.cache_queue_port:
+            log.warning(
+                "--cache-queue-port %d is not used: of --cache-transfer-protocol none takes it", cache.cache_queue_port
+            )
+    if cache.rdma_comm_ports and "rdma" not in cache.cache_transfer_protocol:
+        log.warning("--rdma-comm-ports is not used: --cache-transfer-protocol does not name rdma")
     backends: dict[str, Transfer | str] = {}
     for name in config.cache.cache_transfer_protocol:
         try:

@@ -12,7 +12,6 @@ from typing import Any
 from rdma_comm.errors import RdmaError, RdmaUnavailable
 
 ENABLE_PEER_ACCESS_ALREADY = 704
-NOT_READY = 600
 LAZY_PEER_ACCESS = 1
 STREAM_NON_BLOCKING = 1
 EVENT_DISABLE_TIMING = 2
@@ -282,13 +281,12 @@ class Gpu:
 class Stream:
     """A stream of its own on a GPU, and an event to wait for it."""
 
-    def __init__(self, gpu: Gpu, is_urgent: bool = False) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         """Raises: CudaError."""
         self.gpu, self.handle, self._event = gpu, c_void_p(), c_void_p()
         lowest, highest = c_int(), c_int()
         gpu.call("cuCtxGetStreamPriorityRange", byref(lowest), byref(highest))
-        priority = highest if is_urgent else lowest
-        gpu.call("cuStreamCreateWithPriority", byref(self.handle), c_uint(STREAM_NON_BLOCKING), priority)
+        gpu.call("cuStreamCreateWithPriority", byref(self.handle), c_uint(STREAM_NON_BLOCKING), lowest)
         gpu.call("cuEventCreate", byref(self._event), c_uint(EVENT_DISABLE_TIMING))
 
     def wait(self) -> None:
@@ -298,11 +296,6 @@ class Stream:
         """
         self.gpu.call("cuEventRecord", self._event, self.handle)
         self.gpu.call("cuEventSynchronize", self._event)
-
-    def follow(self, other: Stream) -> None:
-        """Let what is queued here from now on wait for what is queued there so far. Raises: CudaError."""
-        other.gpu.call("cuEventRecord", other._event, other.handle)
-        self.gpu.call("cuStreamWaitEvent", self.handle, other._event, c_uint(0))
 
     def close(self) -> None:
         """Idempotent."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+
+import pytest
 
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.core.layout import KVLayout
@@ -31,3 +34,13 @@ def test_the_first_that_listens_has_the_port_that_was_given() -> None:
         for backend in backends.values():
             assert not isinstance(backend, str)
             backend.close()
+
+
+def test_a_port_that_nobody_takes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--scheduler-name", "splitwise", "--cache-transfer-protocol", "shm", "--cache-queue-port", "5001"]
+    config = InstanceConfig.from_args([*flags, "--rdma-comm-ports", "5002"], {})
+    with caplog.at_level(logging.WARNING):
+        (backend,) = build_backends(config, KVPool(LAYOUT), LAYOUT, "m", None).values()
+    assert not isinstance(backend, str)
+    backend.close()
+    assert "--cache-queue-port 5001 is not used" in caplog.text and "--rdma-comm-ports is not used" in caplog.text
