@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rdma_comm.bootstrap import Handshake
 from rdma_comm.endpoint import Connection, Endpoint, Options
@@ -25,7 +25,22 @@ CONNECT_TIMEOUT_S = 3.0
 
 
 class RDMACommunicator:
-    """One rank's KV cache, reachable by RDMA or reaching others'."""
+    """One rank's KV cache, reachable by RDMA or reaching others'.
+
+    Args:
+        splitwise_role: "decode" listens on `port`, "prefill" connects.
+        gpu_idx: kept for compatibility; NICs are chosen by KVCACHE_RDMA_NICS.
+        port: decimal; "0" chooses a free one (see `port`).
+        key_cache_ptrs, value_cache_ptrs: one address a layer; value_cache_ptrs may be empty.
+        block_number: blocks of each layer's cache.
+        block_bytes: bytes of one block in one layer's key (or value) cache.
+        key_scale_ptrs, value_scale_ptrs: of a quantised cache: one address a layer, or none.
+        scale_block_bytes: bytes of one block in one layer's scales.
+        prefill_tp_size, prefill_tp_idx: a decode block holds that many prefill ranks' slices; which one is ours.
+        secret: shared by both sides; without one anybody who reaches the port may connect.
+        host: address to listen on.
+    Raises: ValueError: an argument is not valid; RdmaError.
+    """
 
     def __init__(
         self,
@@ -46,49 +61,21 @@ class RDMACommunicator:
         host: str = "0.0.0.0",
         options: Options | None = None,
     ) -> None:
-        """
-        Args:
-            splitwise_role: "decode" listens on `port`, "prefill" connects.
-            gpu_idx: kept for compatibility; NICs are chosen by KVCACHE_RDMA_NICS.
-            port: decimal; "0" chooses a free one (see `port`).
-            key_cache_ptrs, value_cache_ptrs: one address a layer; value_cache_ptrs may be empty.
-            block_number: blocks of each layer's cache.
-            block_bytes: bytes of one block in one layer's key (or value) cache.
-            key_scale_ptrs, value_scale_ptrs: of a quantised cache: one address a layer, or none.
-            scale_block_bytes: bytes of one block in one layer's scales.
-            prefill_tp_size, prefill_tp_idx: a decode block holds that many prefill ranks' slices; which one is ours.
-            secret: shared by both sides; without one anybody who reaches the port may connect.
-            host: address to listen on.
-        Raises: ValueError: an argument is not valid; RdmaError.
-        """
         if splitwise_role not in ("prefill", "decode"):
             raise ValueError(f"splitwise_role is {splitwise_role!r}; it must be 'prefill' or 'decode'")
-        if block_number < 1 or block_bytes < 1 or not key_cache_ptrs:
-            raise ValueError(
-                f"block_number {block_number}, block_bytes {block_bytes} and key_cache_ptrs must not be empty"
-            )
-        others = {
+        if not 0 <= prefill_tp_idx < prefill_tp_size:
+            raise ValueError(f"prefill_tp_idx is {prefill_tp_idx}; it must be below prefill_tp_size {prefill_tp_size}")
+        self.role, self.gpu_idx, self._num_blocks = splitwise_role, gpu_idx, block_number
+        self.last_error: Exception | None = None
+        self._tp = (prefill_tp_size, prefill_tp_idx)
+        self._num_layers = len(key_cache_ptrs)
+        pointers = {
+            "key_cache_ptrs": key_cache_ptrs,
             "value_cache_ptrs": value_cache_ptrs,
             "key_scale_ptrs": key_scale_ptrs,
             "value_scale_ptrs": value_scale_ptrs,
         }
-        for name, pointers in others.items():
-            if pointers and len(pointers) != len(key_cache_ptrs):
-                raise ValueError(
-                    f"{name} has {len(pointers)} addresses; it must have none or {len(key_cache_ptrs)}, as key_cache_ptrs"
-                )
-        if (key_scale_ptrs or value_scale_ptrs) and scale_block_bytes < 1:
-            raise ValueError(f"scale_block_bytes is {scale_block_bytes}; with scales it must be at least 1")
-        if not 0 <= prefill_tp_idx < prefill_tp_size:
-            raise ValueError(f"prefill_tp_idx is {prefill_tp_idx}; it must be below prefill_tp_size {prefill_tp_size}")
-        self.role, self.gpu_idx = splitwise_role, gpu_idx
-        self.last_error: Exception | None = None
-        self._num_blocks = block_number
-        self._tp = (prefill_tp_size, prefill_tp_idx)
-        self._num_layers = len(key_cache_ptrs)
-        #: (address, bytes of a block): keys of all layers, then values, then scales
-        self._caches = [(p, block_bytes) for p in (*key_cache_ptrs, *value_cache_ptrs)]
-        self._caches += [(p, scale_block_bytes) for p in (*key_scale_ptrs, *value_scale_ptrs)]
+        self._caches = _caches(pointers, block_number, block_bytes, scale_block_bytes)
         slices = 1 if splitwise_role == "decode" else prefill_tp_size
         self._handshake = Handshake(
             {
@@ -99,9 +86,9 @@ class RDMACommunicator:
             secret,
         )
         self._endpoint = Endpoint(options)
-        writable = splitwise_role == "decode"
         self._regions = [
-            self._endpoint.register(p, block_number * size, is_writable_by_peers=writable) for p, size in self._caches
+            self._endpoint.register(p, block_number * size, is_writable_by_peers=splitwise_role == "decode")
+            for p, size in self._caches
         ]
         self._lock = threading.Lock()
         self._connections: dict[tuple[str, str], Connection] = {}
@@ -274,6 +261,25 @@ class RDMACommunicator:
                 if self._accepted.pop(connection, None) is not None:
                     _end(connection)
             channel.close()
+
+
+def _caches(
+    pointers: Mapping[str, Sequence[int]], num_blocks: int, block_bytes: int, scale_block_bytes: int
+) -> list[tuple[int, int]]:
+    """Returns: (address, bytes of a block): keys of all layers, then values, then scales. Raises: ValueError."""
+    num_layers = len(pointers["key_cache_ptrs"])
+    if num_blocks < 1 or block_bytes < 1 or not num_layers:
+        raise ValueError(f"block_number {num_blocks}, block_bytes {block_bytes} and key_cache_ptrs must not be empty")
+    caches = []
+    for name, addresses in pointers.items():
+        if addresses and len(addresses) != num_layers:
+            raise ValueError(
+                f"{name} has {len(addresses)} addresses; it must have none or {num_layers}, as key_cache_ptrs"
+            )
+        if addresses and "scale" in name and scale_block_bytes < 1:
+            raise ValueError(f"scale_block_bytes is {scale_block_bytes}; with scales it must be at least 1")
+        caches += [(address, scale_block_bytes if "scale" in name else block_bytes) for address in addresses]
+    return caches
 
 
 def _shut(channel: socket.socket) -> None:

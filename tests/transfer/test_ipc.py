@@ -14,7 +14,7 @@ from fastdeploy_pd.errors import TransferUnavailable
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.select import build
-from tests.transfer.gpu import has_gpu
+from tests.transfer.gpu import has_gpu, num_gpus
 
 LAYOUT = KVLayout(num_layers=4, num_blocks=64, num_kv_heads=8, block_size=16, head_dim=64, dtype="float16")
 needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no GPU here")
@@ -34,7 +34,7 @@ def events(transfer: Transfer, timeout_s: float = 20.0) -> list[TransferEvent]:
     return found
 
 
-def prefill_process(pipe: Connection) -> None:
+def prefill_process(backend: str, pipe: Connection) -> None:
     """Own the first GPU; send what is asked for."""
     from fastdeploy_pd.transfer.device_pool import DevicePool
     from rdma_comm.cuda.driver import Gpu
@@ -42,7 +42,7 @@ def prefill_process(pipe: Connection) -> None:
     gpu = Gpu(0)
     pool = DevicePool(LAYOUT, gpu)
     gpu.write(pool.pointer, content(1))
-    transfer = build("ipc", pool=pool, layout=LAYOUT, fingerprint="m", secret=SECRET)
+    transfer = build(backend, pool=pool, layout=LAYOUT, fingerprint="m", secret=SECRET)
     while (asked := pipe.recv()) is not None:
         epoch, nonce, descriptor = asked
         transfer.start(epoch, nonce, descriptor, REMOTE)
@@ -50,7 +50,7 @@ def prefill_process(pipe: Connection) -> None:
             transfer.write(epoch, layer, LOCAL[:2], REMOTE[:2])
             transfer.write(epoch, layer, LOCAL[2:], REMOTE[2:])
         transfer.finish(epoch)
-        pipe.send(events(transfer)[0])
+        pipe.send(events(transfer, 60.0)[0])
     transfer.close()
 
 
@@ -62,20 +62,22 @@ def test_a_pool_in_host_memory_is_not_its_business() -> None:
 @needs_gpu
 @pytest.mark.parametrize("secret", [SECRET, b"another secret of as many bytes!"])
 def test_between_two_processes(secret: bytes) -> None:
+    check_between_two_processes("ipc", secret)
+
+
+def check_between_two_processes(backend: str, secret: bytes = SECRET) -> None:
+    """Two epochs from the first GPU to the last of two, in a process each."""
     from fastdeploy_pd.transfer.device_pool import DevicePool
-    from rdma_comm.cuda.driver import CudaUnavailable, Gpu
+    from rdma_comm.cuda.driver import Gpu
 
     context = mp.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=prefill_process, args=(theirs,), daemon=True)
+    process = context.Process(target=prefill_process, args=(backend, theirs), daemon=True)
     process.start()
-    try:
-        gpu = Gpu(1)
-    except CudaUnavailable:
-        gpu = Gpu(0)
+    gpu = Gpu(min(num_gpus(), 2) - 1)
     pool = DevicePool(LAYOUT, gpu)
     gpu.write(pool.pointer, content(2))
-    target = build("ipc", pool=pool, layout=LAYOUT, fingerprint="m", secret=secret)
+    target = build(backend, pool=pool, layout=LAYOUT, fingerprint="m", secret=secret)
     for epoch in ("e1", "e2"):
         target.open_epoch(epoch, REMOTE, 77)
         pipe.send((epoch, 77, target.descriptor()))
@@ -84,7 +86,7 @@ def test_between_two_processes(secret: bytes) -> None:
             assert isinstance(sent, EpochFailed) and "secret" in sent.reason
             break
         (arrived,) = events(target)
-        assert isinstance(sent, EpochSent) and isinstance(arrived, EpochArrived)
+        assert isinstance(sent, EpochSent) and isinstance(arrived, EpochArrived), (sent, arrived)
         assert arrived.digests == sent.digests and len(set(sent.digests)) == len(LOCAL)
         have = np.frombuffer(gpu.read(pool.pointer, LAYOUT.pool_bytes), np.uint8).reshape(
             LAYOUT.num_layers, LAYOUT.num_blocks, -1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import sys
-from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from fastdeploy_pd.transfer.nccl import NcclTransfer
 from fastdeploy_pd.transfer.select import build
 from fastdeploy_pd.transfer.torch_link import interface_of
 from tests.transfer.gpu import num_gpus
-from tests.transfer.test_ipc import LAYOUT, LOCAL, REMOTE, SECRET, content, events
+from tests.transfer.test_ipc import LAYOUT, SECRET, check_between_two_processes, events
 
 
 def test_without_torch_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,54 +58,6 @@ def test_a_gpu_and_a_host_pool_do_not_fit() -> None:
     end.close()
 
 
-def gpu_process(pipe: Connection) -> None:
-    """Own the first GPU; send what is asked for."""
-    from fastdeploy_pd.transfer.device_pool import DevicePool
-    from rdma_comm.cuda.driver import Gpu
-
-    gpu = Gpu(0)
-    pool = DevicePool(LAYOUT, gpu)
-    gpu.write(pool.pointer, content(1))
-    transfer = build("nccl", pool=pool, layout=LAYOUT, fingerprint="m", secret=SECRET)
-    while (asked := pipe.recv()) is not None:
-        transfer.start(asked[0], 77, asked[1], REMOTE)
-        for layer in range(LAYOUT.num_layers):
-            transfer.write(asked[0], layer, LOCAL[:2], REMOTE[:2])
-            transfer.write(asked[0], layer, LOCAL[2:], REMOTE[2:])
-        transfer.finish(asked[0])
-        pipe.send(events(transfer, 60.0)[0])
-    transfer.close()
-
-
 @pytest.mark.skipif(num_gpus() < 2, reason="NCCL needs two GPUs")
 def test_between_two_gpus() -> None:
-    from fastdeploy_pd.transfer.device_pool import DevicePool
-    from rdma_comm.cuda.driver import Gpu
-
-    context = mp.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=gpu_process, args=(theirs,), daemon=True)
-    process.start()
-    gpu = Gpu(1)
-    pool = DevicePool(LAYOUT, gpu)
-    gpu.write(pool.pointer, content(2))
-    target = build("nccl", pool=pool, layout=LAYOUT, fingerprint="m", secret=SECRET)
-    for epoch in ("e1", "e2"):
-        target.open_epoch(epoch, REMOTE, 77)
-        pipe.send((epoch, target.descriptor()))
-        sent = pipe.recv()
-        (arrived,) = events(target)
-        assert isinstance(sent, EpochSent) and isinstance(arrived, EpochArrived), (sent, arrived)
-        assert arrived.digests == sent.digests and len(set(sent.digests)) == len(LOCAL)
-        have = np.frombuffer(gpu.read(pool.pointer, LAYOUT.pool_bytes), np.uint8).reshape(
-            LAYOUT.num_layers, LAYOUT.num_blocks, -1
-        )
-        wanted = content(2).reshape(have.shape).copy()
-        wanted[:, REMOTE] = content(1).reshape(have.shape)[:, LOCAL]
-        assert np.array_equal(have, wanted)
-        target.revoke(epoch)
-    process.kill()  # and a peer that dies takes nothing with it
-    process.join(20)
-    assert gpu.read(pool.pointer, 16)
-    target.close()
-    pool.close()
+    check_between_two_processes("nccl")

@@ -23,6 +23,7 @@ LAYOUT = KVLayout(num_layers=3, num_blocks=512, num_kv_heads=4, block_size=16, h
 SECRET = b"a secret that all instances know"
 BACKENDS = ["tcp", "shm", "nccl", *(["mooncake"] if has_mooncake() else [])]
 NUM_EPOCHS, AT_ONCE = 500, 12
+IN_PASSING = 6  # files or threads of a connection that is just being replaced; a leak of one an epoch is hundreds
 MARK = 77  # what revoked blocks are filled with
 
 
@@ -158,7 +159,7 @@ def test_epochs_at_random(backend: str, seed: int) -> None:
     assert not stress.source._out
     assert not stress.target._book._open
     assert before is not None
-    assert all(now <= then for now, then in zip(resources(), before, strict=True))
+    assert all(now <= then + IN_PASSING for now, then in zip(resources(), before, strict=True)), (resources(), before)
     for end in (stress.source, stress.target):
         end.close()
 
