@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_pd.model.checkpoint import ModelConfig, RopeScaling
-from fastdeploy_pd.model.ops.base import AttentionPlan, Ops, Tensor
-from fastdeploy_pd.model.weights import Checkpoint
+from fastdeploy_pd.model.ops.base import Ops, StepInputs, Tensor
+from fastdeploy_pd.model.weights import Checkpoint, RawTensor
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -59,79 +59,74 @@ class Decoder:
         self.config = config
         self.ops = ops
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = ops.weight(checkpoint.take("model.embed_tokens.weight", shape).to_float32())
+        self.embedding = ops.weight(checkpoint.take("model.embed_tokens.weight", shape))
         self.layers = [self._load_layer(checkpoint, i) for i in range(config.num_layers)]
-        self.final_norm = ops.weight(checkpoint.take("model.norm.weight", (config.hidden_size,)).to_float32())
+        self.final_norm = ops.weight(checkpoint.take("model.norm.weight", (config.hidden_size,)))
         self.head = (
-            self.embedding
-            if config.tie_word_embeddings
-            else ops.weight(checkpoint.take("lm_head.weight", shape).to_float32())
+            self.embedding if config.tie_word_embeddings else ops.weight(checkpoint.take("lm_head.weight", shape))
         )
-        self._frequencies = rope_frequencies(config)
+        ops.rope(rope_frequencies(config), config.max_position_embeddings)
 
     def forward(
-        self,
-        token_ids: np.ndarray,
-        positions: np.ndarray,
-        plan: AttentionPlan,
-        caches: Sequence[Any],
-        logit_rows: np.ndarray,
-        on_layer: Callable[[int], None] | None,
+        self, inputs: StepInputs, caches: Sequence[Any], on_layer: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """One step.
 
         Args:
-            token_ids: [n] int64, all sequences' new tokens one after the other.
-            positions: [n] int64, each token's place in its sequence.
             caches: a layer's blocks each, written and read.
-            logit_rows: [m] int64, the rows whose logits are wanted.
             on_layer: called when a layer's K and V are in the cache.
         Returns: [m, vocab_size] float32 logits.
         """
-        ops, config = self.ops, self.config
-        prepared = ops.plan(plan)
-        rotation = ops.rotation(np.outer(positions, self._frequencies), config.num_heads + config.num_kv_heads)
-        x = ops.embedding(self.embedding, token_ids)
-        marks = []
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            q = self._project(layer, x, rotation, cache, prepared)
+        marks: list[Any] = []
+
+        def queued(layer: int) -> None:
+            mark = self.ops.mark()
+            if mark is not None:
+                marks.append(mark)
+            elif on_layer is not None:
+                on_layer(layer)
+
+        logits = self.run(
+            self.ops.prepare(inputs), caches, len(inputs.logit_rows), queued if on_layer is not None else None
+        )
+        for layer, mark in enumerate(marks):  # all is queued: layers are told as the device gets through them
+            self.ops.wait(mark)
             if on_layer is not None:
-                mark = ops.mark()
-                if mark is None:
-                    on_layer(index)
-                else:
-                    marks.append(mark)
-            x = x + ops.linear(ops.attention(q, cache, prepared), layer.output, layer.output_bias)
-            hidden = ops.rms_norm(x, layer.post_norm, config.rms_norm_eps)
-            x = x + ops.linear(ops.swiglu(ops.linear(hidden, layer.gate_up)), layer.down)
-        logits = None
-        if len(logit_rows):
-            x = ops.rms_norm(ops.rows(x, logit_rows), self.final_norm, config.rms_norm_eps)
-            logits = ops.linear(x, self.head)
-        for index, mark in enumerate(marks):  # all is queued: layers are told as the device gets through them
-            ops.wait(mark)
+                on_layer(layer)
+        return np.zeros((0, self.config.vocab_size), np.float32) if logits is None else self.ops.to_numpy(logits)
+
+    def run(
+        self,
+        step: Any,
+        caches: Sequence[Any],
+        num_logit_rows: int,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor | None:
+        """Queue a step's operations.
+
+        Args:
+            step: the backend's `prepare`d inputs.
+            num_logit_rows: how many rows' logits the inputs want.
+            on_layer: called when what writes a layer's K and V is queued.
+        Returns: [num_logit_rows, vocab_size] logits in the backend's tensors; None: there are none.
+        """
+        ops, eps = self.ops, self.config.rms_norm_eps
+        x = ops.embedding(self.embedding, step)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+            q = ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
             if on_layer is not None:
                 on_layer(index)
-        return np.zeros((0, config.vocab_size), np.float32) if logits is None else ops.to_numpy(logits)
-
-    def _project(self, layer: LayerWeights, x: Tensor, rotation: Any, cache: Any, plan: Any) -> Tensor:
-        """Q of the new tokens; their K and V go into the cache. Q and K are normed and turned together."""
-        ops, config = self.ops, self.config
-        hidden = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        heads = ops.heads(ops.linear(hidden, layer.qkv, layer.qkv_bias), config.head_dim)
-        qk, v = ops.split_heads(heads, (config.num_heads + config.num_kv_heads, config.num_kv_heads))
-        if layer.qk_norm is not None:
-            qk = ops.rms_norm(qk, layer.qk_norm, config.rms_norm_eps)
-        q, k = ops.split_heads(ops.rotary(qk, rotation), (config.num_heads, config.num_kv_heads))
-        ops.write_kv(cache, plan, k, v)
-        return q
+            x = ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, x)
+            x = ops.linear_add(ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up), layer.down, None, x)
+        return ops.logits(x, self.final_norm, eps, self.head, step) if num_logit_rows else None
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{index}."
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def take(name: str, *shape: int) -> np.ndarray:
-            return checkpoint.take(prefix + name, shape).to_float32()
+        def take(name: str, *shape: int) -> RawTensor:
+            return checkpoint.take(prefix + name, shape)
 
         def weight(name: str, *shape: int) -> Tensor:
             return self.ops.weight(take(name, *shape))
@@ -141,17 +136,18 @@ class Decoder:
         bias = [take(f"self_attn.{n}_proj.bias", size) for n, size in sizes.items()] if config.qkv_bias else None
         counts = {"q": config.num_heads, "k": config.num_kv_heads} if config.qk_norm else {}
         qk_norm = [
-            np.tile(take(f"self_attn.{n}_norm.weight", config.head_dim), (count, 1)) for n, count in counts.items()
+            np.tile(take(f"self_attn.{n}_norm.weight", config.head_dim).to_float32(), (count, 1))
+            for n, count in counts.items()
         ]
         gate_up = [take(f"mlp.{n}_proj.weight", config.intermediate_size, config.hidden_size) for n in ("gate", "up")]
         return LayerWeights(
             input_norm=weight("input_layernorm.weight", config.hidden_size),
-            qkv=self.ops.weight(np.concatenate(qkv)),
-            qkv_bias=self.ops.weight(np.concatenate(bias)) if bias else None,
-            qk_norm=self.ops.weight(np.concatenate(qk_norm)) if config.qk_norm else None,
+            qkv=self.ops.weight(*qkv),
+            qkv_bias=self.ops.weight(*bias) if bias else None,
+            qk_norm=self.ops.weight(*qk_norm) if config.qk_norm else None,
             output=weight("self_attn.o_proj.weight", config.hidden_size, q_size),
             output_bias=weight("self_attn.o_proj.bias", config.hidden_size) if config.output_bias else None,
             post_norm=weight("post_attention_layernorm.weight", config.hidden_size),
-            gate_up=self.ops.weight(np.concatenate(gate_up)),
+            gate_up=self.ops.weight(*gate_up),
             down=weight("mlp.down_proj.weight", config.hidden_size, config.intermediate_size),
         )

@@ -15,7 +15,7 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.decoder import Decoder
-from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, PromptSpan
+from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, PromptSpan, StepInputs
 from fastdeploy_pd.model.ops.environment import default_num_threads, prepare_environment
 from fastdeploy_pd.model.sampler import sample, token_logprobs
 from fastdeploy_pd.model.weights import Checkpoint
@@ -122,7 +122,7 @@ class ModelRunner:
         rows = self._logit_rows(batch)
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
         plan = attention_plan(batch.sequences, self.layout.block_size)
-        logits = self.decoder.forward(token_ids, positions, plan, self.caches, flat_rows, on_layer)
+        logits = self.decoder.forward(StepInputs(token_ids, positions, flat_rows, plan), self.caches, on_layer)
         outputs, first = [], 0
         for index, (sequence, wanted) in enumerate(zip(batch.sequences, rows, strict=True)):
             try:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from fastdeploy_pd.core.batch import ScheduledSequence
+from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.runner import attention_plan
 from tests.model.tiny import FAMILIES, TinyEngine, write_checkpoint
 
@@ -48,7 +49,7 @@ def test_logits(family: tuple[Path, transformers.PreTrainedModel], ops: str) -> 
         rows = np.arange(length)
         plan = attention_plan([sequence], engine.layout.block_size)
         runner = engine.runner
-        logits = runner.decoder.forward(np.array(prompt), rows, plan, runner.caches, rows, None)
+        logits = runner.decoder.forward(StepInputs(np.array(prompt), rows, rows, plan), runner.caches)
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.model.weights import RawTensor
 
 Tensor = Any
 
@@ -59,16 +60,29 @@ def head_rows(block_ids: np.ndarray, num_kv_heads: int) -> tuple[np.ndarray, np.
     return keys, keys + num_kv_heads
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """All that a step's computation depends on besides weights and the pool."""
+
+    token_ids: np.ndarray  #: [n] int64, all sequences' new tokens one after the other
+    positions: np.ndarray  #: [n] int64, each token's place in its sequence
+    logit_rows: np.ndarray  #: [m] int64, the rows whose logits are wanted
+    plan: AttentionPlan
+    sources: np.ndarray | None = None
+    """[n] int64, rows of the last step's logits: the token chosen there takes this row's place, as only the device knows it yet;
+    -1: token_ids has it. None: they are all known."""
+
+
 class Ops(Protocol):
     """What a backend offers. Shapes in brackets; `n` is the number of packed tokens of a step.
 
-    One object serves one KV pool: `cache` is called before any `plan`.
+    One object serves one KV pool: `cache` and `rope` are called before any `prepare`.
     """
 
     name: str
 
-    def weight(self, array: np.ndarray) -> Tensor:
-        """Returns: a float32 array in the compute type."""
+    def weight(self, *parts: RawTensor | np.ndarray) -> Tensor:
+        """Returns: parts [rows, ...] one below the other, in the compute type."""
         ...
 
     def cache(self, pool: Any, layout: KVLayout) -> list[Tensor]:
@@ -81,6 +95,10 @@ class Ops(Protocol):
         """
         ...
 
+    def rope(self, frequencies: np.ndarray, max_positions: int) -> None:
+        """Say how Q and K are turned: frequencies [head_dim / 2] float64 times a token's position, below max_positions."""
+        ...
+
     def mark(self) -> Any:
         """Returns: the present end of what is queued, for `wait`; None: nothing is ever queued, it is done already."""
         ...
@@ -89,52 +107,42 @@ class Ops(Protocol):
         """Return when everything before the mark is done."""
         ...
 
-    def plan(self, plan: AttentionPlan) -> Any:
-        """Returns: the plan in whatever form this backend's `write_kv` and `attention` like; made once a step."""
+    def prepare(self, inputs: StepInputs) -> Any:
+        """Returns: a step in whatever form this backend's operations like; made once a step."""
         ...
 
-    def embedding(self, table: Tensor, token_ids: np.ndarray) -> Tensor:
-        """[n] ids -> [n, hidden]."""
+    def embedding(self, table: Tensor, step: Any) -> Tensor:
+        """-> [n, hidden]."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [n, in] times weight [out, in] transposed, plus bias [out]."""
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Root-mean-square norm of x [n, in] times norm [in], times weight [out, in] transposed, plus bias [out]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, times weight (of x's last dimension, or of its last two)."""
+    def norm_swiglu(self, x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+        """norm_linear with gate_up [2 * k, in], then silu of the first half times the second: [n, k]."""
         ...
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """[n, 2 * k] -> [n, k]: silu of the first half times the second."""
+    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """residual [n, out] + x [n, in] times weight [out, in] transposed, plus bias [out]. The residual's memory may be reused."""
         ...
 
-    def heads(self, x: Tensor, head_dim: int) -> Tensor:
-        """[n, heads * head_dim] -> [n, heads, head_dim]."""
+    def rotate_and_store(self, qkv: Tensor, norm: Tensor | None, eps: float, cache: Tensor, step: Any) -> Tensor:
+        """Norm and turn Q and K, put K and V into their blocks; they are in the pool's bytes when all that is queued is done.
+
+        Args:
+            qkv: [n, (num_heads + 2 * num_kv_heads) * head_dim].
+            norm: [num_heads + num_kv_heads, head_dim] weights of Q's and K's norm, or None.
+        Returns: Q, in whatever form `attention` takes it. Pairs that are turned are (i, i + head_dim / 2), as in Hugging Face's checkpoints.
+        """
         ...
 
-    def split_heads(self, x: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-        """[n, sum(sizes), head_dim] -> one [n, size, head_dim] each."""
+    def attention(self, q: Tensor, cache: Tensor, step: Any) -> Tensor:
+        """Causal attention of `rotate_and_store`'s Q over the blocks -> [n, num_heads * head_dim]."""
         ...
 
-    def rotation(self, angles: np.ndarray, num_heads: int) -> Any:
-        """What `rotary` needs for num_heads heads at angles [n, head_dim / 2] float64; made once a step."""
-        ...
-
-    def rotary(self, x: Tensor, rotation: Any) -> Tensor:
-        """Rotate [n, heads, head_dim]; pairs are (i, i + head_dim / 2), the convention of Hugging Face's checkpoints."""
-        ...
-
-    def rows(self, table: Tensor, indices: np.ndarray) -> Tensor:
-        """table[indices]."""
-        ...
-
-    def write_kv(self, cache: Tensor, plan: Any, k: Tensor, v: Tensor) -> None:
-        """Put K and V [n, num_kv_heads, head_dim] into their blocks; visible in the pool's bytes on return."""
-        ...
-
-    def attention(self, q: Tensor, cache: Tensor, plan: Any) -> Tensor:
-        """Causal attention of [n, heads, head_dim] over the blocks -> [n, heads * head_dim]."""
+    def logits(self, x: Tensor, norm: Tensor, eps: float, head: Tensor, step: Any) -> Tensor:
+        """norm_linear of the rows whose logits are wanted: [m, vocab_size]."""
         ...
 
     def to_numpy(self, x: Tensor) -> np.ndarray:

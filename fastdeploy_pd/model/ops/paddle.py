@@ -19,7 +19,9 @@ import paddle.nn.functional as functional
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
+from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
 from fastdeploy_pd.model.ops.reference import numpy_cache
+from fastdeploy_pd.model.weights import RawTensor
 
 QUERY_ROWS = 128
 
@@ -52,7 +54,7 @@ class _Plan:
     groups: list[_Group]
 
 
-class PaddleOps:
+class PaddleOps(ComposedOps):
     """See `base.Ops`."""
 
     name = "paddle"
@@ -63,9 +65,9 @@ class PaddleOps:
         paddle.core.set_num_threads(num_threads)
         self._num_heads = num_heads
 
-    def weight(self, array: np.ndarray) -> paddle.Tensor:
+    def weight(self, *parts: RawTensor | np.ndarray) -> paddle.Tensor:
         """See base."""
-        return paddle.to_tensor(np.ascontiguousarray(array, dtype=np.float32))
+        return paddle.to_tensor(np.ascontiguousarray(to_float32(*parts), dtype=np.float32))
 
     def cache(self, pool: np.ndarray, layout: KVLayout) -> list[_Cache]:
         """See base."""
@@ -85,7 +87,7 @@ class PaddleOps:
         """See base."""
 
     def plan(self, plan: AttentionPlan) -> _Plan:
-        """See base."""
+        """See composed."""
         spans = [(span, self._rows(span.block_ids)) for span in plan.spans]
         return _Plan(plan, spans, [self._group(plan, group) for group in plan.groups])
 
@@ -106,55 +108,52 @@ class PaddleOps:
             self._rows(group.tables),
         )
 
-    def embedding(self, table: paddle.Tensor, token_ids: np.ndarray) -> paddle.Tensor:
-        """See base."""
-        return paddle.gather(table, paddle.to_tensor(token_ids))
-
     def linear(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         y = paddle.matmul(x, weight, transpose_y=True)
         return y if bias is None else y + bias
 
     def rms_norm(self, x: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         return x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
     def swiglu(self, gate_up: paddle.Tensor) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         gate, up = paddle.chunk(gate_up, 2, axis=-1)
         return functional.silu(gate) * up
 
     def heads(self, x: paddle.Tensor, head_dim: int) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         return x.reshape([x.shape[0], -1, head_dim])
 
     def split_heads(self, x: paddle.Tensor, sizes: tuple[int, ...]) -> list[paddle.Tensor]:
-        """See base."""
+        """See composed."""
         return paddle.split(x, list(sizes), axis=1)
 
-    def rotation(self, angles: np.ndarray, num_heads: int) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """See base."""
+    def rotation(self, angles: np.ndarray) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """See composed."""
+        num_heads = self._num_heads + self._layout.num_kv_heads
         cos, sin = (np.repeat(t[:, None], num_heads, axis=1).astype(np.float32) for t in signed_tables(angles))
         return paddle.to_tensor(cos), paddle.to_tensor(sin)
 
     def rotary(self, x: paddle.Tensor, rotation: tuple[paddle.Tensor, paddle.Tensor]) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         cos, sin = rotation
         return x * cos + paddle.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
     def rows(self, table: paddle.Tensor, indices: np.ndarray) -> paddle.Tensor:
-        """See base."""
+        """See composed."""
         return paddle.gather(table, paddle.to_tensor(indices))
 
     def write_kv(self, cache: _Cache, plan: _Plan, k: paddle.Tensor, v: paddle.Tensor) -> None:
-        """See base."""
+        """See composed."""
         where = plan.numpy
         cache.array[where.fresh_blocks] = 0
         cache.array[where.block_ids, 0, :, where.offsets] = k.numpy()
         cache.array[where.block_ids, 1, :, where.offsets] = v.numpy()
 
-    def attention(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
-        """See base."""
+    def attend(self, q: paddle.Tensor, cache: _Cache, plan: _Plan) -> paddle.Tensor:
+        """See composed."""
         if not plan.spans and len(plan.groups) == 1:
             return self._attend_group(q, cache, plan.groups[0])
         if len(plan.spans) == 1 and not plan.groups:

@@ -10,6 +10,8 @@ import numpy as np
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan
+from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
+from fastdeploy_pd.model.weights import RawTensor
 
 KV_TYPES = ("float32", "float16")
 
@@ -25,17 +27,18 @@ def numpy_cache(pool: np.ndarray, layout: KVLayout) -> list[np.ndarray]:
     return list(pool.view(layout.dtype).reshape(shape))
 
 
-class ReferenceOps:
+class ReferenceOps(ComposedOps):
     """See `base.Ops`."""
 
     name = "reference"
 
-    def weight(self, array: np.ndarray) -> np.ndarray:
+    def weight(self, *parts: RawTensor | np.ndarray) -> np.ndarray:
         """See base."""
-        return array.astype(np.float64)
+        return to_float32(*parts).astype(np.float64)
 
     def cache(self, pool: np.ndarray, layout: KVLayout) -> list[np.ndarray]:
         """See base."""
+        self._layout = layout
         return numpy_cache(pool, layout)
 
     def mark(self) -> None:
@@ -45,57 +48,53 @@ class ReferenceOps:
         """See base."""
 
     def plan(self, plan: AttentionPlan) -> AttentionPlan:
-        """See base."""
+        """See composed."""
         return plan
 
-    def embedding(self, table: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-        """See base."""
-        return table[token_ids]
-
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-        """See base."""
+        """See composed."""
         y = x @ weight.T
         return y if bias is None else y + bias
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        """See base."""
+        """See composed."""
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
     def swiglu(self, gate_up: np.ndarray) -> np.ndarray:
-        """See base."""
+        """See composed."""
         gate, up = np.split(gate_up, 2, axis=-1)
         return gate / (1.0 + np.exp(-gate)) * up
 
     def heads(self, x: np.ndarray, head_dim: int) -> np.ndarray:
-        """See base."""
+        """See composed."""
         return x.reshape(x.shape[0], -1, head_dim)
 
     def split_heads(self, x: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
-        """See base."""
+        """See composed."""
         return np.split(x, np.cumsum(sizes)[:-1], axis=1)
 
-    def rotation(self, angles: np.ndarray, num_heads: int) -> np.ndarray:
-        """See base."""
+    def rotation(self, angles: np.ndarray) -> np.ndarray:
+        """See composed."""
         return np.exp(1j * angles)[:, None, :]
 
     def rotary(self, x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-        """See base. A pair of dimensions is a complex number; turning it is multiplying it."""
+        """See composed. A pair of dimensions is a complex number; turning it is multiplying it."""
         first, second = np.split(x, 2, axis=-1)
         turned = (first + 1j * second) * rotation
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
     def rows(self, table: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """See base."""
+        """See composed."""
         return table[indices]
 
     def write_kv(self, cache: np.ndarray, plan: AttentionPlan, k: np.ndarray, v: np.ndarray) -> None:
-        """See base."""
+        """See composed."""
         cache[plan.fresh_blocks] = 0
         cache[plan.block_ids, 0, :, plan.offsets] = k
         cache[plan.block_ids, 1, :, plan.offsets] = v
 
-    def attention(self, q: np.ndarray, cache: np.ndarray, plan: AttentionPlan) -> np.ndarray:
-        """See base."""
+    def attend(self, q: np.ndarray, cache: np.ndarray, plan: AttentionPlan) -> np.ndarray:
+        """See composed."""
         out = np.empty((q.shape[0], q.shape[1] * q.shape[2]))
         for span in plan.spans:
             rows = slice(span.row, span.row + span.num_tokens)

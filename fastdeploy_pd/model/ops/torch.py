@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
+from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
+from fastdeploy_pd.model.weights import RawTensor
 
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KV_TYPES = {**COMPUTE_TYPES, "float16": torch.float16}
@@ -45,7 +47,7 @@ class _Plan:
     groups: list[_Group]
 
 
-class TorchOps:
+class TorchOps(ComposedOps):
     """See `base.Ops`."""
 
     name = "torch"
@@ -62,9 +64,9 @@ class TorchOps:
         torch.set_num_threads(num_threads)
         self.device = _device(device)
 
-    def weight(self, array: np.ndarray) -> torch.Tensor:
+    def weight(self, *parts: RawTensor | np.ndarray) -> torch.Tensor:
         """See base."""
-        return torch.tensor(array, dtype=self.dtype, device=self.device)
+        return torch.tensor(to_float32(*parts), dtype=self.dtype, device=self.device)
 
     def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
         """See base."""
@@ -95,7 +97,7 @@ class TorchOps:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def plan(self, plan: AttentionPlan) -> _Plan:
-        """See base."""
+        """See composed."""
         return _Plan(
             self._to_device(plan.block_ids),
             self._to_device(plan.offsets),
@@ -114,55 +116,51 @@ class TorchOps:
         mask = torch.zeros(is_past.shape, dtype=self.dtype, device=self.device).masked_fill_(is_past, float("-inf"))
         return _Group(self._to_device(group.rows), mask[:, None, None, :], self._rows(group.tables))
 
-    def embedding(self, table: torch.Tensor, token_ids: np.ndarray) -> torch.Tensor:
-        """See base."""
-        return table[self._to_device(token_ids)]
-
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         return functional.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         return functional.rms_norm(x, (x.shape[-1],), None, eps) * weight
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
     def heads(self, x: torch.Tensor, head_dim: int) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         return x.view(x.shape[0], -1, head_dim)
 
     def split_heads(self, x: torch.Tensor, sizes: tuple[int, ...]) -> list[torch.Tensor]:
-        """See base."""
+        """See composed."""
         return list(x.split(sizes, dim=1))
 
-    def rotation(self, angles: np.ndarray, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See base."""
+    def rotation(self, angles: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """See composed."""
         cos, sin = (self._to_device(t).to(self.dtype)[:, None, :] for t in signed_tables(angles))
         return cos, sin
 
     def rotary(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         cos, sin = rotation
         first, second = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
     def rows(self, table: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
-        """See base."""
+        """See composed."""
         return table[self._to_device(indices)]
 
     def write_kv(self, cache: torch.Tensor, plan: _Plan, k: torch.Tensor, v: torch.Tensor) -> None:
-        """See base."""
+        """See composed."""
         if len(plan.fresh_blocks):
             cache[plan.fresh_blocks] = 0
         cache[plan.block_ids, 0, :, plan.offsets] = k.to(cache.dtype)
         cache[plan.block_ids, 1, :, plan.offsets] = v.to(cache.dtype)
 
-    def attention(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """See base."""
+    def attend(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """See composed."""
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=self.device)
         for span, rows in plan.spans:
             self._attend_prompt(q, cache, span, rows, out)
