@@ -30,12 +30,14 @@ MIN_SECRET_BYTES = 16
 class ModelOptions:
     """Which model, and how it is computed."""
 
-    model: str
+    model: str  #: checkpoint directory; with load_format "dummy" the path of its config.json, which stands for random weights
     served_model_name: tuple[str, ...]
     max_model_len: int | None
     dtype: str
     device: str
     ops: str
+    load_format: str
+    skip_tokenizer_init: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,10 @@ def _pick(kind: type, args: argparse.Namespace, env: Mapping[str, str], secret: 
         values["served_model_name"] = tuple(
             args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")]
         )
+        if args.load_format == "dummy":
+            directory = Path(args.model)
+            values["model"] = str(directory / "config.json")
+            values["skip_tokenizer_init"] = args.skip_tokenizer_init or not (directory / "tokenizer.json").exists()
     elif kind is ClusterOptions:
         values["secret"] = secret
     elif kind is ServerOptions:
@@ -320,6 +326,18 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "--served-model-name",
         action="append",
         help="name in the API; may be given several times (default: the directory's name)",
+    )
+    add(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="auto: safetensors; dummy: random weights, of a directory that needs only config.json, to measure speed",
+    )
+    add(
+        "--skip-tokenizer-init",
+        action="store_true",
+        help="serve without tokenizer.json: /v1/completions takes and gives token ids, text and chat are refused "
+        "(implied by --load-format dummy where there is no tokenizer.json)",
     )
     add("--max-model-len", type=_integer(2), help="most tokens of a sequence (default: what the model allows)")
     add(

@@ -13,9 +13,10 @@ from typing import Any
 from fastdeploy_pd.entrypoints.detokenizer import Detokenizer, StopMatcher, make_detokenizer
 from fastdeploy_pd.entrypoints.openai.limits import MAX_SEQUENCES
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, GenerationBody
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer, NoTokenizer
 from fastdeploy_pd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from fastdeploy_pd.model.checkpoint import ModelConfig, read_json
+from fastdeploy_pd.model.weights import model_directory
 from fastdeploy_pd.request import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -40,6 +41,7 @@ def serving_options_from_directory(
 ) -> ServingOptions:
     """Returns: options for a checkpoint. Raises: ModelLoadError."""
     model = ModelConfig.from_directory(directory)
+    directory = model_directory(directory)
     defaults: dict[str, Any] = {}
     if (directory / "generation_config.json").exists():
         generation = read_json(directory / "generation_config.json")
@@ -82,9 +84,10 @@ class Delta:
 class Serving:
     """Makes requests out of bodies, and text out of chunks."""
 
-    def __init__(self, tokenizer: Tokenizer, options: ServingOptions) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, options: ServingOptions) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self.has_text = not isinstance(tokenizer, NoTokenizer)
 
     def choices(
         self, body: GenerationBody, request_id: str, seed: int | None = None, delivered: Sequence[int] = ()
@@ -100,6 +103,11 @@ class Serving:
         if body.model not in self.options.model_names:
             raise ModelNotFound(
                 f"The model '{body.model}' does not exist; this server has {', '.join(self.options.model_names)}."
+            )
+        if body.stop and not self.has_text:
+            raise InvalidRequest(
+                "this server was started with --skip-tokenizer-init and sees no stop strings; use 'stop_token_ids'",
+                param="stop",
             )
         prompts = self._prompts(body)
         base_seed = body.seed if body.seed is not None else seed if seed is not None else secrets.randbits(63)

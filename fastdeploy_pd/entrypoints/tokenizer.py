@@ -63,7 +63,7 @@ class Tokenizer:
         """Raises: ModelLoadError: a file is missing or broken; names it and the field."""
         path = directory / "tokenizer.json"
         if not path.exists():
-            raise ModelLoadError(f"{directory} has no tokenizer.json")
+            raise ModelLoadError(f"{directory} has no tokenizer.json (--skip-tokenizer-init serves token ids alone)")
         config = _read_config(directory / "tokenizer_config.json")
         special = {}
         for name in SPECIAL_NAMES:
@@ -173,6 +173,49 @@ class Tokenizer:
                 for part in re.split(f"[{opening}{closing}]", piece):
                     ids += _encode(self._tokenizer, part, False)
         return ids
+
+
+class NoTokenizer:
+    """In a `Tokenizer`'s place with --skip-tokenizer-init: token ids come in and go out, and every text is empty."""
+
+    def encode(self, text: str) -> list[int]:
+        """Raises: InvalidRequest: always."""
+        raise InvalidRequest(
+            "this server was started with --skip-tokenizer-init and has no tokenizer: give 'prompt' as token ids",
+            param="prompt",
+        )
+
+    def encode_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[int]:
+        """Raises: InvalidRequest: always."""
+        raise InvalidRequest(
+            "this server was started with --skip-tokenizer-init and cannot chat: post token ids to /v1/completions",
+            param="messages",
+        )
+
+    def fewest_tokens(self, text: str) -> int:
+        """Returns: 0."""
+        return 0
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns: no text."""
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns: no bytes."""
+        return b""
+
+    def token_text(self, token_id: int) -> str:
+        """Returns: the id, as vLLM shows it in log-probabilities."""
+        return f"token_id:{token_id}"
+
+    def byte_table(self, skip_special_tokens: bool) -> dict[int, bytes]:
+        """Returns: no token's bytes."""
+        return {}
+
+
+AnyTokenizer = Tokenizer | NoTokenizer
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

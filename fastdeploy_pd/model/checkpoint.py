@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_pd.errors import ModelLoadError
-from fastdeploy_pd.model.weights import Checkpoint, read_json
+from fastdeploy_pd.model.weights import CONFIG_FILE, Checkpoint, model_directory, read_json
 
 __all__ = ["ModelConfig", "RopeScaling", "fingerprint", "read_json"]
 
@@ -61,12 +61,14 @@ class ModelConfig:
     def from_directory(cls, directory: Path) -> ModelConfig:
         """Read config.json and generation_config.json.
 
+        Args:
+            directory: of the model, or the path of its config.json.
         Raises: ModelLoadError: a file or field is missing, of the wrong type or not supported.
         """
-        directory = Path(directory)
+        directory = model_directory(Path(directory))
         if not directory.is_dir():
             raise ModelLoadError(f"model directory {directory} does not exist")
-        fields = _Fields(directory / "config.json")
+        fields = _Fields(directory / CONFIG_FILE)
         architecture = fields.architecture()
         fields.refuse_unsupported()
         num_heads, num_kv_heads, head_dim = fields.heads()
@@ -210,12 +212,16 @@ def _eos_token_ids(directory: Path, fields: _Fields) -> tuple[int, ...]:
 def fingerprint(directory: Path) -> str:
     """A short name of exactly this model: instances exchange KV blocks only with their like.
 
+    Args:
+        directory: of the model, or the path of its config.json, which stands for random weights.
     Returns: 16 hexadecimal digits over config.json and each tensor's name, dtype, shape and first, middle and last bytes.
     Raises: ModelLoadError: a file is missing or broken.
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory)
-    state = sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
+    state = sha256(json.dumps(read_json(checkpoint.directory / CONFIG_FILE), sort_keys=True).encode())
+    if directory != checkpoint.directory:
+        state.update(b"dummy")
     for name in sorted(checkpoint):
         tensor = checkpoint[name]
         flat = tensor.array.reshape(-1).view(np.uint8)

@@ -1,5 +1,7 @@
 """The tensors of a checkpoint directory, mapped from its safetensors files: nothing is read before it is needed.
 
+A model may also be given by the path of its config.json alone: its weights are random then (`--load-format dummy`).
+
 A safetensors file is 8 bytes (little-endian length of the header), a JSON header (name -> dtype, shape, data_offsets) and the
 tensors' bytes. Source: the format's own description, huggingface/safetensors.
 """
@@ -11,6 +13,7 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,7 +24,13 @@ from fastdeploy_pd.errors import ModelLoadError
 #: safetensors' names -> (NumPy type of the raw bytes, our name); NumPy has no bfloat16
 TENSOR_TYPES = {"F32": (np.float32, "float32"), "F16": (np.float16, "float16"), "BF16": (np.uint16, "bfloat16")}
 MAX_HEADER_BYTES = 100 * 2**20
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+DEFAULT_INITIALIZER_RANGE = 0.02
+
+
+def model_directory(path: Path) -> Path:
+    """Returns: the directory of a model, which is given by it or by its config.json alone."""
+    return path.parent if path.name == CONFIG_FILE else path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,8 +62,29 @@ class RawTensor:
         return self.array.astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True, slots=True)
+class DummyTensor:
+    """A random tensor that is not made yet: a backend fills it where it computes, or takes it from the CPU."""
+
+    shape: tuple[int, ...]
+    seed: int  #: 63 bits, of the tensor's name: every instance has the same weights
+    std: float  #: of normal numbers around 0; 0.0: all are ones
+
+    def to_float32(self) -> np.ndarray:
+        """Returns: the values, the same on every machine."""
+        if self.std == 0.0:
+            return np.ones(self.shape, np.float32)
+        values = np.random.Generator(np.random.PCG64(self.seed)).standard_normal(self.shape, np.float32)
+        values *= np.float32(self.std)
+        return values
+
+
 class Checkpoint(Mapping[str, RawTensor]):
     """The tensors of a directory by name."""
+
+    def __new__(cls, directory: Path) -> Checkpoint:
+        """Returns: a `DummyCheckpoint` for a config.json alone, as a Path is a PosixPath."""
+        return super().__new__(DummyCheckpoint if Path(directory).name == CONFIG_FILE else cls)
 
     def __init__(self, directory: Path) -> None:
         """Raises: ModelLoadError: no weights, a missing or broken file, a tensor that its file lacks."""
@@ -79,7 +109,7 @@ class Checkpoint(Mapping[str, RawTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> RawTensor:
+    def take(self, name: str, shape: tuple[int, ...]) -> RawTensor | DummyTensor:
         """Returns: a tensor. Raises: ModelLoadError: it is missing or has another shape."""
         tensor = self._tensors.get(name)
         if tensor is None:
@@ -124,6 +154,30 @@ class Checkpoint(Mapping[str, RawTensor]):
             if name != "__metadata__":
                 self._tensors[name] = _view(path, name, entry, mapping, 8 + header_bytes)
                 self._file_of[name] = path
+
+
+class DummyCheckpoint(Checkpoint):
+    """Random tensors under whatever names they are asked for; it lists none."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: of config.json, or of its directory. Its initializer_range is the weights' standard deviation.
+        Raises: ModelLoadError.
+        """
+        self.directory = model_directory(Path(path))
+        self._tensors, self._file_of = {}, {}
+        value = read_json(self.directory / CONFIG_FILE).get("initializer_range", DEFAULT_INITIALIZER_RANGE)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ModelLoadError(
+                f"{self.directory / CONFIG_FILE}: initializer_range is {value!r}; it must be a positive number"
+            )
+        self._std = float(value)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> DummyTensor:
+        """Returns: a tensor to be made; those of norms are ones."""
+        seed = int.from_bytes(sha256(name.encode()).digest()[:8], "little") >> 1
+        return DummyTensor(shape, seed, 0.0 if name.endswith("norm.weight") else self._std)
 
 
 def _is_file_name(value: object) -> bool:

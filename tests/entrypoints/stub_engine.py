@@ -16,7 +16,7 @@ from fastdeploy_pd.engine.client_api import HealthReport
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.serving import ServingOptions
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer, Tokenizer
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import Request, TokenChunk, TokenLogprobs
 
@@ -129,10 +129,15 @@ def demo_tokenizer() -> Tokenizer:
 
 
 @contextmanager
-def serving(engine: StubEngine, options: ServingOptions | None = None, **config: object) -> Iterator[str]:
+def serving(
+    engine: StubEngine,
+    options: ServingOptions | None = None,
+    tokenizer: AnyTokenizer | None = None,
+    **config: object,
+) -> Iterator[str]:
     """Serve in a thread. Yields: the base URL."""
     app = create_app(
-        engine, demo_tokenizer(), options or default_options(), metrics=lambda: (b"# none\n", "text/plain")
+        engine, tokenizer or demo_tokenizer(), options or default_options(), metrics=lambda: (b"# none\n", "text/plain")
     )
     server = uvicorn.Server(
         uvicorn.Config(

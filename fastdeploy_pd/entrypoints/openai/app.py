@@ -30,7 +30,7 @@ from fastdeploy_pd.entrypoints.openai.stream import (
 )
 from fastdeploy_pd.entrypoints.openai.validation import parse_body
 from fastdeploy_pd.entrypoints.serving import Choice, Serving, ServingOptions, new_id
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer
 from fastdeploy_pd.errors import FastDeployPDError
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -96,12 +96,14 @@ class Api:
         self, kind: type[ChatBody] | type[CompletionBody], raw: bytes, answer_id: str
     ) -> tuple[ChatBody | CompletionBody, list[Choice]]:
         body = parse_body(kind, raw)
+        if not self.serving.has_text and body.return_token_ids is None:
+            body.return_token_ids = True  # without a tokenizer they are all there is to answer
         return body, self.serving.choices(body, answer_id)
 
 
 def create_app(
     client: EngineClient,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     options: ServingOptions,
     metrics: Callable[[], tuple[bytes, str]] | None = None,
     observer: EndObserver | None = None,

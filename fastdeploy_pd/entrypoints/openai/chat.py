@@ -11,11 +11,11 @@ from fastdeploy_pd.entrypoints.openai.generation import LEAST_LOGPROB, Generatio
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody
 from fastdeploy_pd.entrypoints.openai.stream import DONE, event, text_json
 from fastdeploy_pd.entrypoints.serving import Choice, Delta
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer
 from fastdeploy_pd.request import TokenLogprobs
 
 
-def logprob_content(tokenizer: Tokenizer, logprobs: tuple[TokenLogprobs, ...]) -> list[dict[str, Any]]:
+def logprob_content(tokenizer: AnyTokenizer, logprobs: tuple[TokenLogprobs, ...]) -> list[dict[str, Any]]:
     """Returns: OpenAI's logprobs.content."""
 
     def shown(token_id: int, logprob: float) -> dict[str, Any]:
@@ -66,7 +66,7 @@ async def stream_chat(
     yield _last_events(body, generation, head) + DONE
 
 
-def _text_choice(body: ChatBody, tokenizer: Tokenizer, choice: Choice, delta: Delta) -> bytes:
+def _text_choice(body: ChatBody, tokenizer: AnyTokenizer, choice: Choice, delta: Delta) -> bytes:
     logprobs = (
         orjson.dumps({"content": logprob_content(tokenizer, delta.logprobs), "refusal": None})
         if body.logprobs

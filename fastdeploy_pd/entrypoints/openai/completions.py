@@ -12,7 +12,7 @@ from fastdeploy_pd.entrypoints.openai.generation import LEAST_LOGPROB, Generatio
 from fastdeploy_pd.entrypoints.openai.protocol import CompletionBody
 from fastdeploy_pd.entrypoints.openai.stream import DONE, event, text_json
 from fastdeploy_pd.entrypoints.serving import Choice, Delta
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer
 from fastdeploy_pd.request import TokenLogprobs
 
 
@@ -26,7 +26,7 @@ class LegacyLogprobs:
     text_offset: list[int] = field(default_factory=list)
 
     def add(
-        self, tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None], first_ids: Sequence[int], offset: int
+        self, tokenizer: AnyTokenizer, logprobs: Sequence[TokenLogprobs | None], first_ids: Sequence[int], offset: int
     ) -> int:
         """Append tokens. A None (the prompt's first token) takes its id from first_ids.
 
@@ -59,7 +59,7 @@ class _State:
 
 
 def _render(
-    body: CompletionBody, tokenizer: Tokenizer, choice: Choice, delta: Delta, state: _State
+    body: CompletionBody, tokenizer: AnyTokenizer, choice: Choice, delta: Delta, state: _State
 ) -> tuple[str, dict[str, Any] | None]:
     """The text and the log-probabilities that a delta adds; the prompt comes first where echo is asked for."""
     text, legacy = delta.text, LegacyLogprobs()
@@ -92,7 +92,7 @@ async def stream_completion(
     try:
         async for choice, delta in deltas:
             text, logprobs = _render(body, tokenizer, choice, delta, states[choice.index])
-            has_silent_tokens = bool(body.return_token_ids and delta.token_ids)
+            has_silent_tokens = bool(delta.token_ids and (body.return_token_ids or not generation.serving.has_text))
             if text or logprobs or has_silent_tokens or delta.finish_reason is not None:
                 reason = b'"%s"' % delta.finish_reason.value.encode() if delta.finish_reason is not None else b"null"
                 ids = b',"token_ids":' + orjson.dumps(delta.token_ids) if body.return_token_ids else b""

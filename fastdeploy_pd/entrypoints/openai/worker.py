@@ -29,7 +29,8 @@ from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
-from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.entrypoints.tokenizer import NoTokenizer, Tokenizer
+from fastdeploy_pd.model.weights import model_directory
 from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, render
 
 log = logging.getLogger("fastdeploy_pd.api")
@@ -160,7 +161,11 @@ async def serve_api(
         api_keys=config.server.api_keys,
         created_unix_s=int(WallClock().unix_s()),
     )
-    tokenizer = Tokenizer.from_directory(Path(config.model.model))
+    tokenizer = (
+        NoTokenizer()
+        if config.model.skip_tokenizer_init
+        else Tokenizer.from_directory(model_directory(Path(config.model.model)))
+    )
     front_end_id = f"front-{uuid.uuid4().hex[:12]}"
     front_end = FrontEnd(
         front_end_id,
