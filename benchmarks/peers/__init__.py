@@ -9,6 +9,8 @@ Source(..., facts)
 Source.send(job, offer) -> seconds    from the first call until the job's bytes have left the source, or have landed
 memory                                [pool_bytes] uint8: what is moved, or moved into
 close()
+
+Apart from these, vllm_*.py are programs and helpers with which vLLM is measured on the same workloads as our engine and cluster.
 """
 
 from __future__ import annotations
