@@ -1,7 +1,7 @@
 # needs MODULE: say what to do where .venv has not got it
 needs = @.venv/bin/python -c 'import $(1)' 2>/dev/null || { echo 'error: this needs $(1) in .venv: scripts/quickstart.sh --once; .venv/bin/pip install -r requirements-test.txt' >&2; exit 1; }
 
-.PHONY: help check test test-gpu bench bench-transfer demo-model
+.PHONY: help check test test-gpu bench bench-transfer bench-pd demo-model
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
 check: ## style and types alone
@@ -19,6 +19,9 @@ bench: ## measure what needs no GPU; writes bench-results/*.json (docs/benchmark
 bench-transfer: ## KV transfers beside Mooncake, NIXL, perftest and a plain socket; shorter: make bench-transfer ARGS='--rounds 1'
 	$(call needs,numpy)
 	.venv/bin/python -m benchmarks.run --only transfer $(ARGS)
+bench-pd: ## two GPUs under a recorded trace, ours and vLLM's layouts: make bench-pd ARGS='--model DIR --json pd.json'
+	$(call needs,httpx)
+	.venv/bin/python -m benchmarks.bench_pd $(ARGS)
 demo-model: ## train the demo model again (a GPU makes it minutes)
 	$(call needs,torch)
 	.venv/bin/python scripts/demo_model/train.py --out fastdeploy_pd/demo_model

@@ -11,11 +11,13 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.client import Answer, ask
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster
 
@@ -28,37 +30,20 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def one(client: httpx.AsyncClient, url: str, prompt: list[int]) -> tuple[float, float]:
-    """Returns: TTFT and TPOT in seconds, as a client sees them."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
-    start_s, first_s, last_s, count = time.perf_counter(), 0.0, 0.0, 0
-    request = {**body, "stream": True, "return_token_ids": True}
-    async with client.stream("POST", url + "/v1/completions", json=request) as answer:
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                last_s = time.perf_counter()
-                first_s = first_s or last_s
-                count += len(json.loads(line[6:])["choices"][0].get("token_ids", ()))
-    if count != OUTPUT_TOKENS:
-        raise RuntimeError(f"{count} tokens came instead of {OUTPUT_TOKENS}")
-    return first_s - start_s, (last_s - first_s) / (count - 1)
-
-
 async def load(urls: list[str], concurrency: int, num_requests: int) -> dict[str, float]:
     """Keep `concurrency` requests in flight. Returns: the figures of the run."""
     rng = random.Random(1)
     limit = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=concurrency)) as client:
 
-        async def go(number: int) -> tuple[float, float]:
-            prompt = [rng.randrange(3, 2000) for _ in range(rng.choice(PROMPT_TOKENS))]
-            async with limit:
-                return await one(client, urls[number % len(urls)], prompt)
+    async def go(number: int) -> Answer:
+        prompt = [rng.randrange(3, 2000) for _ in range(rng.choice(PROMPT_TOKENS))]
+        async with limit:
+            return await ask(urls[number % len(urls)], "demo", prompt, OUTPUT_TOKENS)
 
-        start_s = time.perf_counter()
-        results = await asyncio.gather(*(go(n) for n in range(num_requests)))
-        seconds = time.perf_counter() - start_s
-    ttft, tpot = [r[0] * 1000 for r in results], [r[1] * 1000 for r in results]
+    start_s = time.perf_counter()
+    answers = await asyncio.gather(*(go(n) for n in range(num_requests)))
+    seconds = time.perf_counter() - start_s
+    ttft, tpot = [a.ttft_s * 1000 for a in answers], [a.tpot_s * 1000 for a in answers]
     return {
         "concurrency": concurrency,
         "ttft_p50_ms": percentile(ttft, 0.5), "ttft_p99_ms": percentile(ttft, 0.99),
@@ -67,21 +52,26 @@ async def load(urls: list[str], concurrency: int, num_requests: int) -> dict[str
     }  # fmt: skip
 
 
-def stage_means(urls: list[str]) -> dict[str, float]:
-    """Returns: mean milliseconds of each hand-over stage, and bytes, from the instances' metrics."""
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    num_bytes = 0.0
+def handover_totals(urls: list[str]) -> Counter[str]:
+    """Returns: of all instances together, the sum (seconds) and count of each hand-over stage, and bytes, since their start."""
+    totals: Counter[str] = Counter()
     for url in urls:
         for line in httpx.get(url + "/metrics").text.splitlines():
-            if line.startswith("fastdeploy_pd:handover_stage_seconds_") and "bucket" not in line:
-                stage, value = line.split('stage="')[1].split('"')[0], float(line.rsplit(" ", 1)[1])
-                target = sums if "_sum{" in line else counts
-                target[stage] = target.get(stage, 0.0) + value
-            elif line.startswith("fastdeploy_pd:handover_bytes_total"):
-                num_bytes += float(line.rsplit(" ", 1)[1])
-    means = {f"{s}_ms": sums[s] / counts[s] * 1000 for s in sums if counts.get(s)}
-    return {**means, "count": max(counts.values(), default=0.0), "bytes": num_bytes}
+            name, _, value = line.rpartition(" ")
+            if name.startswith("fastdeploy_pd:handover_stage_seconds_") and "bucket" not in name:
+                kind = "sum" if "_sum{" in name else "count" if "_count{" in name else "created"
+                stage = name.split('stage="')[1].split('"')[0]
+                totals[f"{kind} {stage}"] += float(value)
+            elif name.startswith("fastdeploy_pd:handover_bytes_total"):
+                totals["bytes"] += float(value)
+    return totals
+
+
+def stage_means(totals: Counter[str]) -> dict[str, float]:
+    """Returns: mean milliseconds of each hand-over stage, how many there were, and bytes."""
+    counts = {name[6:]: count for name, count in totals.items() if name.startswith("count ") and count}
+    means = {f"{stage}_ms": totals[f"sum {stage}"] / count * 1000 for stage, count in counts.items()}
+    return {**means, "count": max(counts.values(), default=0), "bytes": totals["bytes"]}
 
 
 def run(ops: str, num_requests: int) -> dict[str, Any]:
@@ -107,7 +97,7 @@ def run(ops: str, num_requests: int) -> dict[str, Any]:
             asyncio.run(load(urls, 2, 4))
             results[name] = [asyncio.run(load(urls, c, num_requests)) for c in (1, 8)]
             if len(roles) > 1:
-                results[name].append({"handover": stage_means(urls)})
+                results[name].append({"handover": stage_means(handover_totals(urls))})
     return results
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from benchmarks.bench_pd import fastest, judge
+from benchmarks.client import Received, ask
 from benchmarks.engine_cases import CASES, Case, figures, table
+from benchmarks.peers.vllm_proxy import REMOTE_DECODE, Proxy
+from benchmarks.peers.vllm_server import Server
+from benchmarks.trace import arrivals, load
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -49,3 +61,112 @@ def test_the_engine_is_timed(tmp_path: Path) -> None:
     assert (
         "long needs 8064 tokens; --max-model-len is 600" in python(*command, "--scale", "1", "--cases", "long").stderr
     )
+
+
+def test_a_stream_is_read_whatever_pieces_it_comes_in() -> None:
+    texts = [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b'21\r\ndata: {"choices":[{"text":"a"}]}\n\n\r\n',
+        b'data: {"choices":[{"text":"b"}]}\n\n',
+        b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\ndata: [DONE]\n\n',
+    ]
+    answer = Received(1.0, [(2.0 + n, text) for n, text in enumerate(texts)]).answer()
+    assert (answer.ttft_s, answer.tpot_s, answer.e2e_s, answer.num_tokens) == (2.0, 1.0, 3.0, 2)
+    data = b"".join(texts)
+    second = data.index(b'"b"')
+    split = Received(1.0, [(5.0, data[:second]), (9.0, data[second:])]).answer()
+    assert split.event_s == [5.0, 9.0] and not split.error
+    assert Received(1.0, [(2.0, data[:-10])]).answer().error == "the stream broke off"
+    failed = [(2.0, b'HTTP/1.1 429 No\r\n\r\n{"error":{"message":"full"}}')]
+    assert "429" in Received(1.0, failed).answer().error and "full" in Received(1.0, failed).answer().error
+
+
+def test_the_trace() -> None:
+    requests = load(300, 8192)
+    assert max(r.num_input for r in requests) == 7000 and max(r.num_input + r.num_output for r in requests) == 8192
+    assert requests[0].prompt(1000, "a")[:512] == requests[1].prompt(1000, "a")[:512] != requests[0].prompt(1000, "b")
+    assert requests[0].prompt(1000, "a")[512:700] != requests[1].prompt(1000, "a")[512:700]
+    assert all(len(r.prompt(1000, "a")) == r.num_input for r in requests[:20])
+    assert arrivals(requests, 4)[-1] == pytest.approx(299 / 4)
+    small = load(20, 200, 0.01)
+    assert all(len(r.prompt(9, "")) == r.num_input <= 70 and r.num_output >= 2 for r in small)
+    with pytest.raises(SystemExit, match=r"--max-model-len is 7000; prompts of 7000 tokens need 7002"):
+        load(300, 7000)
+
+
+def test_attainment() -> None:
+    reference = fastest([{100: 10.0, 300: 40.0}, {100: 20.0, 300: 30.0}])
+    assert reference == {100: 10.0, 300: 30.0}
+    rows = [(200, 99.0, 99.0), (200, 101.0, 1.0), (200, 1.0, 101.0)]  # 20 ms unloaded: 100 ms are allowed
+    requests = [{"num_input": n, "ttft_ms": ttft, "tpot_ms": tpot, "e2e_ms": 1.0} for n, ttft, tpot in rows]
+    run: dict[str, Any] = {"requests": [*requests, None], "seconds": 0.5}
+    judge(run, reference)
+    assert (run["slo_attainment"], run["goodput_req_s"], run["failed"]) == (0.25, 2.0, 1)
+    assert run["ttft_ms"] == {"p50": 99.0, "p90": 101.0, "p99": 101.0}
+
+
+def test_the_proxy_asks_prefill_then_decode() -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    params = {"do_remote_prefill": True, "remote_block_ids": [3], "remote_host": "h", "remote_port": 1}
+    events = (
+        b'data: {"choices":[{"text":"a"}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":7}}\n\ndata: [DONE]\n\n'
+    )
+    answers = [json.dumps({"kv_transfer_params": params}).encode(), events]
+
+    def server(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            headers = dict(line.split(": ") for line in head.split("\r\n")[1:-2])
+            body = await reader.readexactly(int(headers["Content-Length"]))
+            asked.append((headers["X-Request-Id"], json.loads(body)))
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + answer)
+            await writer.drain()
+            writer.close()
+
+        return serve
+
+    async def run() -> int:
+        async with AsyncExitStack() as stack:
+            urls = []
+            for handler in [*map(server, answers), None]:
+                listening = await asyncio.start_server(handler or Proxy(*urls).serve, "127.0.0.1", 0)
+                await stack.enter_async_context(listening)
+                urls.append(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+            return (await ask(urls[-1], "m", [1, 2], 7)).num_tokens
+
+    assert asyncio.run(run()) == 7
+    (first_id, prefill), (second_id, decode) = asked
+    assert first_id == second_id and prefill["prompt"] == decode["prompt"] == [1, 2]
+    assert prefill["kv_transfer_params"] == REMOTE_DECODE and decode["kv_transfer_params"] == params
+    assert (prefill["max_tokens"], prefill["stream"], "stream_options" in prefill) == (1, False, False)
+    assert (decode["max_tokens"], decode["stream"]) == (7, True)
+
+
+def test_a_server_is_started_and_ended() -> None:
+    command = [sys.executable, "-m", "benchmarks.peers.vllm_proxy", "--prefill", "http://127.0.0.1:1", "--decode", ""]
+    with Server(command) as server:
+        server.wait_ready()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(server.url + "/health", timeout=5)
+    with (
+        pytest.raises(RuntimeError, match="No module named nowhere"),
+        Server([sys.executable, "-m", "nowhere"]) as gone,
+    ):
+        gone.wait_ready()
+
+
+@pytest.mark.slow
+def test_a_pair_under_the_trace(tmp_path: Path) -> None:
+    model = ["--model", str(write_model(tmp_path / "tiny")), "--load-format", "dummy", "--device", "cpu"]
+    small = ["--scale", "0.02", "--requests", "8", "--rates", "8", "--max-num-batched-tokens", "512"]
+    out = ["--layouts", "ours-1p1d,vllm-1p1d", "--json", str(tmp_path / "out.json")]
+    done = python(
+        "-m", "benchmarks.bench_pd", *model, *small, *out, "--", "--num-gpu-blocks-override", "200", "--ops", "torch"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "vllm-1p1d: skipped: vLLM is measured on GPUs alone" in done.stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    (run,) = result["layouts"]["ours-1p1d"]["runs"]
+    assert (run["failed"], run["handover"]["count"], len(run["requests"])) == (0, 8, 8)
+    assert run["handover"]["bytes"] > 0 and run["handover"]["overhead_ms"] > 0
+    assert sorted(map(int, result["reference_ttft_ms"])) == [2, 10, 20, 41, 82, 140]

@@ -1,0 +1,235 @@
+"""Two GPUs under the same recorded traffic, used in four ways: ours and vLLM's, prefill and decode together or apart (layouts.py).
+
+    make bench-pd ARGS='--model DIR --load-format dummy --json pd.json'
+    python -m benchmarks.bench_pd --device cpu --scale 0.02 --requests 40 --rates 2,8        (a try on the demo model, ours alone)
+
+Requests come as in a conversation trace of Mooncake's (data/README.md), its rhythm stretched to each rate, with random token ids:
+equal where the trace says that prompts begin alike, new ones for every rate, the same for every layout. A request attains its SLO if its
+TTFT is at most 5 times the unloaded TTFT of a prompt as long (the fastest layout's, between measured lengths interpolated; or --reference)
+and its TPOT at most 100 ms. Goodput counts those that do, a second, from the first arrival to the last answer's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from benchmarks.bench_serving import handover_totals, percentile, stage_means
+from benchmarks.client import Answer, ask, completion, stream
+from benchmarks.layouts import LAYOUTS, MODEL_NAME, Running
+from benchmarks.trace import MAX_INPUT_TOKENS, TraceRequest, arrivals, load
+from fastdeploy_pd.config import DEMO_MODEL
+from fastdeploy_pd.errors import FastDeployPDError
+
+TTFT_FACTOR, TPOT_MS = 5.0, 100.0
+UNLOADED_LENGTHS = (64, 512, 1024, 2048, 4096, MAX_INPUT_TOKENS)
+UNLOADED_REPEATS = 3
+SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+Reference = dict[int, float]  # prompt tokens -> unloaded TTFT in ms
+
+
+async def unloaded(urls: Sequence[str], vocab_size: int, scale: float) -> Reference:
+    """Returns: the median TTFT of one request at a time, by prompt length."""
+    rng, reference = random.Random(0), {}
+    for length in sorted({max(2, round(n * scale)) for n in UNLOADED_LENGTHS}):
+        ttft_ms = []
+        for number in range(len(urls) + UNLOADED_REPEATS):  # the first of each server warms it up
+            prompt = [rng.randrange(vocab_size) for _ in range(length)]
+            answer = await ask(urls[number % len(urls)], MODEL_NAME, prompt, 2)
+            ttft_ms.append(answer.ttft_s * 1e3)
+        reference[length] = statistics.median(ttft_ms[len(urls) :])
+    return reference
+
+
+async def replay(urls: Sequence[str], requests: list[TraceRequest], rate: float, vocab_size: int) -> list[Answer]:
+    """Send every request when its time has come, to the servers in turn. Returns: the answers, in the trace's order."""
+    bodies = [completion(MODEL_NAME, r.prompt(vocab_size, f"rate {rate}"), r.num_output) for r in requests]
+    start_s = time.perf_counter() + 0.1
+
+    async def send(number: int, arrival_s: float) -> Any:
+        await asyncio.sleep(start_s + arrival_s - time.perf_counter())
+        return await stream(urls[number % len(urls)], bodies[number])
+
+    received = await asyncio.gather(*(send(n, s) for n, s in enumerate(arrivals(requests, rate))))
+    answers = [r.answer() for r in received]
+    for answer, request in zip(answers, requests, strict=True):
+        if not answer.error and answer.num_tokens != request.num_output:
+            answer.error = f"{answer.num_tokens} tokens came instead of {request.num_output}"
+    return answers
+
+
+def run_layout(name: str, requests: list[TraceRequest], vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Start a layout, measure it unloaded and at every rate, end it. Returns: what was measured."""
+    began_s = time.perf_counter()
+    with LAYOUTS[name].start(args) as running:
+        ready_s = time.perf_counter() - began_s
+        say(f"{name}: ready after {ready_s:.1f} s")
+        reference = uvloop.run(unloaded(running.urls, vocab_size, args.scale))
+        runs = [measure(name, running, requests, rate, vocab_size) for rate in args.rates]
+    return {"title": LAYOUTS[name].title, "ready_s": ready_s, "unloaded_ttft_ms": reference, "runs": runs}
+
+
+def measure(name: str, running: Running, requests: list[TraceRequest], rate: float, vocab_size: int) -> dict[str, Any]:
+    """Returns: one rate's answers, as numbers, and our hand-overs' stages."""
+    before = handover_totals(running.metrics_urls)
+    answers = uvloop.run(replay(running.urls, requests, rate, vocab_size))
+    good = [a for a in answers if not a.error]
+    say(f"{name}: {rate:g} req/s: {len(good)} of {len(answers)} answered")
+    totals = handover_totals(running.metrics_urls)
+    totals.subtract(before)
+    stages = stage_means(totals)
+    if (
+        "hand_over_ms" in stages
+    ):  # what a pair costs that one instance does not: waits, the last blocks, checksums, messages
+        stages["overhead_ms"] = stages["hand_over_ms"] - stages["queue_ms"] - stages["prefill_ms"]
+    return {
+        "rate": rate,
+        "seconds": max((a.event_s[-1] for a in good), default=0.0) - min(a.sent_s for a in answers),
+        "requests": [
+            None
+            if a.error
+            else {
+                "num_input": r.num_input,
+                "ttft_ms": a.ttft_s * 1e3,
+                "tpot_ms": a.tpot_s * 1e3,
+                "e2e_ms": a.e2e_s * 1e3,
+            }
+            for a, r in zip(answers, requests, strict=True)
+        ],
+        "itl_ms": {p: percentile([s * 1e3 for a in good for s in a.itl_s] or [0.0], q) for p, q in SHARES.items()},
+        "errors": sorted({a.error for a in answers if a.error}),
+        **({"handover": stages} if stages["count"] else {}),
+    }
+
+
+def judge(run: dict[str, Any], reference: Reference) -> None:
+    """Add percentiles, SLO attainment and goodput to a run; a request without an answer attains nothing."""
+    lengths = sorted(reference)
+    good = [r for r in run["requests"] if r is not None]
+    for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+        run[name] = {p: percentile([r[name] for r in good] or [0.0], q) for p, q in SHARES.items()}
+    attained = 0
+    for request in good:
+        limit_ms = TTFT_FACTOR * float(np.interp(request["num_input"], lengths, [reference[n] for n in lengths]))
+        attained += request["ttft_ms"] <= limit_ms and request["tpot_ms"] <= TPOT_MS
+    run["failed"] = len(run["requests"]) - len(good)
+    run["slo_attainment"] = attained / len(run["requests"])
+    run["goodput_req_s"] = attained / run["seconds"] if good else 0.0
+
+
+def fastest(references: Sequence[Reference]) -> Reference:
+    """Returns: the least unloaded TTFT of each length, so that all layouts are held to one."""
+    return {length: min(r[length] for r in references) for length in references[0]}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Returns: every layout at every rate, and our hand-overs, in Markdown."""
+    columns = ("TTFT ms", "TPOT ms", "ITL ms", "E2E s")
+    lines = [
+        f"| layout | req/s | {' | '.join(f'{c} p50 / p90 / p99' for c in columns)} | SLO | goodput req/s | failed |"
+    ]
+    lines.append("|" + "---|" * 9)
+    handovers = []
+    for layout in results["layouts"].values():
+        for run in layout["runs"]:
+            cells = [" / ".join(f"{v:.4g}" for v in run[n].values()) for n in ("ttft_ms", "tpot_ms", "itl_ms")]
+            cells.append(" / ".join(f"{v / 1e3:.3g}" for v in run["e2e_ms"].values()))
+            end = f"{run['slo_attainment']:.1%} | {run['goodput_req_s']:.2f} | {run['failed']}"
+            lines.append(f"| {layout['title']} | {run['rate']:g} | {' | '.join(cells)} | {end} |")
+            if "handover" in run:
+                h = run["handover"]
+                names = ("queue_ms", "prefill_ms", "wire_ms", "drain_ms", "hand_over_ms", "overhead_ms")
+                means = " | ".join(f"{h[n]:.4g}" if n in h else "" for n in names)
+                handovers.append(
+                    f"| {layout['title']} | {run['rate']:g} | {h['count']:.0f} | {h['bytes'] / 1e9:.3g} | {means} |"
+                )
+    if handovers:
+        head = "| layout | req/s | hand-overs | GB | queue | prefill | wire | drain | hand-over | overhead, mean ms |"
+        lines += ["", head, "|" + "---|" * 10, *handovers]
+    return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns: the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO_MODEL, help="directory (default: the demo model)")
+    add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights of a config.json")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--gpus", type=lambda text: text.split(","), default=["0", "1"], help="two GPUs (default 0,1)")
+    add("--dtype", choices=("float32", "bfloat16"), help="as of an instance")
+    add("--max-model-len", type=int, help="default: 8192, or what the model allows if that is less")
+    add("--max-num-batched-tokens", type=int, default=8192, help="of a step, everywhere")
+    add("--layouts", type=lambda text: text.split(","), default=list(LAYOUTS), help=",".join(LAYOUTS))
+    add("--rates", type=lambda text: [float(r) for r in text.split(",")], default=[1, 2, 4, 6, 8, 12], help="req/s")
+    add("--requests", type=int, default=300, help="of the trace")
+    add("--scale", type=float, default=1.0, help="of all lengths, for a slow machine")
+    add("--reference", type=Path, help="JSON of an earlier run whose unloaded TTFT is the SLO's measure")
+    add("--vllm-python", default=sys.executable, help="interpreter that has vLLM (and NIXL)")
+    add("--vllm-memory-utilization", type=float, default=0.85)
+    add("--json", type=Path, help="where to write the figures")
+    add("flags", nargs="*", help="behind `--`: further flags of our instances")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.layouts if name not in LAYOUTS]
+    if unknown or min(args.rates) <= 0 or (args.device != "cpu" and len(args.gpus) < 2):
+        parser.error(f"--layouts has {unknown}; --rates must be above 0; --gpus must name two")
+    return args
+
+
+def main() -> int:
+    """Measure, print, write. Returns: the exit status."""
+    args = parse()
+    config = json.loads((args.model / "config.json").read_text())
+    args.max_model_len = args.max_model_len or min(8192, config["max_position_embeddings"])
+    requests = load(args.requests, args.max_model_len, args.scale)
+    results: dict[str, Any] = {
+        "model": args.model.name,
+        **{n: getattr(args, n) for n in ("device", "scale", "max_model_len", "max_num_batched_tokens", "flags")},
+        "layouts": {},
+    }
+    for name in args.layouts:
+        if why := LAYOUTS[name].missing(args):
+            say(f"{name}: skipped: {why}")
+            continue
+        try:
+            results["layouts"][name] = run_layout(name, requests, config["vocab_size"], args)
+        except (FastDeployPDError, RuntimeError) as error:
+            say(f"{name}: failed: {error}")
+    if not results["layouts"]:
+        return 1
+    if args.reference:
+        known = json.loads(args.reference.read_text())["reference_ttft_ms"]
+        reference = {int(length): ms for length, ms in known.items()}
+    else:
+        reference = fastest([layout["unloaded_ttft_ms"] for layout in results["layouts"].values()])
+    results["reference_ttft_ms"] = reference
+    for layout in results["layouts"].values():
+        for run in layout["runs"]:
+            judge(run, reference)
+    say("\n" + tables(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
