@@ -130,12 +130,17 @@ class Local:
     """What one instance knows of a request; never sent."""
 
     block_table: list[int] = field(default_factory=list)  #: block ids in token order
-    num_computed_tokens: int = 0  #: tokens whose KV is in the pool
+    num_computed_tokens: int = 0  #: tokens whose KV is in the pool, or will be when the launched steps have run
+    num_pending_tokens: int = 0  #: newest tokens, sampled by launched steps, whose ids are not known here yet
+    last_step: int = 0  #: number of the newest launched step that computes it
     num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
     num_preemptions: int = 0
     is_preemptible: bool = True  #: False while a transfer reads its blocks as they are computed
+    ends_with_next_token: bool = False  #: another instance goes on after the token that follows the prompt
+    samples_on_device: bool = False  #: its next token can be computed before the CPU knows the last one
     block_hashes: list[bytes] = field(default_factory=list)  #: chain hashes of the first full blocks
     num_findable_blocks: int = 0  #: of block_table, how many are in the prefix cache (or were when they were added)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  #: of the prompt's tokens computed so far
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +162,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far: prompt and output."""
+        """Tokens there are: prompt, output, and what launched steps will have added to it."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.local.num_pending_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids are known here: prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
@@ -166,8 +176,11 @@ class Request:
         return self.phase in TERMINAL_PHASES
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Returns: token ids at positions [start, stop) of prompt + output."""
+        """Returns: token ids at positions [start, stop) of prompt + output; 0 stands for a pending token."""
         num_prompt = len(self.prompt_token_ids)
+        num_unknown = stop - num_prompt - len(self.output_token_ids)
+        if num_unknown > 0:
+            return self.token_ids(start, stop - num_unknown) + [0] * num_unknown
         if stop <= num_prompt:
             return self.prompt_token_ids[start:stop]
         if start >= num_prompt:
@@ -199,7 +212,7 @@ class Request:
                 return FinishReason.STOP
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
                 return FinishReason.STOP
-        if num_output >= sampling.max_tokens or self.num_tokens >= max_model_len:
+        if num_output >= sampling.max_tokens or self.num_known_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,7 +162,13 @@ class Links:
         return True
 
     def receive(self, timeout_s: float = 0.0) -> list[tuple[str, Item]]:
-        """Returns: (peer id, message or link event) of everything that is there, after waiting at most timeout_s for the first."""
+        """Returns: (peer id, message or link event) of everything that is there, after waiting at most timeout_s for the first.
+
+        ZeroMQ waits whole milliseconds; less than one is slept through.
+        """
+        if 0 < timeout_s < 0.001:
+            time.sleep(timeout_s)
+            timeout_s = 0.0
         ready = dict(self._poller.poll(max(0, round(timeout_s * 1000))))
         items: list[tuple[str, Item]] = []
         if ready.pop(self._wake_out, None):

@@ -25,13 +25,26 @@ def slot_mapping(block_table: Sequence[int], start: int, stop: int, block_size: 
     return [block_table[p // block_size] * block_size + p % block_size for p in range(start, stop)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one a sequence and step
 class ScheduledSequence:
-    """The positions [start, stop) of one request, computed in this step."""
+    """The positions [start, stop) of one request, computed in this step.
+
+    While the step runs the request goes on: its block table and token_ids hold as long as `Runner.launch` runs, no longer.
+    """
 
     request: Request
     start: int
     stop: int
+    num_pending: int = field(init=False)  #: 1 if the last token is what the step launched before samples; else 0
+    needs_sample: bool = field(
+        init=False
+    )  #: whether the request's newest token is reached, so that the next is sampled
+
+    def __post_init__(self) -> None:
+        request = self.request
+        num_beyond = self.stop - len(request.prompt_token_ids) - len(request.output_token_ids)
+        self.num_pending = num_beyond if num_beyond > 0 else 0
+        self.needs_sample = num_beyond == request.local.num_pending_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -39,13 +52,8 @@ class ScheduledSequence:
         return self.stop - self.start
 
     @property
-    def needs_sample(self) -> bool:
-        """Whether the step reaches the request's last known token, so that the next one is sampled."""
-        return self.stop == self.request.num_tokens
-
-    @property
     def token_ids(self) -> list[int]:
-        """[num_tokens] the token ids to compute."""
+        """[num_tokens] the token ids to compute; 0 for a pending one."""
         return self.request.token_ids(self.start, self.stop)
 
 

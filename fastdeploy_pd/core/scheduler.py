@@ -3,13 +3,18 @@
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
 requests come first, so a stream never waits for a new prompt's turn; what is left of the token budget goes to the waiting ones, in
 order. When blocks run out, the youngest running request gives up its own and is computed again later (preemption by recompute).
+
+Steps run while the next ones are scheduled: `launched` says that a step has begun, `computed` that the oldest one has ended. Between
+the two a request's newest token may be pending: it counts, and its id is not known. Blocks that are given up while a launched step
+may write into them are fenced: they stay held until that step has ended. Preemption, which needs blocks at once, waits until no step
+is in flight.
 Source: the budget rule is Sarathi-Serve's (Agrawal et al., OSDI 2024); recompute preemption is PagedAttention's.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
@@ -31,11 +36,24 @@ class SchedulerOptions:
 class Scheduler:
     """The waiting and the running requests of one engine."""
 
-    def __init__(self, pool: BlockPool, options: SchedulerOptions) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        options: SchedulerOptions,
+        samples_on_device: Callable[[Request], bool] = lambda request: False,
+    ) -> None:
+        """
+        Args:
+            samples_on_device: whether a request can be computed on while its newest token is pending.
+        """
         self.pool = pool
         self.options = options
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: dict[Request, None] = {}  # oldest first
+        self._samples_on_device = samples_on_device
+        self._num_launched = 0  # steps
+        self._num_ended = 0
+        self._fenced: deque[tuple[int, list[int]]] = deque()  # (step that may write into them, block ids)
         self.num_preemptions = 0
         self.num_prefix_queries = 0  #: tokens looked up in the prefix cache
         self.num_prefix_hits = 0  #: of these, found
@@ -51,12 +69,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""
+        request.local.samples_on_device = self._samples_on_device(request)
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is, and release its blocks. Does nothing if it is not here."""
         if request in self.running:
-            self.running.remove(request)
+            del self.running[request]
         elif request in self.waiting:
             self.waiting.remove(request)
         else:
@@ -64,11 +83,15 @@ class Scheduler:
         self.release_blocks(request)
 
     def release_blocks(self, request: Request) -> None:
-        """Give up a request's blocks; full computed ones stay findable."""
-        self.pool.release(request.local.block_table)
-        request.local.block_table = []
-        request.local.num_computed_tokens = 0
-        request.local.num_findable_blocks = 0
+        """Give up a request's blocks, at the latest when no step in flight writes into them; full computed ones stay findable."""
+        local = request.local
+        if local.last_step > self._num_ended:
+            self._fenced.append((local.last_step, local.block_table))
+        else:
+            self.pool.release(local.block_table)
+        local.block_table = []
+        local.num_computed_tokens = local.num_pending_tokens = local.num_findable_blocks = 0
+        local.prompt_logprobs = []
 
     def forget_content(self, request: Request) -> None:
         """Let no later request find this one's blocks: something is wrong with what they hold."""
@@ -81,20 +104,11 @@ class Scheduler:
             now_s: for the phase stamps.
         Returns: the batch; empty if nothing can be computed now.
         """
-        sequences: list[ScheduledSequence] = []
-        budget = self.options.max_num_batched_tokens
-        for request in list(self.running):
-            if budget == 0:
-                break
-            if request not in self.running:  # preempted on behalf of an earlier one
-                continue
-            num_new = min(request.num_tokens - request.local.num_computed_tokens, budget)
-            if num_new > 0 and self._ensure_blocks(request, request.local.num_computed_tokens + num_new, now_s):
-                sequences.append(self._scheduled(request, num_new))
-                budget -= num_new
-        self._drop_preempted(sequences)
+        sequences, budget, is_short = self._schedule_running(now_s)
+        if is_short:
+            return Batch([], self.pool.block_size)
         is_blocked = False
-        for request in list(self.waiting):
+        for request in list(self.waiting) if budget and len(self.running) < self.options.max_num_seqs else ():
             if budget == 0 or len(self.running) >= self.options.max_num_seqs:
                 break
             # A request that got no room must not be overtaken by one that would take the blocks it waits for; one that
@@ -103,33 +117,47 @@ class Scheduler:
                 is_blocked = True
                 continue
             self.waiting.remove(request)
-            self.running.append(request)
+            self.running[request] = None
             if request.phase is Phase.RESERVED:
                 request.advance(Phase.PREFILLING, now_s)
-            num_new = min(request.num_tokens - request.local.num_computed_tokens, budget)
-            sequences.append(self._scheduled(request, num_new))
+            start = request.local.num_computed_tokens
+            num_new = min(request.num_tokens - start, budget)
+            sequences.append(ScheduledSequence(request, start, start + num_new))
             budget -= num_new
         return Batch(sequences, self.pool.block_size)
 
-    def computed(self, sequences: Iterable[ScheduledSequence]) -> None:
-        """Record that a batch's sequences were computed: counts move on, full blocks become findable."""
-        for sequence in sequences:
-            sequence.request.local.num_computed_tokens = sequence.stop
-            self.make_findable(sequence.request)
+    def launched(self, batch: Batch) -> None:
+        """Record that a batch is being computed, the newest of those in flight: counts move on, sampled tokens are pending."""
+        self._num_launched += 1
+        for sequence in batch.sequences:
+            local = sequence.request.local
+            local.num_computed_tokens = sequence.stop
+            local.num_pending_tokens += sequence.needs_sample
+            local.last_step = self._num_launched
 
-    def make_findable(self, request: Request) -> None:
-        """Let the full, computed blocks of a request be found by later requests with the same prefix."""
-        if not self.options.enable_prefix_caching:
-            return
+    def computed(self, sequences: Iterable[ScheduledSequence]) -> None:
+        """Record that the oldest step in flight has ended; the caller appends each sampled token right after.
+
+        Args:
+            sequences: of its batch, those that were computed and whose requests still run; their full blocks become findable.
+        """
+        self._num_ended += 1
+        while self._fenced and self._fenced[0][0] <= self._num_ended:
+            self.pool.release(self._fenced.popleft()[1])
+        for sequence in sequences:
+            sequence.request.local.num_pending_tokens -= sequence.needs_sample
+            self.make_findable(sequence.request, sequence.stop)
+
+    def make_findable(self, request: Request, num_tokens: int) -> None:
+        """Let the full blocks of a request's first num_tokens, all computed and known, be found by requests with the same prefix."""
         local, block_size = request.local, self.pool.block_size
-        num_full = local.num_computed_tokens // block_size
-        if num_full > local.num_findable_blocks:
-            extend_hashes(
-                local.block_hashes, request.token_ids(0, num_full * block_size), block_size, request.cache_salt
-            )
+        num_full = num_tokens // block_size
+        if num_full <= local.num_findable_blocks or not self.options.enable_prefix_caching:
+            return
+        extend_hashes(local.block_hashes, request.token_ids(0, num_full * block_size), block_size, request.cache_salt)
         for index in range(local.num_findable_blocks, num_full):
             self.pool.make_findable(local.block_table[index], local.block_hashes[index])
-        local.num_findable_blocks = max(local.num_findable_blocks, num_full)
+        local.num_findable_blocks = num_full
 
     def match_prefix(self, request: Request) -> list[int]:
         """Find the longest cached prefix, leaving at least one token to compute (its logits are needed).
@@ -165,9 +193,63 @@ class Scheduler:
         request.local.num_cached_tokens = request.local.num_computed_tokens
         return True
 
-    def _scheduled(self, request: Request, num_new: int) -> ScheduledSequence:
-        start = request.local.num_computed_tokens
-        return ScheduledSequence(request, start, start + num_new)
+    def _schedule_running(self, now_s: float) -> tuple[list[ScheduledSequence], int, bool]:
+        """Returns: what the running requests compute, the budget that is left, and whether blocks lack that the end of the
+        steps in flight, or a preemption after it, would free.
+        """
+        sequences: list[ScheduledSequence] = []
+        budget, block_size = self.options.max_num_batched_tokens, self.pool.block_size
+        others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
+        num_preemptions = self.num_preemptions
+        for request in list(self.running):
+            if budget == 0:
+                break
+            if request not in self.running:  # preempted on behalf of an earlier one
+                continue
+            local = request.local
+            start, num_left = local.num_computed_tokens, request.num_tokens - local.num_computed_tokens
+            if num_left <= budget and self._is_held_back(request, others_wait):
+                continue
+            stop = start + min(num_left, budget)
+            if stop > len(local.block_table) * block_size and not self._extend_table(request, stop, now_s):
+                if self._is_in_flight:
+                    return [], budget, True
+                continue
+            sequences.append(ScheduledSequence(request, start, stop))
+            budget -= stop - start
+        if self.num_preemptions > num_preemptions:  # one may have been scheduled in this very step before
+            sequences = [s for s in sequences if s.request in self.running]
+        return sequences, budget, False
+
+    @property
+    def _is_in_flight(self) -> bool:
+        return self._num_launched > self._num_ended
+
+    def _ends_with_pending_token(self, request: Request) -> bool:
+        """Whether it is known beforehand that nothing comes after a request's pending token."""
+        num_output = len(request.output_token_ids) + request.local.num_pending_tokens
+        return (
+            num_output >= request.sampling.max_tokens
+            or request.num_tokens >= self.options.max_model_len
+            or request.local.ends_with_next_token
+        )
+
+    def _waits_for_token(self, request: Request) -> bool:
+        """Whether a request goes on when, and only when, its pending token is known."""
+        local = request.local
+        return (
+            local.num_pending_tokens > 0 and not local.samples_on_device and not self._ends_with_pending_token(request)
+        )
+
+    def _is_held_back(self, request: Request, others_wait: bool) -> bool:
+        """Whether a request, about to sample, takes no part in the steps before the one in flight has ended.
+
+        All that don't sample on the device wait for each other (others_wait): half of them in every other step would be as slow
+        for each, and all of them together in every other step serve twice as many.
+        """
+        if not request.local.samples_on_device and others_wait:
+            return True
+        return request.local.num_pending_tokens > 0 and self._ends_with_pending_token(request)
 
     def _admit(self, request: Request, budget: int, now_s: float) -> bool:
         """Whether a waiting request can start in this step; reserves its blocks if so."""
@@ -185,37 +267,36 @@ class Scheduler:
     def _complete_table(self, request: Request, now_s: float) -> bool:
         """Extend the table of a request that came with blocks to its newest token.
 
-        With nobody running there is nobody to wait for: it gives its blocks up instead and is computed again.
+        With nobody running and no step in flight there is nothing to wait for: it gives its blocks up and is computed again.
         Returns: whether it can go on, with a full table or with none.
         """
         num_missing = self.pool.num_blocks_for(request.num_tokens) - len(request.local.block_table)
         if num_missing <= self.pool.num_free:
             request.local.block_table.extend(self.pool.allocate(num_missing))
             return True
-        if self.running:
+        if self.running or self._is_in_flight:
             return False
         self._give_up_blocks(request, now_s)
         return True
 
-    def _ensure_blocks(self, request: Request, num_tokens: int, now_s: float) -> bool:
-        """Extend a running request's table to num_tokens, preempting the youngest where needed.
+    def _extend_table(self, request: Request, num_tokens: int, now_s: float) -> bool:
+        """Extend a running request's table to num_tokens, preempting the youngest where needed and no step is in flight.
 
-        Returns: whether it still runs.
+        Returns: whether it still runs, with a full table.
         """
         num_missing = self.pool.num_blocks_for(num_tokens) - len(request.local.block_table)
         while num_missing > self.pool.num_free:
             victim = next((r for r in reversed(self.running) if r.local.is_preemptible), None)
-            if victim is None:
+            if victim is None or self._is_in_flight:
                 return False
             self._preempt(victim, now_s)
             if victim is request:
                 return False
-        if num_missing > 0:
-            request.local.block_table.extend(self.pool.allocate(num_missing))
+        request.local.block_table.extend(self.pool.allocate(num_missing))
         return True
 
     def _preempt(self, request: Request, now_s: float) -> None:
-        self.running.remove(request)
+        del self.running[request]
         self._give_up_blocks(request, now_s)
         self.waiting.appendleft(request)
 
@@ -224,7 +305,3 @@ class Scheduler:
         request.local.num_preemptions += 1
         self.num_preemptions += 1
         request.advance(Phase.RESERVED, now_s)
-
-    def _drop_preempted(self, sequences: list[ScheduledSequence]) -> None:
-        """A later request's need may have preempted one that was scheduled before it in this very step."""
-        sequences[:] = [s for s in sequences if s.request in self.running]

@@ -152,6 +152,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             config.scheduling.enable_chunked_prefill,
             config.cache.enable_prefix_caching,
         ),
+        runner.samples_on_device,
     )
     context = EngineContext(
         instance_id,
@@ -227,7 +228,7 @@ def warm_up(built: BuiltEngine) -> None:
     request = Request("warm-up", [0])
     blocks = built.engine.context.scheduler.pool.allocate(1)
     request.local.block_table = blocks
-    built.engine.runner.execute(Batch([ScheduledSequence(request, 0, 1)], built.layout.block_size))
+    built.engine.runner.launch(Batch([ScheduledSequence(request, 0, 1)], built.layout.block_size)).outputs()
     built.engine.context.scheduler.pool.release(blocks)
 
 

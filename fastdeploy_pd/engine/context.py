@@ -10,7 +10,7 @@ from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.scheduler import Scheduler
 from fastdeploy_pd.engine.outbox import Outbox
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.request import TokenLogprobs
+from fastdeploy_pd.request import Request, TokenLogprobs
 from fastdeploy_pd.transfer.base import Transfer
 
 
@@ -23,13 +23,44 @@ class StepOutput(Protocol):
     error: FastDeployPDError | None  #: why this sequence, and it alone, cannot go on
 
 
+class Step(Protocol):
+    """A batch that is being computed. Steps end in the order in which they were launched."""
+
+    def poll(self) -> bool:
+        """Hand over the layers whose K and V of the whole batch are in the pool by now, in order. Does not wait.
+
+        Returns: whether all layers were handed over and the outputs are there. Raises: see `outputs`.
+        """
+        ...
+
+    def outputs(self) -> Sequence[StepOutput]:
+        """Returns: one output a sequence; waits for them.
+
+        Raises: FastDeployPDError: none of them can go on; the step writes nothing any more.
+        """
+        ...
+
+
 class Runner(Protocol):
     """Computes batches; see `model/runner.py`."""
 
-    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> Sequence[StepOutput]:
-        """Calls on_layer(layer) when that layer's K and V of the whole batch are in the pool.
+    depth: int  #: steps that may be in flight: 1, or 2: the next is launched before this one's outputs are known
 
-        Returns: one output a sequence. Raises: FastDeployPDError: none of them can go on.
+    def samples_on_device(self, request: Request) -> bool:
+        """Whether a request's next token can be computed before the CPU knows its last one. Constant for a request.
+
+        False where sampling looks at the tokens so far or the CPU takes part in it (penalties, log-probabilities, ...).
+        """
+        ...
+
+    def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> Step:
+        """Begin to compute a batch; what it needs of the requests (block tables, token ids) is read before this returns.
+
+        A sequence's pending token is the one that the step launched before samples for the same request.
+
+        Args:
+            on_layer: called by `poll`, or here already, with each layer's index when its K and V are in the pool.
+        Raises: FastDeployPDError: none of them can go on, and nothing was launched.
         """
         ...
 

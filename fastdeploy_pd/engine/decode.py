@@ -372,7 +372,7 @@ class DecodeSide:
         """The prompt's KV is here and right: continue after prefill's token."""
         request = served.request
         request.local.num_computed_tokens = request.num_tokens
-        self.context.scheduler.make_findable(request)
+        self.context.scheduler.make_findable(request, request.num_tokens)
         request.output_token_ids.extend(chunk.token_ids)
         request.advance(Phase.DECODING, now_s)
         served.chunks.append(chunk)

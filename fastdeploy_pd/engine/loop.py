@@ -1,11 +1,17 @@
 """One engine step: receive, schedule, run, hand over, emit.
 
+A step is launched and asked after, never waited for: while the device computes it, messages are taken, transfers polled, layers
+handed over and, where the runner's depth is 2, the next one is launched. What happened to a request meanwhile decides whether
+the step's outputs for it still count.
+
 The engine is a function of (state, messages, time): it owns no socket and no thread. The shell (`engine/process.py`, or a test with
 a virtual clock) feeds it messages and sends what it puts into the outbox.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastdeploy_pd.clock import Clock
@@ -26,7 +32,7 @@ from fastdeploy_pd.cluster.messages import (
     Reserve,
 )
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
-from fastdeploy_pd.engine.context import EngineContext, Runner, StepOutput
+from fastdeploy_pd.engine.context import EngineContext, Runner, Step, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
 from fastdeploy_pd.engine.outbox import Action, Connect
 from fastdeploy_pd.engine.prefill import PrefillSide
@@ -42,10 +48,29 @@ LONGEST_STEP_MEMORY = (
 
 @dataclass(slots=True)
 class StepReport:
-    """What a step did, for the metrics."""
+    """A step that has ended, for the metrics."""
 
     num_tokens: int = 0
-    step_s: float = 0.0
+    step_s: float = 0.0  #: since it was launched or, if that was later, since the one before it ended
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A step between its launch and the handling of its outputs."""
+
+    batch: Batch
+    step: Step
+    launched_s: float
+
+
+@dataclass(slots=True)
+class NoOutput:
+    """Stands for each output of a step that failed as a whole; see `StepOutput`."""
+
+    error: FastDeployPDError | None
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class Engine:
@@ -60,6 +85,9 @@ class Engine:
         self.decode = DecodeSide(context)
         self.counter = 0
         self.is_draining = False
+        self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
+        self._in_flight: deque[InFlight] = deque()
+        self._last_end_s = 0.0
         self._longest_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
@@ -67,7 +95,6 @@ class Engine:
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
         self._caller_liveness = Liveness(context.options.front_end_timeout_s)
-        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
     # in
 
@@ -126,13 +153,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether the next step would compute something."""
-        return not self.context.scheduler.is_idle
+        """Whether something is being computed or waits for it."""
+        return bool(self._in_flight) or not self.context.scheduler.is_idle
 
     @property
     def is_drained(self) -> bool:
         """Whether nothing is being served or handed over any more."""
-        return self.is_draining and not self.decode.active() and not self.prefill.num_active
+        return self.is_draining and not self._in_flight and not self.decode.active() and not self.prefill.num_active
 
     def outstanding_tokens(self) -> int:
         """Returns: the load that placement balances."""
@@ -141,9 +168,8 @@ class Engine:
     # the step
 
     def step(self) -> StepReport:
-        """Do what there is to do once: transfers, timers, one batch."""
+        """Do what there is to do now and don't wait: transfers, timers, the outputs of the oldest step in flight, one launch."""
         now_s = self.clock.now_s()
-        self.counter += 1
         for transfer in self.context.transfers.values():
             for event in transfer.poll():
                 self.prefill.on_transfer(event, now_s)
@@ -151,63 +177,95 @@ class Engine:
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._tick(now_s)
-        batch = self.context.scheduler.schedule(now_s)
-        if not batch:
-            return StepReport()
-        self.prefill.on_scheduled(batch, now_s)
-        self._run(batch)
-        step_s = self.clock.now_s() - now_s
-        self._longest_step_s = max(self._longest_step_s, step_s)
-        return StepReport(batch.num_tokens, step_s)
+        report = self._end_oldest()
+        has_launched = len(self._in_flight) < self.runner.depth and self._launch(now_s)
+        if report is None:
+            report = self._end_oldest()
+        self.has_moved = has_launched or report is not None
+        if self.has_moved or not self._in_flight:  # a device that hangs is not alive
+            self.counter += 1
+        return report or StepReport()
 
     # inside
 
-    def _run(self, batch: Batch) -> None:
+    def _launch(self, now_s: float) -> bool:
+        """Returns: whether there was something to compute."""
+        batch = self.context.scheduler.schedule(now_s)
+        if not batch:
+            return False
+        self.prefill.on_scheduled(batch, now_s)
         try:
-            outputs = self.runner.execute(batch, self.prefill.layer_hook(batch))
+            step = self.runner.launch(batch, self.prefill.layer_hook(batch))
         except FastDeployPDError as error:
             for sequence in batch.sequences:
                 self._fail(sequence.request, error)
-            return
+            return True
+        self.context.scheduler.launched(batch)
+        self._in_flight.append(InFlight(batch, step, now_s))
+        return True
+
+    def _end_oldest(self) -> StepReport | None:
+        """Hand over the layers of the oldest step in flight; handle its outputs if they are there.
+
+        Returns: None if they are not.
+        """
+        if not self._in_flight:
+            return None
+        oldest = self._in_flight[0]
+        outputs: Sequence[StepOutput]
+        try:
+            if not oldest.step.poll():
+                return None
+            outputs = oldest.step.outputs()
+        except FastDeployPDError as error:
+            outputs = [NoOutput(error)] * len(oldest.batch.sequences)
+        self._in_flight.popleft()
+        now_s = self.clock.now_s()
+        self._handle(oldest.batch, outputs, now_s)
+        step_s = now_s - max(oldest.launched_s, self._last_end_s)
+        self._last_end_s = now_s
+        self._longest_step_s = max(self._longest_step_s, step_s)
+        return StepReport(oldest.batch.num_tokens, step_s)
+
+    def _handle(self, batch: Batch, outputs: Sequence[StepOutput], now_s: float) -> None:
+        scheduler = self.context.scheduler
         good: list[tuple[ScheduledSequence, StepOutput]] = []
         for sequence, output in zip(batch.sequences, outputs, strict=True):
+            if sequence.request not in scheduler.running:
+                continue  # it ended while the step ran
             if output.error is not None:
                 self._fail(sequence.request, output.error)
             else:
                 good.append((sequence, output))
-        self.context.scheduler.computed([s for s, _ in good])
-        now_s = self.clock.now_s()
+        scheduler.computed([s for s, _ in good])
         for sequence, output in good:
-            request = sequence.request
             if output.prompt_logprobs:
-                self._prompt_logprobs.setdefault(id(request), []).extend(output.prompt_logprobs)
+                sequence.request.local.prompt_logprobs.extend(output.prompt_logprobs)
             if output.token_id is not None:
-                self._on_token(request, output, now_s)
+                self._on_token(sequence.request, output.token_id, output, now_s)
 
-    def _on_token(self, request: Request, output: StepOutput, now_s: float) -> None:
-        token_id = output.token_id
-        if token_id is None:
-            return
+    def _on_token(self, request: Request, token_id: int, output: StepOutput, now_s: float) -> None:
         index = len(request.output_token_ids)
         request.output_token_ids.append(token_id)
+        local = request.local
         chunk = TokenChunk(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            index=index,
-            token_ids=(token_id,),
-            finish_reason=request.finish_reason_after(token_id, self.context.scheduler.options.max_model_len),
-            logprobs=(output.logprobs,) if output.logprobs is not None else (),
-            prompt_logprobs=tuple(self._prompt_logprobs.pop(id(request), ())) if index == 0 else (),
-            num_cached_tokens=request.local.num_cached_tokens,
+            request.request_id,
+            request.attempt,
+            index,
+            (token_id,),
+            request.finish_reason_after(token_id, self.context.scheduler.options.max_model_len),
+            (output.logprobs,) if output.logprobs is not None else (),
+            num_cached_tokens=local.num_cached_tokens,
             served_by=self.context.instance_id,
         )
-        self._prompt_logprobs.pop(id(request), None)
+        if local.prompt_logprobs:
+            chunk.prompt_logprobs = tuple(local.prompt_logprobs) if index == 0 else ()
+            local.prompt_logprobs = []
         side = self.prefill if self.prefill.owns(request) else self.decode
         side.on_token(request, chunk, now_s)
 
     def _fail(self, request: Request, error: FastDeployPDError) -> None:
         """End a request that could not be computed: its front end is told, and what it left in its blocks is not used again."""
-        self._prompt_logprobs.pop(id(request), None)
         self.context.scheduler.forget_content(request)
         chunk = TokenChunk(
             request_id=request.request_id,

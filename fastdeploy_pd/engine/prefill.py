@@ -235,7 +235,7 @@ class PrefillSide:
             self.context.observer.fell_back(message.decode_id, choice.name, choice.passed_over)
         request.advance(Phase.PLACED, now_s)
         request.advance(Phase.RESERVED, now_s)
-        request.local.is_preemptible = False
+        request.local.is_preemptible, request.local.ends_with_next_token = False, True
         order = Order(message, request, choice.name, choice.transfer, now_s, num_sent_blocks=message.first_block)
         self.orders[message.grant_id] = order
         self.order_of[id(request)] = order

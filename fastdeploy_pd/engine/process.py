@@ -6,6 +6,7 @@ the instance's run directory (FD_RUN_DIR) and HTTP address (FD_HTTP_ADDRESS). Wh
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 log = logging.getLogger("fastdeploy_pd.engine")
 
 IDLE_WAIT_S = 0.02  #: nothing to compute and nothing on the wire
-ACTIVE_WAIT_S = 0.0005  #: a transfer may end at any moment
+ACTIVE_WAIT_S = 0.0002  #: a step in flight or a transfer may end at any moment
+RECORD_S = 0.1
 HUNG_STEP_S = 20.0  #: a step that takes longer stops the lease
 DRAIN_S = 30.0  #: how long SIGTERM waits for requests to end
 
@@ -42,7 +44,7 @@ class EngineShell:
         self.metrics = metrics
         self.stop_at_s: float | None = None
         self._clock = built.engine.clock
-        self._last_turn_s = self._clock.now_s()
+        self._last_counter, self._last_turn_s = -1, self._clock.now_s()
         self._record: MemberRecord | None = None
         self._record_s = 0.0
 
@@ -53,7 +55,7 @@ class EngineShell:
         self._refresh_record()
 
     def record(self) -> MemberRecord | None:
-        """The member record as of the last turn, for the heartbeat thread; None when the loop stands still: no lease for the hung."""
+        """The member record as of the last turn, for the heartbeat thread; None when loop or device stand still: no lease for the hung."""
         if self._clock.now_s() - self._last_turn_s > HUNG_STEP_S:
             return None
         return self._record
@@ -84,16 +86,21 @@ class EngineShell:
             else:
                 self.links.send(action.peer_id, action.message)
         now_s = self._clock.now_s()
-        self._last_turn_s = now_s
-        if now_s - self._record_s > 0.1:
+        if engine.counter != self._last_counter:
+            self._last_counter, self._last_turn_s = engine.counter, now_s
+        if now_s - self._record_s > RECORD_S:
             self._refresh_record()
+            # Tokens that are kept for repeats are many; to look through them all again and again stops streams for 0.1 s and more.
+            gc.collect(1)
+            gc.freeze()
         if report.num_tokens:
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
 
     def _wait_s(self) -> float:
-        if self.engine.has_work:
+        engine = self.engine
+        if engine.has_work and engine.has_moved:
             return 0.0
-        if self.engine.decode.num_ordered or self.engine.prefill.num_active:
+        if engine.has_work or engine.decode.num_ordered or engine.prefill.num_active:
             return ACTIVE_WAIT_S
         return IDLE_WAIT_S
 

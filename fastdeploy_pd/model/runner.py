@@ -19,11 +19,26 @@ from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, Prompt
 from fastdeploy_pd.model.ops.environment import default_num_threads, prepare_environment
 from fastdeploy_pd.model.sampler import sample, token_logprobs
 from fastdeploy_pd.model.weights import Checkpoint
-from fastdeploy_pd.request import TokenLogprobs
+from fastdeploy_pd.request import Request, TokenLogprobs
 
 OPS_NAMES = ("paddle", "torch", "reference")
 MIN_GROUP_BLOCKS = 8  # shorter sequences are attended to together: padding costs less than another round of operations
 MAX_GROUP_TOKENS = 65536  # bounds the K and V that are gathered at once
+
+
+@dataclass(slots=True)
+class FinishedStep:
+    """A step that was computed when it was launched; see engine/context.py."""
+
+    results: list[StepOutput]
+
+    def poll(self) -> bool:
+        """True: the outputs are there."""
+        return True
+
+    def outputs(self) -> list[StepOutput]:
+        """One output a sequence."""
+        return self.results
 
 
 @dataclass(slots=True)
@@ -69,6 +84,8 @@ def make_ops(
 class ModelRunner:
     """A model, and the KV pool that it works on."""
 
+    depth = 1  #: steps in flight
+
     def __init__(
         self,
         directory: Path,
@@ -108,6 +125,14 @@ class ModelRunner:
     def kv_layout(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> KVLayout:
         """Returns: the pool's layout for a model."""
         return KVLayout(config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim, dtype)
+
+    def samples_on_device(self, request: Request) -> bool:
+        """Whether a request's next token can be computed before the CPU knows its last one."""
+        return False
+
+    def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> FinishedStep:
+        """See `execute`. Returns: the step, which has run."""
+        return FinishedStep(self.execute(batch, on_layer))
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """Compute a batch.

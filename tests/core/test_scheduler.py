@@ -22,6 +22,7 @@ def new_request(name: str, prompt: list[int], max_tokens: int = 4, **changes: ob
 
 def compute(scheduler: Scheduler, batch: Batch) -> None:
     """What an engine does with a batch, with token 7 as every answer."""
+    scheduler.launched(batch)
     scheduler.computed(batch.sequences)
     for sequence in batch.sequences:
         request = sequence.request
@@ -109,3 +110,125 @@ def test_slots_past_the_table_are_refused() -> None:
     assert slot_mapping([5, 2], 3, 6, 4) == [23, 8, 9]
     with pytest.raises(OutOfBlocks):
         slot_mapping([5, 2], 3, 9, 4)
+
+
+def start_ahead(*requests: Request, num_blocks: int = 40, **options: object) -> tuple[Scheduler, list[Batch]]:
+    """Returns: a scheduler of requests, those without log-probabilities sampled on the device, and two steps in flight."""
+    scheduler = Scheduler(
+        BlockPool(num_blocks, 4), SchedulerOptions(4, 64, **{"max_model_len": 64, **options}), is_sampled_on_device
+    )
+    for request in requests:
+        scheduler.add(request)
+    return scheduler, [launch(scheduler), launch(scheduler)]
+
+
+def is_sampled_on_device(request: Request) -> bool:
+    return request.sampling.logprobs is None
+
+
+def launch(scheduler: Scheduler) -> Batch:
+    batch = scheduler.schedule(0)
+    if batch:
+        scheduler.launched(batch)
+    return batch
+
+
+def end(scheduler: Scheduler, batch: Batch, token_id: int = 7) -> None:
+    """The oldest step in flight has sampled token_id everywhere."""
+    running = [s for s in batch.sequences if s.request in scheduler.running]
+    scheduler.computed(running)
+    for sequence in running:
+        if sequence.needs_sample:
+            sequence.request.output_token_ids.append(token_id)
+
+
+def test_a_pending_token_is_scheduled_before_it_is_known() -> None:
+    request = new_request("a", list(range(1, 6)), 3)
+    scheduler, (first, second) = start_ahead(request)
+    assert [(s.start, s.stop, s.num_pending, s.needs_sample) for s in first.sequences] == [(0, 5, 0, True)]
+    assert [(s.start, s.stop, s.num_pending, s.needs_sample) for s in second.sequences] == [(5, 6, 1, True)]
+    assert second.sequences[0].token_ids == [0]
+    end(scheduler, first)
+    assert (request.num_tokens, request.num_known_tokens, request.token_ids(4, 7)) == (7, 6, [5, 7, 0])
+    third = launch(scheduler)
+    assert [(s.start, s.stop, s.num_pending) for s in third.sequences] == [(6, 7, 1)]
+    end(scheduler, second)
+    assert not scheduler.schedule(0), "the pending token is its last: known beforehand"
+    end(scheduler, third)
+    assert request.finish_reason_after(7, 64) is not None
+    assert request.num_tokens == request.num_known_tokens == 8
+
+
+@pytest.mark.parametrize("why", ["context", "prefill"])
+def test_an_end_that_is_known_beforehand_is_not_computed_beyond(why: str) -> None:
+    request = new_request("a", list(range(5)), 9)
+    request.local.ends_with_next_token = why == "prefill"
+    _, (_, second) = start_ahead(request, max_model_len=6 if why == "context" else 64)
+    assert not second
+
+
+def test_what_is_sampled_on_the_host_takes_part_together_when_its_tokens_are_known() -> None:
+    on_host = [new_request(name, [number] * 5, 9) for number, name in enumerate("ab")]
+    for request in on_host:
+        request.sampling = SamplingParams(max_tokens=9, logprobs=0)
+    on_device = new_request("c", [9] * 5, 9)
+    scheduler, (first, second) = start_ahead(on_host[0], on_device)
+    assert [s.request for s in second.sequences] == [on_device]
+    scheduler.add(on_host[1])
+    end(scheduler, first)
+    third = launch(scheduler)
+    assert [s.request for s in third.sequences] == [on_host[0], on_device, on_host[1]]
+    end(scheduler, second)
+    fourth = launch(scheduler)
+    assert [s.request for s in fourth.sequences] == [on_device]
+    end(scheduler, third)
+    assert [s.request for s in launch(scheduler).sequences] == [on_host[0], on_device, on_host[1]]
+
+
+def test_a_newcomer_on_the_host_is_waited_for() -> None:
+    early, late = new_request("early", [1] * 5, 9), new_request("late", [2] * 5, 9)
+    for request in (early, late):
+        request.sampling = SamplingParams(max_tokens=9, logprobs=0)
+    scheduler, (first, nothing) = start_ahead(early)
+    assert not nothing
+    scheduler.add(late)
+    second = launch(scheduler)
+    assert [s.request for s in second.sequences] == [late]
+    end(scheduler, first)
+    assert not scheduler.schedule(0), "the two would take turns for ever"
+    end(scheduler, second)
+    assert [s.request for s in launch(scheduler).sequences] == [early, late]
+
+
+def test_blocks_stay_held_while_a_step_may_write_into_them() -> None:
+    request, other = new_request("a", list(range(5)), 9), new_request("b", list(range(20, 25)), 9)
+    scheduler, (first, second) = start_ahead(request, other)
+    scheduler.remove(request)
+    assert scheduler.pool.counts().held == 4
+    end(scheduler, first)
+    assert scheduler.pool.counts().held == 4, "the second step is still in flight"
+    end(scheduler, second)
+    assert scheduler.pool.counts().held == 2
+    assert request.output_token_ids == [] and request.num_tokens == 5
+
+
+def test_only_known_tokens_are_findable() -> None:
+    scheduler, (first, second) = start_ahead(new_request("a", [1, 2, 3], 9))
+    end(scheduler, first)
+    assert scheduler.pool.counts().cached == 0
+    end(scheduler, second)
+    assert scheduler.pool.counts().cached == 1
+    for last, num_found in ((0, 0), (7, 1)):
+        assert len(scheduler.match_prefix(new_request("b", [1, 2, 3, last, 5]))) == num_found
+
+
+def test_preemption_waits_until_no_step_is_in_flight() -> None:
+    first, second = new_request("a", list(range(7)), 12), new_request("b", list(range(20, 27)), 12)
+    scheduler, (step, ahead) = start_ahead(first, second, num_blocks=5)
+    assert len(ahead.sequences) == 2
+    end(scheduler, step)
+    assert not scheduler.schedule(0)
+    assert scheduler.num_preemptions == 0
+    end(scheduler, ahead)
+    assert [s.request for s in launch(scheduler).sequences] == [first]
+    assert scheduler.num_preemptions == 1

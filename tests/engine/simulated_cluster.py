@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Message, Peer
-from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
@@ -28,8 +28,11 @@ from fastdeploy_pd.request import Request, SamplingParams, TokenLogprobs
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 
+OnLayer = Callable[[int], None] | None
+
 BLOCK_SIZE = 4
 VOCAB = 997
+ENDING = tuple(range(0, VOCAB, 20))  # end-of-sequence tokens: nobody knows beforehand when these come
 STEP_S = 0.02
 BAD_TOKEN = VOCAB  # the model computes nonsense from it
 TOKEN_BYTES = 16  # K and V of one token in one layer
@@ -50,7 +53,7 @@ def token_after(kv: Iterable[bytes]) -> int:
 def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What any correct cluster must answer."""
     tokens = list(prompt)
-    for _ in range(num_tokens):
+    while len(tokens) < len(prompt) + num_tokens and not (tokens[len(prompt) :] and tokens[-1] in ENDING):
         kv = [kv_of(t, p, layer) for layer in range(NUM_LAYERS) for p, t in enumerate(tokens)]
         tokens.append(token_after(kv))
     return tokens[len(prompt) :]
@@ -66,35 +69,138 @@ class SimulatedOutput:
     error: FastDeployPDError | None = None
 
 
-class SimulatedRunner:
-    """Writes kv_of into the pool and samples token_after what it finds there."""
+@dataclass(slots=True)
+class SimulatedSequence:
+    """What a device has been given of a ScheduledSequence: copies, and where its pending token comes from."""
 
-    def __init__(self, pool: KVPool, clock: VirtualClock) -> None:
-        self.pool = pool
-        self.clock = clock
+    key: int  #: names the request
+    start: int
+    token_ids: list[int]
+    has_pending: bool
+    needs_sample: bool
+    block_table: list[int]
 
-    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[SimulatedOutput]:
-        """See engine.context.Runner."""
-        for layer in range(NUM_LAYERS):
-            for sequence in batch.sequences:
-                for position, token_id in zip(range(sequence.start, sequence.stop), sequence.token_ids, strict=True):
-                    self._slot(sequence.request, layer, position)[:] = kv_of(token_id, position, layer)
-            if on_layer is not None:
-                on_layer(layer)
-        return [self._output(s) for s in batch.sequences]
 
-    def _output(self, sequence: ScheduledSequence) -> SimulatedOutput:
+class SimulatedStep:
+    """See engine.context.Step. The device computes it a layer at a time, when `SimulatedRunner.advance` says so."""
+
+    def __init__(self, runner: SimulatedRunner, sequences: list[SimulatedSequence], on_layer: OnLayer) -> None:
+        self.runner = runner
+        self.sequences = sequences
+        self.on_layer = on_layer
+        self.num_computed = self.num_handed = 0  # layers
+        self.sampled: dict[int, int | None] = {}
+        self.results: list[SimulatedOutput] = []
+
+    def poll(self) -> bool:
+        """Hand over what is computed."""
+        self.runner.advance()
+        while self.num_handed < self.num_computed:
+            if self.on_layer is not None:
+                self.on_layer(self.num_handed)
+            self.num_handed += 1
+        return self.num_handed == NUM_LAYERS
+
+    def outputs(self) -> list[SimulatedOutput]:
+        """See engine.context.Step."""
+        assert self.num_computed == NUM_LAYERS
+        return self.results
+
+    def compute_layer(self, before: SimulatedStep | None) -> None:
+        """Write one layer; after the last one, sample."""
+        for sequence in self.sequences:
+            if sequence.has_pending:
+                assert before is not None
+                token_id = before.sampled[sequence.key]
+                sequence.token_ids[-1] = BAD_TOKEN if token_id is None else token_id
+                sequence.has_pending = False
+            for position, token_id in enumerate(sequence.token_ids, sequence.start):
+                self._slot(sequence, self.num_computed, position)[:] = kv_of(token_id, position, self.num_computed)
+        self.num_computed += 1
+        if self.num_computed == NUM_LAYERS:
+            self.results = [self._output(s) for s in self.sequences]
+
+    def _output(self, sequence: SimulatedSequence) -> SimulatedOutput:
+        self.sampled[sequence.key] = None
         if BAD_TOKEN in sequence.token_ids:
             return SimulatedOutput(None, error=FastDeployPDError("the logits are not numbers", code="bad_logits"))
-        return SimulatedOutput(self._sample(sequence.request, sequence.stop) if sequence.needs_sample else None)
+        if sequence.needs_sample:
+            stop = sequence.start + len(sequence.token_ids)
+            kv = (bytes(self._slot(sequence, layer, p)) for layer in range(NUM_LAYERS) for p in range(stop))
+            self.sampled[sequence.key] = token_after(kv)
+        return SimulatedOutput(self.sampled[sequence.key])
 
-    def _slot(self, request: Request, layer: int, position: int) -> memoryview:
-        block = self.pool.block(layer, request.local.block_table[position // BLOCK_SIZE])
+    def _slot(self, sequence: SimulatedSequence, layer: int, position: int) -> memoryview:
+        block = self.runner.pool.block(layer, sequence.block_table[position // BLOCK_SIZE])
         offset = position % BLOCK_SIZE * TOKEN_BYTES
         return block[offset : offset + TOKEN_BYTES]
 
-    def _sample(self, request: Request, stop: int) -> int:
-        return token_after(bytes(self._slot(request, layer, p)) for layer in range(NUM_LAYERS) for p in range(stop))
+
+class SimulatedRunner:
+    """Writes kv_of into the pool and samples token_after what it finds there: some layers at each poll, or everything at launch."""
+
+    def __init__(self, pool: KVPool, rng: random.Random | None = None, depth: int = 1) -> None:
+        """
+        Args:
+            rng: says how many layers are computed between two looks; None: all at launch.
+        """
+        self.pool = pool
+        self.rng = rng
+        self.depth = depth
+        self.most_in_flight = 0
+        self._num_stalled = 0  # looks at which nothing will have happened
+        self._queue: list[SimulatedStep] = []
+        self._newest: SimulatedStep | None = None  # of those that were computed
+
+    def samples_on_device(self, request: Request) -> bool:
+        """Some do, some don't."""
+        return request.sampling.logprobs is None
+
+    def launch(self, batch: Batch, on_layer: OnLayer = None) -> SimulatedStep:
+        """See engine.context.Runner."""
+        sequences = [
+            SimulatedSequence(
+                id(s.request),
+                s.start,
+                s.token_ids,
+                s.num_pending == 1,
+                s.needs_sample,
+                list(s.request.local.block_table),
+            )
+            for s in batch.sequences
+        ]
+        assert all(self.samples_on_device(s.request) for s in batch.sequences if s.num_pending)
+        step = SimulatedStep(self, sequences, on_layer)
+        self._queue.append(step)
+        self.most_in_flight = max(self.most_in_flight, len(self._queue))
+        assert len(self._queue) <= self.depth
+        if self.rng is None:
+            self.advance()
+        return step
+
+    def blocks_in_use(self) -> list[int]:
+        """Returns: blocks that steps in flight write into."""
+        return [
+            block_id
+            for step in self._queue
+            for s in step.sequences
+            for block_id in s.block_table[s.start // BLOCK_SIZE : -(-(s.start + len(s.token_ids)) // BLOCK_SIZE)]
+        ]
+
+    def advance(self) -> None:
+        """Time has passed on the device: some layers were computed, in order."""
+        num_layers = NUM_LAYERS
+        if self.rng is not None:
+            if self._num_stalled == 0 and self.rng.random() < 0.02:
+                self._num_stalled = self.rng.randint(5, 50)
+            self._num_stalled = max(0, self._num_stalled - 1)
+            num_layers = self.rng.randint(0, 3) if self._num_stalled == 0 else 0
+        for _ in range(num_layers):
+            if not self._queue:
+                return
+            self._queue[0].compute_layer(self._newest)
+            if self._queue[0].num_computed == NUM_LAYERS:
+                self._newest = self._queue.pop(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +222,13 @@ class Node:
     instance: Instance
     engine: Engine
     pool: KVPool
+    runner: SimulatedRunner
     is_up: bool = True
+
+    def check_fences(self) -> None:
+        """Whatever has just happened: nobody else may be given a block that a step in flight writes into."""
+        pool = self.engine.context.scheduler.pool
+        assert pool.num_free_among(self.runner.blocks_in_use()) == 0, "a block was released under a step in flight"
 
 
 @dataclass(slots=True)
@@ -142,10 +254,15 @@ class SimulatedCluster:
         num_blocks: int = 24,
         num_front_ends: int = 2,
         max_lost_instances: int = 10**6,
+        depth: int = 0,
     ) -> None:
+        """
+        Args:
+            depth: of the runners; 0: one step at a time, which is computed when it is launched.
+        """
         self.rng = random.Random(seed)
         self.faults = faults
-        self.num_blocks = num_blocks
+        self.num_blocks, self.depth = num_blocks, depth
         self.clock = VirtualClock()
         self.network = LoopbackNetwork(seed=seed, corrupt=faults.corrupt)
         self.layout = KVLayout(NUM_LAYERS, num_blocks, 1, BLOCK_SIZE, TOKEN_BYTES // 8, "float32")
@@ -200,17 +317,18 @@ class SimulatedCluster:
         pool = KVPool(self.layout)
         options = SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
         counter = iter(range(10**9))
+        runner = SimulatedRunner(pool, self.rng if self.depth else None, max(1, self.depth))
         context = EngineContext(
             instance_id,
-            Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), options),
+            Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), options, runner.samples_on_device),
             {"loopback": LoopbackTransfer(instance_id, pool, self.layout, self.network)},
             EngineOptions(),
             new_id=lambda: f"{instance_id}:{next(counter)}",
             new_nonce=lambda: self.rng.getrandbits(63),
         )
-        engine = Engine(role, context, SimulatedRunner(pool, self.clock), self.clock)
+        engine = Engine(role, context, runner, self.clock)
         instance = Instance(Peer(instance_id, f"sim://{instance_id}"), role.can_prefill, role.can_decode)
-        self.nodes[instance_id] = Node(instance, engine, pool)
+        self.nodes[instance_id] = Node(instance, engine, pool, runner)
         self.at(self.rng.uniform(0, STEP_S), lambda: self.run_engine(instance_id))
         self.publish()
 
@@ -246,6 +364,7 @@ class SimulatedCluster:
             self.front_ends[observer_id].peer_lost(instance_id, self.clock.now_s())
         elif observer_id in self.nodes:
             self.nodes[observer_id].engine.peer_lost(instance_id)
+            self.nodes[observer_id].check_fences()
 
     def run_engine(self, instance_id: str) -> None:
         """One step of one engine."""
@@ -253,6 +372,7 @@ class SimulatedCluster:
         if node is None:
             return
         node.engine.step()
+        node.check_fences()
         self.carry(instance_id, node.engine.take_actions())
         self.at(STEP_S * self.rng.uniform(0.5, 2), lambda: self.run_engine(instance_id))
 
@@ -302,16 +422,18 @@ class SimulatedCluster:
             self.front_ends[peer_id].receive(sender_id, message, self.clock.now_s())
         elif peer_id in self.nodes:
             self.nodes[peer_id].engine.receive(sender_id, message)
+            self.nodes[peer_id].check_fences()
 
     # clients
 
-    def submit(self, request_id: str, prompt: list[int], max_tokens: int, delay_s: float, salt: str = "") -> None:
-        """A client asks."""
+    def submit(
+        self, request_id: str, prompt: list[int], max_tokens: int, delay_s: float, salt: str = "", on_host: bool = False
+    ) -> None:
+        """A client asks; its tokens are sampled on the host or on the device."""
         self.clients[request_id] = Client(prompt, max_tokens)
         front_end = self.rng.choice(sorted(self.front_ends))
-        request = Request(
-            request_id, list(prompt), SamplingParams(max_tokens=max_tokens, temperature=0), cache_salt=salt
-        )
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=0 if on_host else None)
+        request = Request(request_id, list(prompt), sampling, ENDING, cache_salt=salt)
         self.at(delay_s, lambda: self.front_ends[front_end].submit(request, self.clock.now_s()))
 
     def abort(self, request_id: str, delay_s: float) -> None:

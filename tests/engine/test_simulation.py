@@ -14,17 +14,34 @@ P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LIMIT_S = 400.0
 
 
+@pytest.fixture(params=[0, 2], ids=["at-once", "two-steps"])
+def depth(request: pytest.FixtureRequest) -> int:
+    """Of the runners, see SimulatedCluster."""
+    return int(request.param)
+
+
 def run_one(
-    seed: int, roles: list[Role], faults: Faults, num_requests: int = 8, num_aborts: int = 0, num_blocks: int = 24
+    seed: int,
+    roles: list[Role],
+    faults: Faults,
+    depth: int,
+    num_requests: int = 8,
+    num_aborts: int = 0,
+    num_blocks: int = 24,
 ) -> SimulatedCluster:
     """Run one schedule and check what every schedule must fulfil."""
     rng = random.Random(seed)
-    cluster = SimulatedCluster(seed, roles, faults, num_blocks)
+    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth)
     shared = [rng.randrange(1, 900) for _ in range(9)]
     for number in range(num_requests):
         prompt = (shared if rng.random() < 0.5 else []) + [rng.randrange(1, 900) for _ in range(rng.randint(1, 18))]
         cluster.submit(
-            f"r{number}", prompt, rng.randint(1, 9), rng.uniform(0.5, 8), salt=rng.choice(["", "", "tenant"])
+            f"r{number}",
+            prompt,
+            rng.randint(1, 9),
+            rng.uniform(0.5, 8),
+            salt=rng.choice(["", "", "tenant"]),
+            on_host=rng.random() < 0.3,
         )
     for number in rng.sample(range(num_requests), num_aborts):
         cluster.abort(f"r{number}", rng.uniform(0.5, 10))
@@ -43,53 +60,54 @@ def run_one(
 @pytest.mark.parametrize(
     "roles", [[P, D], [P, P, D, D], [M], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
 )
-def test_tokens_are_right_without_faults(roles: list[Role]) -> None:
+def test_tokens_are_right_without_faults(roles: list[Role], depth: int) -> None:
     for seed in range(10):
-        run_one(seed, roles, Faults(until_s=0))
+        run_one(seed, roles, Faults(until_s=0), depth)
 
 
 @pytest.mark.parametrize(
     "roles", [[P, D], [P, P, D, D], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
 )
-def test_dropped_late_and_repeated_messages(roles: list[Role]) -> None:
+def test_dropped_late_and_repeated_messages(roles: list[Role], depth: int) -> None:
     for seed in range(40):
-        run_one(seed, roles, Faults(drop=0.05, repeat=0.1, late=0.1, until_s=40))
+        run_one(seed, roles, Faults(drop=0.05, repeat=0.1, late=0.1, until_s=40), depth)
 
 
-def test_killed_instances() -> None:
+def test_killed_instances(depth: int) -> None:
     num_kills = 0
     for seed in range(40):
-        num_kills += run_one(seed, [P, P, D, D], Faults(kill_every_s=2.0, until_s=30)).num_kills
+        num_kills += run_one(seed, [P, P, D, D], Faults(kill_every_s=2.0, until_s=30), depth).num_kills
     assert num_kills > 200
 
 
-def test_everything_at_once() -> None:
+def test_everything_at_once(depth: int) -> None:
     for seed in range(60):
         run_one(
             seed,
             [P, P, D, D, M],
             Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=3.0, corrupt=0.02, until_s=40),
+            depth,
             num_aborts=3,
         )
 
 
-def test_aborts_leave_every_block_free() -> None:
+def test_aborts_leave_every_block_free(depth: int) -> None:
     for seed in range(40):
-        run_one(seed, [P, D], Faults(late=0.1, until_s=20), num_requests=12, num_aborts=12)
+        run_one(seed, [P, D], Faults(late=0.1, until_s=20), depth, num_requests=12, num_aborts=12)
 
 
-def test_pool_so_small_that_requests_are_preempted() -> None:
+def test_pool_so_small_that_requests_are_preempted(depth: int) -> None:
     num_preemptions = 0
     for seed in range(20):
-        cluster = run_one(seed, [P, D], Faults(until_s=0), num_requests=10, num_blocks=12)
+        cluster = run_one(seed, [P, D], Faults(until_s=0), depth, num_requests=10, num_blocks=12)
         num_preemptions += sum(n.engine.context.scheduler.num_preemptions for n in cluster.nodes.values())
     assert num_preemptions > 0
 
 
 @pytest.mark.parametrize("roles", [[P, D], [M]], ids=["pd", "m"])
-def test_one_bad_sequence_fails_alone(roles: list[Role]) -> None:
+def test_one_bad_sequence_fails_alone(roles: list[Role], depth: int) -> None:
     """Its neighbours in the batch go on, it ends once with an error, and nobody is given the blocks it spoilt."""
-    cluster = SimulatedCluster(3, roles, Faults(until_s=0), 64)
+    cluster = SimulatedCluster(3, roles, Faults(until_s=0), 64, depth=depth)
     shared = list(range(100, 109))
     for number in range(6):
         cluster.submit(f"good{number}", [*shared, 7 + number], 9, 1.0)

@@ -1,0 +1,112 @@
+"""The engine's process over real sockets, with a device that takes its time: it listens meanwhile, and costs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.cluster.links import Links
+from fastdeploy_pd.cluster.messages import OrderEnded, OrderQuery, Reserve, Reserved, Tokens
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.engine.build import BuiltEngine
+from fastdeploy_pd.engine.context import EngineContext
+from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.process import EngineShell
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.model.runner import FinishedStep, StepOutput
+from fastdeploy_pd.observe.metrics import EngineMetrics
+from fastdeploy_pd.request import Request, SamplingParams
+from fastdeploy_pd.transfer.layout import KVPool
+from tests.engine.simulated_cluster import OnLayer
+
+STEP_S = 0.4
+LAYOUT = KVLayout(1, 16, 1, 4, 4, "float32")
+
+
+@dataclass(slots=True)
+class TimedStep(FinishedStep):
+    """Ends at a point in time."""
+
+    end_s: float = 0.0
+
+    def poll(self) -> bool:
+        return time.monotonic() >= self.end_s
+
+
+class TimedRunner:
+    """A device whose steps take STEP_S each, one after the other."""
+
+    depth = 2
+
+    def __init__(self) -> None:
+        self.free_s = 0.0
+        self.launched_s: list[float] = []
+
+    def samples_on_device(self, request: Request) -> bool:
+        return True
+
+    def launch(self, batch: Batch, on_layer: OnLayer = None) -> TimedStep:
+        self.launched_s.append(time.monotonic())
+        self.free_s = max(self.free_s, time.monotonic()) + STEP_S
+        return TimedStep([StepOutput(5 if s.needs_sample else None) for s in batch.sequences], self.free_s)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[EngineShell]:
+    runner = TimedRunner()
+    scheduler = Scheduler(BlockPool(LAYOUT.num_blocks, LAYOUT.block_size), SchedulerOptions(), runner.samples_on_device)
+    ids = iter(range(10**9))
+    context = EngineContext("one", scheduler, {}, new_id=lambda: str(next(ids)), new_nonce=lambda: next(ids))
+    engine = Engine(Role.MIXED, context, runner, WallClock())
+    built = BuiltEngine(engine, "one", KVPool(LAYOUT), "f", LAYOUT, 4096)
+    links = Links("one", [f"ipc://{tmp_path}/engine.sock"])
+    yield EngineShell(InstanceConfig.from_args([], {}), built, links, EngineMetrics("m", "mixed"))
+    links.close()
+
+
+def test_messages_are_answered_while_a_step_is_in_flight(shell: EngineShell) -> None:
+    front = Links("front")
+    front.connect("one", shell.links.addresses[0])
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=4), front_end_id="front")
+    front.send("one", Reserve(request.to_wire(), None))
+    asked_s, waits_s, tokens = 0.0, [], []
+    deadline_s = time.monotonic() + 20 * STEP_S
+    while len(tokens) < 4 and time.monotonic() < deadline_s:
+        shell._turn()
+        for _, item in front.receive(0.0):
+            if isinstance(item, Reserved | OrderEnded):
+                if isinstance(item, OrderEnded):
+                    waits_s.append(time.monotonic() - asked_s)
+                asked_s = time.monotonic()
+                front.send("one", OrderQuery("unknown"))
+            elif isinstance(item, Tokens):
+                tokens += [t for c in item.chunks for t in c.token_ids]
+    front.close()
+    assert tokens == [5] * 4
+    assert np.median(waits_s) < STEP_S / 10, "an order waited for the end of a step"
+    launched_s = shell.engine.runner.launched_s
+    assert launched_s[1] - launched_s[0] < STEP_S / 2, "the second step was not launched under the first"
+    assert len(launched_s) == 4
+
+
+def test_an_engine_that_waits_does_not_spin(shell: EngineShell) -> None:
+    engine = shell.engine
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=2), front_end_id="front")
+    engine.receive("front", Reserve(request.to_wire(), None))
+    num_turns, cpu_s, start_s = 0, time.process_time(), time.monotonic()
+    while time.monotonic() < start_s + 1.5 * STEP_S:
+        shell._turn()
+        num_turns += 1
+    assert engine.has_work
+    assert time.process_time() - cpu_s < 0.5 * 1.5 * STEP_S
+    assert num_turns > 50, "the step's end would be seen late"
