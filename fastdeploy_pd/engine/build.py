@@ -22,7 +22,7 @@ from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
-from fastdeploy_pd.model.runner import ModelRunner
+from fastdeploy_pd.model.runner import ModelRunner, make_runner
 from fastdeploy_pd.request import Request
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.device_pool import DevicePool
@@ -136,10 +136,11 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
             f"--max-model-len ({max_model_len})"
         )
-    runner = ModelRunner(directory, config.model.ops, config.model.dtype, device=config.model.device)
+    runner = make_runner(directory, config.model.ops, config.model.dtype, device=config.model.device)
     pool = build_pool(config, model, max_model_len)
     layout = pool.layout
-    runner.attach(pool.array if isinstance(pool, KVPool) else pool, layout)
+    memory = pool.array if isinstance(pool, KVPool) else pool
+    runner.attach(memory, layout, config.scheduling.max_num_seqs, max_model_len)
     model_fingerprint = fingerprint(directory)
     backends = build_backends(config, pool, layout, model_fingerprint, secret)
     instance_id = f"{config.cluster.splitwise_role}-{uuid.uuid4().hex[:12]}"

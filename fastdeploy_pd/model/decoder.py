@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdeploy_pd.model.checkpoint import ModelConfig, RopeScaling
 from fastdeploy_pd.model.ops.base import Ops, StepInputs, Tensor
-from fastdeploy_pd.model.weights import Checkpoint, RawTensor
+from fastdeploy_pd.model.weights import Checkpoint, DummyTensor, RawTensor
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -125,7 +125,7 @@ class Decoder:
         config, prefix = self.config, f"model.layers.{index}."
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-        def take(name: str, *shape: int) -> RawTensor:
+        def take(name: str, *shape: int) -> RawTensor | DummyTensor:
             return checkpoint.take(prefix + name, shape)
 
         def weight(name: str, *shape: int) -> Tensor:

@@ -69,6 +69,10 @@ def make_ops(
 
             return PaddleOps(config.num_heads, num_threads)
         if name == "torch":
+            if device != "cpu":
+                from fastdeploy_pd.model.ops.cuda import CudaOps
+
+                return CudaOps(dtype, num_threads, device)
             from fastdeploy_pd.model.ops.torch import TorchOps
 
             return TorchOps(dtype, num_threads, device)
@@ -106,11 +110,13 @@ class ModelRunner:
             self.config, Checkpoint(directory), make_ops(ops_name, self.config, dtype, num_threads, device)
         )
 
-    def attach(self, pool: Any, layout: KVLayout) -> None:
+    def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """
         Args:
             pool: [layout.pool_bytes] uint8 on the device, shared with the transfer; K and V are written into it in place.
             layout: what `kv_layout` gave for this model.
+            max_num_seqs: most sequences of a step; a device prepares for them.
+            max_model_len: most tokens of a sequence; what the model was made for when None.
         Raises: ConfigError: they do not fit the model or each other.
         """
         expected = self.kv_layout(self.config, layout.num_blocks, layout.block_size, layout.dtype)
@@ -153,7 +159,7 @@ class ModelRunner:
             try:
                 if index in errors:
                     raise errors[index]
-                outputs.append(_output(sequence, logits[first : first + len(wanted)]))
+                outputs.append(step_output(sequence, logits[first : first + len(wanted)]))
             except FastDeployPDError as error:
                 outputs.append(StepOutput(error=error))
             first += len(wanted)
@@ -192,6 +198,17 @@ class ModelRunner:
             rows.append(wanted)
             first += sequence.num_tokens
         return rows
+
+
+def make_runner(
+    directory: Path, ops_name: str, dtype: str = "float32", num_threads: int | None = None, device: str = "cpu"
+) -> ModelRunner:
+    """Returns: the runner for a device. Raises: see ModelRunner."""
+    if device == "cpu":
+        return ModelRunner(directory, ops_name, dtype, num_threads)
+    from fastdeploy_pd.model.device_runner import DeviceRunner
+
+    return DeviceRunner(directory, ops_name, dtype, num_threads, device)
 
 
 def attention_plan(sequences: Sequence[ScheduledSequence], block_size: int) -> AttentionPlan:
@@ -257,7 +274,7 @@ def _scored_positions(sequence: ScheduledSequence) -> range:
     return range(sequence.start + 1, min(sequence.stop, len(sequence.request.prompt_token_ids) - 1) + 1)
 
 
-def _output(sequence: ScheduledSequence, logits: np.ndarray) -> StepOutput:
+def step_output(sequence: ScheduledSequence, logits: np.ndarray) -> StepOutput:
     """What a sequence asked for, from its rows of logits."""
     request, sampling = sequence.request, sequence.request.sampling
     output = StepOutput()

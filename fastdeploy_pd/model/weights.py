@@ -53,6 +53,11 @@ class RawTensor:
     array: np.ndarray
     dtype: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's dimensions."""
+        return self.array.shape
+
     def to_float32(self) -> np.ndarray:
         """Returns: the values as float32; a view where they are that already."""
         if self.dtype == "bfloat16":

@@ -14,7 +14,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastdeploy_pd.model.kernels import attention, heads, linear, rows  # noqa: E402
+from fastdeploy_pd.model.kernels import attention, choice, heads, linear, rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
@@ -179,3 +179,16 @@ def test_prompts(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
         q = qkv[row : row + count, : num_heads * head_dim].view(count, num_heads, head_dim)
         check(out[row : row + count], attended(q, cache, table, start))
         row += count
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_likeliest(dtype: torch.dtype) -> None:
+    logits = random(6, 70_000, dtype=dtype)
+    logits[0, [5, 69_999]] = 100.0
+    logits[1, 69_999] = 100.0
+    logits[2, 7] = torch.nan
+    logits[3, 8] = torch.inf
+    logits[4] = -torch.inf
+    chosen = torch.full((8,), 77, dtype=torch.int32, device=DEVICE)
+    choice.likeliest(logits, chosen)
+    assert chosen.tolist() == [5, 69_999, -1, -1, -1, int(logits[5].argmax()), 77, 77]

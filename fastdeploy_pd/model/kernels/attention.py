@@ -13,11 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 32
-TILE_ROWS = 128
-DECODE = (4, 3)  # warps, stages
-PROMPT = (8, 3)
+TILE_ROWS = 64
+
+
+@triton.jit
+def _absorb(scores, values, highest, total, weighted):
+    """One more block into a running softmax: scores [rows, places], base 2; values [places, head_dim]."""
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    base = tl.where(new_highest > -float("inf"), new_highest, 0.0)  # a row that sees nothing yet must not become NaN
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(highest - base)
+    weighted = tl.dot(weights.to(values.dtype), values, weighted * fade[:, None], input_precision="ieee")
+    return new_highest, total * fade + tl.sum(weights, axis=1), weighted
 
 
 @triton.jit
@@ -39,6 +50,7 @@ def _decode(
     GROUP_ROWS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
+    wait_for_inputs()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     length = tl.load(lengths + sequence)
@@ -52,24 +64,17 @@ def _decode(
     query = tl.load(qkv + row * width + heads[:, None] * HEAD_DIM + dims[None, :], mask=is_member, other=0.0)
     highest = tl.full([GROUP_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([GROUP_ROWS], tl.float32)
-    sum_of_values = tl.zeros([GROUP_ROWS, HEAD_DIM], tl.float32)
+    weighted = tl.zeros([GROUP_ROWS, HEAD_DIM], tl.float32)
     for index in range(split * share, tl.minimum(split * share + share, num_blocks)):
         block = tl.load(tables + sequence * table_stride + index).to(tl.int64)
         base = cache + (block * (2 * NUM_KV_HEADS) + kv_head) * (BLOCK_SIZE * HEAD_DIM)
         keys = tl.load(base + places[None, :] * HEAD_DIM + dims[:, None]).to(query.dtype)
         is_there = index * BLOCK_SIZE + places < length
         scores = tl.where(is_there[None, :], tl.dot(query, keys, input_precision="ieee") * scale, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        fade = tl.exp2(highest - new_highest)
-        total = total * fade + tl.sum(weights, axis=1)
         behind = base + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
         values = tl.load(behind + places[:, None] * HEAD_DIM + dims[None, :], mask=is_there[:, None], other=0.0)
-        values = values.to(query.dtype)
-        sum_of_values = sum_of_values * fade[:, None]
-        sum_of_values = tl.dot(weights.to(values.dtype), values, sum_of_values, input_precision="ieee")
-        highest = new_highest
-    mean = sum_of_values / tl.where(total > 0, total, 1.0)[:, None]  # a padding row has no blocks at all
+        highest, total, weighted = _absorb(scores, values.to(query.dtype), highest, total, weighted)
+    mean = weighted / tl.where(total > 0, total, 1.0)[:, None]  # a padding row has no blocks at all
     if NUM_SPLITS == 1:
         target = out + row * (NUM_HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
         tl.store(target, mean, mask=is_member)
@@ -90,6 +95,7 @@ def _combine(
     NUM_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    wait_for_inputs()
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + sequence).to(tl.int64)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
@@ -151,12 +157,13 @@ def decode(
         block_size,
         max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         splits,
-        num_warps=DECODE[0],
-        num_stages=DECODE[1],
+        num_warps=2,
+        num_stages=2,
+        launch_pdl=IS_CHAINED,
     )
     if splits > 1:
         _combine[(num_sequences, num_heads)](
-            partial, sums, rows, out, num_heads, head_dim, splits, max(2, splits), num_warps=2
+            partial, sums, rows, out, num_heads, head_dim, splits, max(2, splits), num_warps=2, launch_pdl=IS_CHAINED
         )
 
 
@@ -174,6 +181,7 @@ def _prompt(
     BLOCK_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
+    wait_for_inputs()
     head, tile = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(tiles + tile * 4).to(tl.int64)
     num_rows = tl.load(tiles + tile * 4 + 1)
@@ -189,41 +197,27 @@ def _prompt(
     length = start + num_rows
     highest = tl.full([TILE_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
-    sum_of_values = tl.zeros([TILE_ROWS, HEAD_DIM], tl.float32)
-    for index in range(0, start // BLOCK_SIZE):  # blocks that all rows see whole
+    weighted = tl.zeros([TILE_ROWS, HEAD_DIM], tl.float32)
+    seen_whole = start // BLOCK_SIZE  # blocks that every row sees whole
+    for index in range(0, seen_whole):
         block = tl.load(table + index).to(tl.int64)
         base = cache + (block * (2 * NUM_KV_HEADS) + kv_head) * (BLOCK_SIZE * HEAD_DIM)
         keys = tl.load(base + places[None, :] * HEAD_DIM + dims[:, None]).to(query.dtype)
+        behind = base + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+        values = tl.load(behind + places[:, None] * HEAD_DIM + dims[None, :]).to(query.dtype)
         scores = tl.dot(query, keys, input_precision="ieee") * scale
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        fade = tl.exp2(highest - new_highest)
-        total = total * fade + tl.sum(weights, axis=1)
-        values = tl.load(base + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM + places[:, None] * HEAD_DIM + dims[None, :]).to(
-            query.dtype
-        )
-        sum_of_values = sum_of_values * fade[:, None]
-        sum_of_values = tl.dot(weights.to(values.dtype), values, sum_of_values, input_precision="ieee")
-        highest = new_highest
-    for index in range(start // BLOCK_SIZE, tl.cdiv(length, BLOCK_SIZE)):
+        highest, total, weighted = _absorb(scores, values, highest, total, weighted)
+    for index in range(seen_whole, tl.cdiv(length, BLOCK_SIZE)):
         block = tl.load(table + index).to(tl.int64)
         base = cache + (block * (2 * NUM_KV_HEADS) + kv_head) * (BLOCK_SIZE * HEAD_DIM)
         keys = tl.load(base + places[None, :] * HEAD_DIM + dims[:, None]).to(query.dtype)
         slots = index * BLOCK_SIZE + places
-        visible = slots[None, :] <= positions[:, None]
-        scores = tl.where(visible, tl.dot(query, keys, input_precision="ieee") * scale, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        # A row may see nothing of the first block it meets only if it is past the tile's rows; it must not become NaN.
-        weights = tl.exp2(scores - tl.where(new_highest > -float("inf"), new_highest, 0.0)[:, None])
-        fade = tl.exp2(highest - tl.where(new_highest > -float("inf"), new_highest, 0.0))
-        total = total * fade + tl.sum(weights, axis=1)
         behind = base + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
         values = tl.load(behind + places[:, None] * HEAD_DIM + dims[None, :], mask=(slots < length)[:, None], other=0.0)
-        values = values.to(query.dtype)
-        sum_of_values = sum_of_values * fade[:, None]
-        sum_of_values = tl.dot(weights.to(values.dtype), values, sum_of_values, input_precision="ieee")
-        highest = new_highest
-    mean = sum_of_values / tl.where(total > 0, total, 1.0)[:, None]
+        scores = tl.dot(query, keys, input_precision="ieee") * scale
+        scores = tl.where(slots[None, :] <= positions[:, None], scores, -float("inf"))
+        highest, total, weighted = _absorb(scores, values.to(query.dtype), highest, total, weighted)
+    mean = weighted / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + at * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :], mean, mask=is_row)
 
 
@@ -253,6 +247,7 @@ def prompt(
         head_dim,
         block_size,
         TILE_ROWS,
-        num_warps=PROMPT[0],
-        num_stages=PROMPT[1],
+        num_warps=4,
+        num_stages=2,
+        launch_pdl=IS_CHAINED,
     )

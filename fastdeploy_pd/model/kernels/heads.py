@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+
 HEADS = 8  # of a program
 
 
@@ -28,6 +30,7 @@ def _rotate_and_store(
     HAS_NORM: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     halves = tl.arange(0, HALF)
@@ -95,4 +98,5 @@ def rotate_and_store(
         norm is not None,
         HEADS,
         num_warps=2,
+        launch_pdl=IS_CHAINED,
     )

@@ -9,11 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+
 
 @triton.jit
 def _embedding(
     table, token_ids, source, sampled, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_SOURCE: tl.constexpr
 ):
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row).to(tl.int64)
     if HAS_SOURCE:
@@ -42,13 +45,22 @@ def embedding(
     out = torch.empty((len(token_ids), table.shape[1]), dtype=table.dtype, device=table.device)
     size = table.shape[1]
     _embedding[(len(token_ids),)](
-        table, token_ids, source, sampled, out, size, triton.next_power_of_2(size), source is not None
+        table,
+        token_ids,
+        source,
+        sampled,
+        out,
+        size,
+        triton.next_power_of_2(size),
+        source is not None,
+        launch_pdl=IS_CHAINED,
     )
     return out
 
 
 @triton.jit
 def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -63,12 +75,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[1]
     out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
-    _rms_norm[(len(x),)](x, weight, out, eps, size, block, num_warps=min(16, max(1, block // 512)))
+    _rms_norm[(len(x),)](
+        x, weight, out, eps, size, block, num_warps=min(16, max(1, block // 512)), launch_pdl=IS_CHAINED
+    )
     return out
 
 
 @triton.jit
 def _swiglu(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -81,5 +96,5 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """[n, 2 * k] -> [n, k]: silu of the first half times the second."""
     size = gate_up.shape[1] // 2
     out = torch.empty((len(gate_up), size), dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[(len(gate_up), triton.cdiv(size, 2048))](gate_up, out, size, 2048, num_warps=4)
+    _swiglu[(len(gate_up), triton.cdiv(size, 2048))](gate_up, out, size, 2048, num_warps=4, launch_pdl=IS_CHAINED)
     return out

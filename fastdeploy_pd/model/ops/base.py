@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.model.weights import RawTensor
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 Tensor = Any
 
@@ -81,7 +81,7 @@ class Ops(Protocol):
 
     name: str
 
-    def weight(self, *parts: RawTensor | np.ndarray) -> Tensor:
+    def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> Tensor:
         """Returns: parts [rows, ...] one below the other, in the compute type."""
         ...
 

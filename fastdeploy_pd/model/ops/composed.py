@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.model.ops.base import AttentionPlan, StepInputs, Tensor
-from fastdeploy_pd.model.weights import RawTensor
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Step:
     rotation: Any
 
 
-def to_float32(*parts: RawTensor | np.ndarray) -> np.ndarray:
+def to_float32(*parts: RawTensor | DummyTensor | np.ndarray) -> np.ndarray:
     """Returns: parts of a weight, one below the other."""
     arrays = [part if isinstance(part, np.ndarray) else part.to_float32() for part in parts]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -21,7 +21,7 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
 from fastdeploy_pd.model.ops.reference import numpy_cache
-from fastdeploy_pd.model.weights import RawTensor
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 QUERY_ROWS = 128
 
@@ -65,7 +65,7 @@ class PaddleOps(ComposedOps):
         paddle.core.set_num_threads(num_threads)
         self._num_heads = num_heads
 
-    def weight(self, *parts: RawTensor | np.ndarray) -> paddle.Tensor:
+    def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> paddle.Tensor:
         """See base."""
         return paddle.to_tensor(np.ascontiguousarray(to_float32(*parts), dtype=np.float32))
 

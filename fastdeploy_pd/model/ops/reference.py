@@ -11,7 +11,7 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
-from fastdeploy_pd.model.weights import RawTensor
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 KV_TYPES = ("float32", "float16")
 
@@ -32,7 +32,7 @@ class ReferenceOps(ComposedOps):
 
     name = "reference"
 
-    def weight(self, *parts: RawTensor | np.ndarray) -> np.ndarray:
+    def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> np.ndarray:
         """See base."""
         return to_float32(*parts).astype(np.float64)
 

@@ -18,7 +18,7 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
-from fastdeploy_pd.model.weights import RawTensor
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KV_TYPES = {**COMPUTE_TYPES, "float16": torch.float16}
@@ -64,7 +64,7 @@ class TorchOps(ComposedOps):
         torch.set_num_threads(num_threads)
         self.device = _device(device)
 
-    def weight(self, *parts: RawTensor | np.ndarray) -> torch.Tensor:
+    def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> torch.Tensor:
         """See base."""
         return torch.tensor(to_float32(*parts), dtype=self.dtype, device=self.device)
 

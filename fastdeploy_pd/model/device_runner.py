@@ -1,0 +1,188 @@
+"""The runner on a GPU: steps are queued, their outputs come later, and a next step takes its tokens where they were chosen."""
+
+# Torch has types in part.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.model.graphs import DecodeGraphs
+from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
+from fastdeploy_pd.model.ops.base import StepInputs
+from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps
+from fastdeploy_pd.model.runner import ModelRunner, StepOutput, attention_plan, step_output
+from fastdeploy_pd.request import Request
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """See engine/context.py."""
+
+    sequences: Sequence[ScheduledSequence]
+    errors: dict[int, FastDeployPDError]  #: by index
+    tokens: torch.Tensor  #: [samples] int32, pinned: becomes what was chosen on the device
+    logits: dict[int, torch.Tensor]  #: [rows, vocab_size] float32, pinned: by index, of those that the CPU looks at
+    end: torch.cuda.Event
+    layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
+    on_layer: Callable[[int], None] | None = None
+    num_layers_done: int = 0
+
+    def poll(self) -> bool:
+        """Hand over layers that are done. Returns: whether all is."""
+        while self.layers and self.layers[0].query():
+            self._hand_over()
+        return not self.layers and self.end.query()
+
+    def outputs(self) -> list[StepOutput]:
+        """One output a sequence; waits for them."""
+        while self.layers:
+            self.layers[0].synchronize()
+            self._hand_over()
+        self.end.synchronize()
+        outputs, tokens, row = [], self.tokens.tolist(), 0
+        for index, sequence in enumerate(self.sequences):
+            token_id = None
+            if sequence.needs_sample:
+                token_id = tokens[row]
+                row += 1
+            outputs.append(self._output(index, sequence, token_id))
+        return outputs
+
+    def _output(self, index: int, sequence: ScheduledSequence, token_id: int | None) -> StepOutput:
+        if index in self.errors:
+            return StepOutput(error=self.errors[index])
+        if index in self.logits:
+            try:
+                return step_output(sequence, self.logits[index].numpy())
+            except FastDeployPDError as error:
+                return StepOutput(error=error)
+        if token_id == NO_TOKEN:
+            name = sequence.request.request_id
+            message = f"request {name}: the largest logit is no finite number; no token can be chosen"
+            return StepOutput(error=FastDeployPDError(message, code="bad_logits"))
+        return StepOutput(token_id)
+
+    def _hand_over(self) -> None:
+        self.layers.popleft()
+        if self.on_layer is not None:
+            self.on_layer(self.num_layers_done)
+        self.num_layers_done += 1
+
+
+class DeviceRunner(ModelRunner):
+    """See `ModelRunner`."""
+
+    depth = 2
+
+    def __init__(self, directory: Path, ops_name: str, dtype: str, num_threads: int | None, device: str) -> None:
+        """See ModelRunner. Raises: ModelLoadError, ConfigError."""
+        super().__init__(directory, ops_name, dtype, num_threads, device)
+        assert isinstance(self.decoder.ops, CudaOps)
+        self._ops = self.decoder.ops
+        self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
+
+    def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
+        """See ModelRunner."""
+        super().attach(pool, layout, max_num_seqs, max_model_len)
+        max_blocks = -(-(max_model_len or self.config.max_position_embeddings) // layout.block_size)
+        self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
+        self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
+
+    def samples_on_device(self, request: Request) -> bool:
+        """Whether a request's next token can be computed before the CPU knows its last one."""
+        sampling = request.sampling
+        return (
+            sampling.temperature == 0.0
+            and sampling.logprobs is None
+            and sampling.prompt_logprobs is None
+            and sampling.repetition_penalty == 1.0
+            and not (sampling.presence_penalty or sampling.frequency_penalty)
+            and not (sampling.logit_bias or sampling.min_tokens)
+        )
+
+    def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> DeviceStep:  # type: ignore[override]
+        """Queue a batch; see engine/context.py."""
+        sequences = batch.sequences
+        token_ids = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
+        errors = self._unknown_tokens(batch, token_ids)
+        last_rows = np.cumsum([s.num_tokens for s in sequences]) - 1
+        sources = np.full(len(token_ids), NOWHERE, np.int64)
+        for row, sequence in zip(last_rows, sequences, strict=True):
+            if sequence.num_pending:
+                sources[row] = self._sample_of[sequence.request]
+        layers: list[torch.cuda.Event] = []
+        is_decode = on_layer is None and all(
+            s.stop - s.start == 1 and s.needs_sample and s.request.sampling.prompt_logprobs is None for s in sequences
+        )
+        sampled = [index for index, s in enumerate(sequences) if s.needs_sample]
+        logits: torch.Tensor | None
+        if is_decode:
+            logits = self._graphs.run(sequences, token_ids, sources)
+            first = np.arange(len(sequences) + 1)
+        else:
+            rows = self._logit_rows(batch)
+            first = np.cumsum([0, *(len(wanted) for wanted in rows)])
+            logits = self._run(batch, token_ids, sources, [r for wanted in rows for r in wanted], on_layer, layers)
+            if logits is not None and sampled:
+                likeliest(self._ops.rows(logits, first[1:][sampled] - 1), self._ops.sampled)
+        kept = {} if logits is None else self._kept(sequences, logits, first)
+        self._sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
+        tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
+        tokens.copy_(self._ops.sampled[: len(sampled)], non_blocking=True)
+        end = torch.cuda.Event()
+        end.record()
+        return DeviceStep(sequences, errors, tokens, kept, end, deque(layers), on_layer)
+
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
+        """See ModelRunner."""
+        return self.launch(batch, on_layer).outputs()
+
+    def _run(
+        self,
+        batch: Batch,
+        token_ids: np.ndarray,
+        sources: np.ndarray,
+        rows: list[int],
+        on_layer: Callable[[int], None] | None,
+        layers: list[torch.cuda.Event],
+    ) -> torch.Tensor | None:
+        """Queue any batch but one of single tokens."""
+        positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
+        inputs = StepInputs(
+            token_ids,
+            positions,
+            np.array(rows, dtype=np.int64),
+            attention_plan(batch.sequences, self.layout.block_size),
+            sources if (sources != NOWHERE).any() else None,
+        )
+
+        def queued(layer: int) -> None:
+            mark = self._ops.mark()
+            assert mark is not None
+            layers.append(mark)
+
+        step = self._ops.prepare(inputs)
+        return self.decoder.run(step, self.caches, len(rows), queued if on_layer is not None else None)
+
+    def _kept(
+        self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor, first: np.ndarray
+    ) -> dict[int, torch.Tensor]:
+        """Queue the way to the CPU of logits that it looks at. Returns: by index of the sequence, see DeviceStep."""
+        kept = {}
+        for index, sequence in enumerate(sequences):
+            if first[index] < first[index + 1] and not sequence.request.local.samples_on_device:
+                rows = logits[first[index] : first[index + 1]].float()
+                kept[index] = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
+                kept[index].copy_(rows, non_blocking=True)
+        return kept

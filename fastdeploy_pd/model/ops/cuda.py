@@ -1,0 +1,266 @@
+"""The operations on an NVIDIA GPU: cuBLAS and cuDNN through PyTorch, and kernels of our own for what lies between."""
+
+# Torch has types in part, Triton none.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.model.kernels import attention, heads, linear, rows
+from fastdeploy_pd.model.ops.base import DecodeGroup, PromptSpan, StepInputs
+from fastdeploy_pd.model.ops.torch import TorchOps
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
+
+PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
+FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
+NOWHERE = -1
+
+
+@dataclass(slots=True)
+class CudaStep:
+    """A step's inputs on the device, int32 throughout."""
+
+    token_ids: torch.Tensor  #: [n]
+    positions: torch.Tensor  #: [n]
+    slots: torch.Tensor  #: [n], see kernels.heads
+    num_rows: int  #: those after it are padding
+    logit_rows: torch.Tensor | None = None  #: [m]; None: all
+    sources: torch.Tensor | None = None  #: [n], see StepInputs
+    single_rows: torch.Tensor | None = None  #: [s] rows of sequences with one new token
+    tables: torch.Tensor | None = None  #: [s, any]
+    lengths: torch.Tensor | None = None  #: [s]
+    splits: int = 1
+    tiles: torch.Tensor | None = None  #: of other prompts, see kernels.attention
+    tile_tables: torch.Tensor | None = None
+    whole: Sequence[tuple[int, int, int]] = ()  #: first row, prompts, tokens each: computed from their first token on
+
+
+class CudaOps(TorchOps):
+    """See `base.Ops`."""
+
+    def __init__(self, dtype: str, num_threads: int, device: str) -> None:
+        """Raises: ConfigError: see TorchOps."""
+        super().__init__(dtype, num_threads, device)
+        self._num_processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.sampled = torch.zeros(
+            0, dtype=torch.int32, device=self.device
+        )  #: tokens chosen in the last step, by row of logits
+
+    def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> torch.Tensor:
+        """See base."""
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        first = 0
+        for part in parts:
+            self._fill(out[first : first + part.shape[0]], part)
+            first += part.shape[0]
+        return out
+
+    def _fill(self, out: torch.Tensor, part: RawTensor | DummyTensor | np.ndarray) -> None:
+        if isinstance(part, DummyTensor):
+            if part.std == 0.0:
+                out.fill_(1.0)
+            else:
+                generator = torch.Generator(self.device).manual_seed(part.seed)
+                out.normal_(0.0, part.std, generator=generator)
+            return
+        array = part if isinstance(part, np.ndarray) else part.array
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+            host = torch.from_numpy(array)
+        out.copy_(host.view(torch.bfloat16) if host.dtype == torch.uint16 else host)
+
+    def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
+        """See base."""
+        if layout.block_size < 16 or layout.block_size & (layout.block_size - 1):
+            raise ConfigError(f"--block-size is {layout.block_size}; on a GPU it must be a power of two of at least 16")
+        if layout.head_dim < 16 or layout.head_dim & (layout.head_dim - 1):
+            raise ConfigError(f"head_dim is {layout.head_dim}; on a GPU it must be a power of two of at least 16")
+        layers = super().cache(pool, layout)
+        self._layers = torch.as_strided(
+            layers[0], (len(layers), *layers[0].shape), (layout.layer_bytes // layers[0].itemsize, *layers[0].stride())
+        )
+        return layers
+
+    def rope(self, frequencies: np.ndarray, max_positions: int) -> None:
+        """See base."""
+        places = torch.arange(max_positions, dtype=torch.float64, device=self.device)
+        angles = torch.outer(places, torch.from_numpy(frequencies).to(self.device))
+        self._rotation = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+    def splits(self, num_sequences: int, max_blocks: int) -> int:
+        """Returns: parts that a sequence's attention is split into."""
+        return attention.num_splits(num_sequences, self._layout.num_kv_heads, max_blocks, self._num_processors)
+
+    def prepare(self, inputs: StepInputs) -> CudaStep:
+        """See base. One copy to the device for all."""
+        plan, num_rows = inputs.plan, len(inputs.token_ids)
+        whole, tiled = _sort(plan.spans) if self.dtype != torch.float32 else ([], plan.spans)  # cuDNN has no float32
+        ends = [first + count * _padded_length(size) for first, count, size in whole]
+        num_padding = max([num_rows, *ends]) - num_rows
+        fields: dict[str, np.ndarray] = {
+            "token_ids": _padded(inputs.token_ids, num_padding, 0),
+            "positions": _padded(inputs.positions, num_padding, 0),
+            "slots": _padded(plan.block_ids * self._layout.block_size + plan.offsets, num_padding, NOWHERE),
+            "logit_rows": inputs.logit_rows,
+        }
+        if inputs.sources is not None:
+            fields["sources"] = _padded(inputs.sources, num_padding, NOWHERE)
+        if plan.groups:
+            fields |= _singles(plan.groups)
+        if tiled:
+            fields["tiles"], fields["tile_tables"] = _tiles(tiled)
+        self.clear_blocks(plan.fresh_blocks)
+        step = CudaStep(**self._send(fields), num_rows=num_rows, whole=whole)
+        if step.tables is not None:
+            step.splits = self.splits(*step.tables.shape)
+        return step
+
+    def clear_blocks(self, block_ids: np.ndarray) -> None:
+        """Blocks that are begun hold nothing of others, in any layer: who gets them by a transfer reads them whole."""
+        if len(block_ids):
+            self._layers[:, self._to_device(block_ids.astype(np.int64))] = 0
+
+    def _send(self, fields: dict[str, np.ndarray]) -> dict[str, Any]:
+        host = torch.empty(sum(f.size for f in fields.values()), dtype=torch.int32, pin_memory=True)
+        flat = host.numpy()
+        first = 0
+        for field in fields.values():
+            flat[first : first + field.size] = field.reshape(-1)
+            first += field.size
+        device = host.to(self.device, non_blocking=True)
+        sent = device.split([f.size for f in fields.values()])
+        return {name: part.view(field.shape) for (name, field), part in zip(fields.items(), sent, strict=True)}
+
+    def embedding(self, table: torch.Tensor, step: CudaStep) -> torch.Tensor:
+        """See base."""
+        return rows.embedding(table, step.token_ids, step.sources, self.sampled)
+
+    def norm_linear(
+        self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See base."""
+        if len(x) <= linear.MOST_ROWS:
+            return linear.few_rows(x, weight, bias, norm, eps)
+        return functional.linear(rows.rms_norm(x, norm, eps), weight, bias)
+
+    def norm_swiglu(self, x: torch.Tensor, norm: torch.Tensor, eps: float, gate_up: torch.Tensor) -> torch.Tensor:
+        """See base."""
+        if len(x) <= linear.MOST_ROWS:
+            return linear.few_rows(x, gate_up, None, norm, eps, is_swiglu=True)
+        return rows.swiglu(functional.linear(rows.rms_norm(x, norm, eps), gate_up))
+
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """See base."""
+        if len(x) <= linear.MOST_ROWS:
+            return linear.few_rows(x, weight, bias, residual=residual)
+        if bias is not None:
+            residual += bias
+        return torch.addmm(residual, x, weight.t(), out=residual)
+
+    def rotate_and_store(
+        self, qkv: torch.Tensor, norm: torch.Tensor | None, eps: float, cache: torch.Tensor, step: CudaStep
+    ) -> torch.Tensor:
+        """See base. Returns: qkv itself, turned in place."""
+        heads.rotate_and_store(qkv, norm, eps, step.positions, step.slots, self._rotation, cache)
+        return qkv
+
+    def attention(self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep) -> torch.Tensor:
+        """See base."""
+        head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
+        num_heads = q.shape[1] // head_dim - 2 * num_kv_heads
+        out = torch.empty((len(q), num_heads * head_dim), dtype=q.dtype, device=self.device)
+        if step.tables is not None and step.single_rows is not None and step.lengths is not None:
+            attention.decode(q, step.single_rows, cache, step.tables, step.lengths, out, step.splits)
+        if step.tiles is not None and step.tile_tables is not None:
+            attention.prompt(q, step.tiles, cache, step.tile_tables, out)
+        for first, num_prompts, num_tokens in step.whole:
+            self._attend_whole(q, out, first, num_prompts, num_tokens)
+        if len(q) > step.num_rows:
+            out[step.num_rows :] = 0  # what padding yields is multiplied by 0 elsewhere: it must be numbers
+        return out
+
+    def _attend_whole(
+        self, qkv: torch.Tensor, out: torch.Tensor, first: int, num_prompts: int, num_tokens: int
+    ) -> None:
+        """Prompts without a past, by cuDNN, in one of few lengths: what follows a prompt is masked like any future."""
+        padded = _padded_length(num_tokens)
+        head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
+        packed = qkv[first : first + num_prompts * padded].view(num_prompts, padded, -1, head_dim).transpose(1, 2)
+        num_heads = packed.shape[1] - 2 * num_kv_heads
+        q, k, v = packed.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        backend = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backend, set_priority=True):
+            attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        places = out[first : first + num_prompts * num_tokens].view(num_prompts, num_tokens, num_heads, head_dim)
+        places.copy_(attended.transpose(1, 2)[:, :num_tokens])
+
+    def logits(
+        self, x: torch.Tensor, norm: torch.Tensor, eps: float, head: torch.Tensor, step: CudaStep
+    ) -> torch.Tensor:
+        """See base."""
+        wanted = x if step.logit_rows is None else x[step.logit_rows]
+        return functional.linear(rows.rms_norm(wanted, norm, eps), head)
+
+
+def _padded_length(num_tokens: int) -> int:
+    return -(-num_tokens // PADDING) * PADDING
+
+
+def _padded(array: np.ndarray, count: int, value: int) -> np.ndarray:
+    return np.concatenate([array, np.full(count, value, array.dtype)]) if count else array
+
+
+def _sort(spans: list[PromptSpan]) -> tuple[list[tuple[int, int, int]], list[PromptSpan]]:
+    """Returns: prompts for cuDNN as (first row, prompts, tokens each), neighbours of one length together; the others."""
+    whole: list[tuple[int, int, int]] = []
+    others = []
+    for span in spans:
+        if span.start or span.num_tokens < FEWEST_FOR_CUDNN:
+            others.append(span)
+            continue
+        row, count, num_tokens = whole[-1] if whole else (-1, 0, 0)
+        is_next = num_tokens == span.num_tokens and row + count * num_tokens == span.row
+        if is_next and num_tokens % PADDING == 0:
+            whole[-1] = (row, count + 1, num_tokens)
+        else:
+            whole.append((span.row, 1, span.num_tokens))
+    return whole, others
+
+
+def _singles(groups: list[DecodeGroup]) -> dict[str, np.ndarray]:
+    tables = np.zeros((sum(len(g.rows) for g in groups), max(g.tables.shape[1] for g in groups)), np.int64)
+    first = 0
+    for group in groups:
+        tables[first : first + len(group.rows), : group.tables.shape[1]] = group.tables
+        first += len(group.rows)
+    return {
+        "single_rows": np.concatenate([g.rows for g in groups]),
+        "tables": tables,
+        "lengths": np.concatenate([g.lengths for g in groups]),
+    }
+
+
+def _tiles(spans: list[PromptSpan]) -> tuple[np.ndarray, np.ndarray]:
+    """See kernels.attention.prompt. The last tiles of a prompt see most: they go first."""
+    tiles, begin = [], 0
+    for span in spans:
+        for first in range(0, span.num_tokens, attention.TILE_ROWS):
+            count = min(attention.TILE_ROWS, span.num_tokens - first)
+            tiles.append((span.row + first, count, span.start + first, begin))
+        begin += len(span.block_ids)
+    tiles.sort(key=lambda tile: -tile[2])
+    return np.array(tiles, np.int64), np.concatenate([span.block_ids for span in spans])
