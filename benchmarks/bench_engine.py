@@ -19,7 +19,7 @@ from benchmarks.engine_cases import MAX_NUM_SEQS, cases_of, parser, run, since_s
 from fastdeploy_pd import __version__
 from fastdeploy_pd.cluster.messages import Beat, Refused, Reserve, Tokens
 from fastdeploy_pd.config import InstanceConfig
-from fastdeploy_pd.engine.build import build_engine, warm_up
+from fastdeploy_pd.engine.build import build_engine
 from fastdeploy_pd.engine.context import NoObserver
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Send
@@ -106,7 +106,6 @@ def main() -> int:
     try:
         flags = flags_of(args)
         built = build_engine(InstanceConfig.from_args(flags, {}), NoObserver(), None)
-        warm_up(built)
         facts = {"engine": "fastdeploy-pd", "version": __version__, "ready_s": since_start_s(), "flags": flags}
         results = run(args, {**facts, **device_facts(args.device)}, Client(built.engine).generate)
     except FastDeployPDError as error:

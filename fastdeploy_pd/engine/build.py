@@ -13,7 +13,6 @@ from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.cluster.registry import MemberRecord
 from fastdeploy_pd.config import ClusterOptions, InstanceConfig
-from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
@@ -23,7 +22,6 @@ from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
 from fastdeploy_pd.model.runner import ModelRunner, make_runner
-from fastdeploy_pd.request import Request
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.layout import KVPool
@@ -124,7 +122,7 @@ def resolve_max_model_len(config: InstanceConfig, model: ModelConfig) -> int:
 
 
 def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: bytes | None) -> BuiltEngine:
-    """Load the model and put an engine together.
+    """Load the model, put an engine together and warm it up.
 
     Raises: ConfigError, ModelLoadError: what is wrong, with flag or file and field.
     """
@@ -165,6 +163,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         new_nonce=lambda: secrets.randbits(63),
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
+    runner.warm_up(scheduler.pool, engine.role.can_decode)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, layout, max_model_len)
 
 
@@ -222,15 +221,6 @@ def build_backends(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in backends.items())
         raise ConfigError(f"--cache-transfer-protocol leaves nothing that works here: {reasons}")
     return backends
-
-
-def warm_up(built: BuiltEngine) -> None:
-    """Compute one token for nobody, so that the first request does not pay for lazy initialisation."""
-    request = Request("warm-up", [0])
-    blocks = built.engine.context.scheduler.pool.allocate(1)
-    request.local.block_table = blocks
-    built.engine.runner.launch(Batch([ScheduledSequence(request, 0, 1)], built.layout.block_size)).outputs()
-    built.engine.context.scheduler.pool.release(blocks)
 
 
 def redis_options(cluster: ClusterOptions) -> RedisOptions:

@@ -17,7 +17,7 @@ from pathlib import Path
 from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
 from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
-from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options, warm_up
+from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
@@ -142,7 +142,6 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     secret = config.cluster.secret
     metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
     built = build_engine(config, metrics, secret)
-    warm_up(built)
     links = Links(built.instance_id, bind_endpoints(config, run_dir), secret=secret)
     shell = EngineShell(config, built, links, metrics)
     signal.signal(signal.SIGTERM, lambda *_: shell.request_stop(is_gentle=True))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.model.graphs import DecodeGraphs
@@ -23,6 +24,9 @@ from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps
 from fastdeploy_pd.model.runner import ModelRunner, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
+
+LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
+EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
 
 
 @dataclass(slots=True)
@@ -95,9 +99,18 @@ class DeviceRunner(ModelRunner):
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
         super().attach(pool, layout, max_num_seqs, max_model_len)
-        max_blocks = -(-(max_model_len or self.config.max_position_embeddings) // layout.block_size)
+        self._max_model_len = max_model_len or self.config.max_position_embeddings
+        max_blocks = -(-self._max_model_len // layout.block_size)
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
+
+    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
+        """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
+        longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
+        for lengths in ([longest], [min(20, longest), 1]):
+            self._compute_for_nobody(pool, lengths)
+        if can_decode:
+            self._graphs.capture(EAGER_SIZES)
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one."""

@@ -15,7 +15,7 @@ import torch
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.model.decoder import Decoder
 from fastdeploy_pd.model.kernels.choice import likeliest
-from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps, CudaStep
+from fastdeploy_pd.model.ops.cuda import ALIGNMENT, NOWHERE, CudaOps, CudaStep
 
 FIELDS = ("token_ids", "sources", "positions", "slots", "lengths")
 NUM_STAGES = 3  # host buffers in turn: one is filled while the device may still copy from those of the steps in flight
@@ -52,6 +52,7 @@ class DecodeGraphs:
         self._decoder, self._ops, self._caches = decoder, decoder.ops, caches
         self._block_size = block_size
         self._sizes = graph_sizes(most)
+        most, max_blocks = (-(-count // ALIGNMENT) * ALIGNMENT for count in (most, max_blocks))
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._device = torch.zeros(most * (len(FIELDS) + max_blocks), dtype=torch.int32, device=self._ops.device)
@@ -85,11 +86,16 @@ class DecodeGraphs:
         count = len(sequences)
         size = next(s for s in self._sizes if s >= count)
         self._send(sequences, token_ids, sources, size)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+        self.capture(size, size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:count]
+
+    def capture(self, most: int, least: int = 1) -> None:
+        """Capture the sizes between that are not captured yet."""
+        for size in self._sizes:
+            if least <= size <= most and size not in self._graphs:
+                self._graphs[size] = self._capture(size)
 
     def _send(
         self, sequences: Sequence[ScheduledSequence], token_ids: np.ndarray, sources: np.ndarray, size: int

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.model.checkpoint import ModelConfig
@@ -139,6 +140,23 @@ class ModelRunner:
     def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> FinishedStep:
         """See `execute`. Returns: the step, which has run."""
         return FinishedStep(self.execute(batch, on_layer))
+
+    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
+        """Compute for nobody, in blocks that are free.
+
+        Args:
+            can_decode: whether sequences will get more than their first token here.
+        """
+        self._compute_for_nobody(pool, [1])
+
+    def _compute_for_nobody(self, pool: BlockPool, lengths: Sequence[int]) -> None:
+        requests = [Request(f"warm-up-{index}", [0] * length) for index, length in enumerate(lengths)]
+        for request in requests:
+            request.local.block_table = pool.allocate(pool.num_blocks_for(request.num_tokens))
+        batch = Batch([ScheduledSequence(r, 0, r.num_tokens) for r in requests], self.layout.block_size)
+        self.launch(batch).outputs()
+        for request in requests:
+            pool.release(request.local.block_table)
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """Compute a batch.

@@ -159,8 +159,7 @@ def decode(
         splits,
         num_warps=2,
         num_stages=2,
-        launch_pdl=IS_CHAINED,
-    )
+    )  # not chained: launched early, programs gather where there is room, and some processors get twice as many
     if splits > 1:
         _combine[(num_sequences, num_heads)](
             partial, sums, rows, out, num_heads, head_dim, splits, max(2, splits), num_warps=2, launch_pdl=IS_CHAINED
