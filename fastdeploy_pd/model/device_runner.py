@@ -18,6 +18,7 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.model.device_sampler import can_draw, draw
 from fastdeploy_pd.model.graphs import DecodeGraphs
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
 from fastdeploy_pd.model.ops.base import StepInputs
@@ -114,15 +115,7 @@ class DeviceRunner(ModelRunner):
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one."""
-        sampling = request.sampling
-        return (
-            sampling.temperature == 0.0
-            and sampling.logprobs is None
-            and sampling.prompt_logprobs is None
-            and sampling.repetition_penalty == 1.0
-            and not (sampling.presence_penalty or sampling.frequency_penalty)
-            and not (sampling.logit_bias or sampling.min_tokens)
-        )
+        return can_draw(request.sampling)
 
     def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> DeviceStep:  # type: ignore[override]
         """Queue a batch; see engine/context.py."""
@@ -147,8 +140,11 @@ class DeviceRunner(ModelRunner):
             rows = self._logit_rows(batch)
             first = np.cumsum([0, *(len(wanted) for wanted in rows)])
             logits = self._run(batch, token_ids, sources, [r for wanted in rows for r in wanted], on_layer, layers)
-            if logits is not None and sampled:
-                likeliest(self._ops.rows(logits, first[1:][sampled] - 1), self._ops.sampled)
+        if logits is not None and sampled:
+            last = logits if len(logits) == len(sampled) else self._ops.rows(logits, first[1:][sampled] - 1)
+            if not is_decode:
+                likeliest(last, self._ops.sampled)
+            draw(last, self._ops.sampled, [sequences[index].request for index in sampled])
         kept = {} if logits is None else self._kept(sequences, logits, first)
         self._sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
         tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
@@ -186,7 +182,8 @@ class DeviceRunner(ModelRunner):
             layers.append(mark)
 
         step = self._ops.prepare(inputs)
-        return self.decoder.run(step, self.caches, len(rows), queued if on_layer is not None else None)
+        with self._ops.running():
+            return self.decoder.run(step, self.caches, len(rows), queued if on_layer is not None else None)
 
     def _kept(
         self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor, first: np.ndarray

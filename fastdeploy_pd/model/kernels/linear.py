@@ -15,6 +15,7 @@ import triton.language as tl
 from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
 
 MOST_ROWS = 16
+_ROWS = tl.constexpr(MOST_ROWS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -29,7 +30,6 @@ def _few_rows(
     eps,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -38,11 +38,11 @@ def _few_rows(
     IS_SWIGLU: tl.constexpr,
 ):
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_IN)
+    rows, columns = tl.arange(0, _ROWS), tl.arange(0, BLOCK_IN)
     is_out, is_row = outs < OUT, rows < num_rows
-    product = tl.zeros([BLOCK_OUT, ROWS], tl.float32)
-    second = tl.zeros([BLOCK_OUT, ROWS], tl.float32)  # of SwiGLU's other half
-    squares = tl.zeros([ROWS], tl.float32)
+    product = tl.zeros([BLOCK_OUT, _ROWS], tl.float32)
+    second = tl.zeros([BLOCK_OUT, _ROWS], tl.float32)  # of SwiGLU's other half
+    squares = tl.zeros([_ROWS], tl.float32)
     at = weight + outs[:, None].to(tl.int64) * IN + columns[None, :]
     wait_for_inputs()
     for begin in range(0, IN, BLOCK_IN):
@@ -74,30 +74,7 @@ def _few_rows(
 
 
 @triton.jit
-def _finished(product, other, squares, eps, IN: tl.constexpr, HAS_NORM: tl.constexpr, IS_SWIGLU: tl.constexpr):
-    """[BLOCK_OUT] results of one row."""
-    result = tl.sum(product, axis=1)
-    scale = tl.rsqrt(tl.sum(squares) / IN + eps) if HAS_NORM else 1.0
-    result *= scale
-    if IS_SWIGLU:
-        result = result / (1.0 + tl.exp(-result)) * (tl.sum(other, axis=1) * scale)
-    return result
-
-
-@triton.jit
-def _absorb(product, other, squares, weights, others, values, norms, HAS_NORM: tl.constexpr, IS_SWIGLU: tl.constexpr):
-    """A block of inputs into one row's sums."""
-    if HAS_NORM:
-        squares += values * values
-        values *= norms
-    product += weights.to(tl.float32) * values[None, :]
-    if IS_SWIGLU:
-        other += others.to(tl.float32) * values[None, :]
-    return product, other, squares
-
-
-@triton.jit
-def _one_or_two_rows(
+def _one_row(
     x,
     weight,
     bias,
@@ -108,7 +85,6 @@ def _one_or_two_rows(
     eps,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -120,13 +96,8 @@ def _one_or_two_rows(
     columns = tl.arange(0, BLOCK_IN)
     is_out = outs < OUT
     product = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    second = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)  # of SwiGLU's other half
     squares = tl.zeros([BLOCK_IN], tl.float32)
-    product_b, other, other_b, squares_b = (
-        product,
-        product,
-        product,
-        squares,
-    )  # of the second row, and of SwiGLU's other half
     at = weight + outs[:, None].to(tl.int64) * IN + columns[None, :]
     mask = is_out[:, None] & (columns < IN)[None, :]
     weights = tl.load(at, mask=mask, other=0.0)  # on their way while the kernel before this one ends
@@ -139,32 +110,29 @@ def _one_or_two_rows(
             weights = tl.load(at + begin, mask=mask, other=0.0)
             others = tl.load(at + OUT * IN + begin, mask=mask, other=0.0) if IS_SWIGLU else weights
         values = tl.load(x + begin + columns, mask=inside, other=0.0).to(tl.float32)
-        norms = tl.load(norm + begin + columns, mask=inside, other=0.0).to(tl.float32) if HAS_NORM else values
-        if ROWS == 2:
-            values_b = tl.load(x + IN + begin + columns, mask=inside, other=0.0).to(tl.float32)
-            product_b, other_b, squares_b = _absorb(
-                product_b, other_b, squares_b, weights, others, values_b, norms, HAS_NORM, IS_SWIGLU
-            )
-        product, other, squares = _absorb(product, other, squares, weights, others, values, norms, HAS_NORM, IS_SWIGLU)
-    for row in tl.static_range(ROWS):
-        if row == 0:
-            result = _finished(product, other, squares, eps, IN, HAS_NORM, IS_SWIGLU)
-        else:
-            result = _finished(product_b, other_b, squares_b, eps, IN, HAS_NORM, IS_SWIGLU)
-        if HAS_BIAS:
-            result += tl.load(bias + outs, mask=is_out, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            result += tl.load(residual + row * OUT + outs, mask=is_out, other=0.0).to(tl.float32)
-        tl.store(out + row * OUT + outs, result, mask=is_out)
+        if HAS_NORM:
+            squares += values * values
+            values *= tl.load(norm + begin + columns, mask=inside, other=0.0).to(tl.float32)
+        product += weights.to(tl.float32) * values[None, :]
+        if IS_SWIGLU:
+            second += others.to(tl.float32) * values[None, :]
+    scale = tl.rsqrt(tl.sum(squares) / IN + eps) if HAS_NORM else 1.0
+    result = tl.sum(product, axis=1) * scale
+    if IS_SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * (tl.sum(second, axis=1) * scale)
+    if HAS_BIAS:
+        result += tl.load(bias + outs, mask=is_out, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        result += tl.load(residual + outs, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out + outs, result, mask=is_out)
 
 
 def tuning_of(num_rows: int, num_out: int, num_in: int, is_swiglu: bool, item_bytes: int) -> tuple[int, int, int, int]:
     """Returns: block of outputs, block of inputs, warps, stages that were fastest on an H200 for shapes of Llama-3-8B and Qwen3-0.6B."""
-    if num_rows <= 2 and is_swiglu:
-        return (1 if num_out >= 8192 else 4 // num_rows), 1024, 4, 1
-    if num_rows <= 2:
-        block_out = 4 // num_rows if num_out > 4096 or num_in <= 2048 else 2 // num_rows
-        return block_out, min(2048, triton.next_power_of_2(num_in)), 4, 1
+    if num_rows == 1 and is_swiglu:
+        return (1 if num_out >= 8192 else 4), 1024, 4, 1
+    if num_rows == 1:
+        return (4 if num_out > 4096 or num_in <= 2048 else 2), min(2048, triton.next_power_of_2(num_in)), 4, 1
     if item_bytes == 4:
         return 32, 128, 4, 2
     if is_swiglu:
@@ -198,7 +166,7 @@ def few_rows(
     out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
     flags = (bias is not None, norm is not None, residual is not None, is_swiglu)
     block_out, block_in, warps, stages = tuning or tuning_of(num_rows, num_out, num_in, is_swiglu, x.element_size())
-    kernel = _one_or_two_rows if num_rows <= 2 else _few_rows
+    kernel = _one_row if num_rows == 1 else _few_rows
     kernel[(triton.cdiv(num_out, block_out),)](
         x,
         weight,
@@ -210,7 +178,6 @@ def few_rows(
         eps,
         num_out,
         num_in,
-        num_rows if num_rows <= 2 else MOST_ROWS,
         block_out,
         block_in,
         *flags,

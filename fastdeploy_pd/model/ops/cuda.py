@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
-MANY_ROWS = 4096  # above, cuBLAS is slower when it adds to the very matrix that it writes (1.55 to 1.39 ms for Llama-3-8B's down)
+MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else 1.39 ms)
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
 LARGEST_BATCH = 8  # of equal prompts, in powers of two, for the same reason as PADDING
 
@@ -102,6 +103,11 @@ class CudaOps(TorchOps):
         angles = torch.outer(places, torch.from_numpy(frequencies).to(self.device))
         self._rotation = torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
+    def running(self) -> AbstractContextManager[None]:
+        """Returns: what a step's operations are queued in; to enter it for each would cost more than they do."""
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        return sdpa_kernel(backends, set_priority=True)
+
     def splits(self, num_sequences: int, max_blocks: int) -> int:
         """Returns: parts that a sequence's attention is split into."""
         return attention.num_splits(num_sequences, self._layout.num_kv_heads, max_blocks, self._num_processors)
@@ -175,7 +181,7 @@ class CudaOps(TorchOps):
             return linear.few_rows(x, weight, bias, residual=residual)
         if bias is not None:
             residual += bias
-        if len(x) > MANY_ROWS:
+        if len(x) > MANY_ROWS and weight.shape[1] > weight.shape[0]:
             return torch.addmm(residual, x, weight.t())
         return torch.addmm(residual, x, weight.t(), out=residual)
 
@@ -187,7 +193,7 @@ class CudaOps(TorchOps):
         return qkv
 
     def attention(self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep) -> torch.Tensor:
-        """See base."""
+        """See base. Whole prompts want `running`."""
         head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
         num_heads = q.shape[1] // head_dim - 2 * num_kv_heads
         out = torch.empty((len(q), num_heads * head_dim), dtype=q.dtype, device=self.device)
@@ -196,25 +202,25 @@ class CudaOps(TorchOps):
         if step.tiles is not None and step.tile_tables is not None:
             attention.prompt(q, step.tiles, cache, step.tile_tables, out)
         for first, num_prompts, num_tokens in step.whole:
-            self._attend_whole(q, out, first, num_prompts, num_tokens)
+            attended = self._attend_whole(q, first, num_prompts, num_tokens)
+            if len(q) == num_prompts * num_tokens:
+                return attended.reshape(out.shape)  # as it lies
+            out[first : first + num_prompts * num_tokens].view(attended.shape).copy_(attended)
         if len(q) > step.num_rows:
             out[step.num_rows :] = 0  # what padding yields is multiplied by 0 elsewhere: it must be numbers
         return out
 
-    def _attend_whole(
-        self, qkv: torch.Tensor, out: torch.Tensor, first: int, num_prompts: int, num_tokens: int
-    ) -> None:
-        """Prompts without a past, by cuDNN, in one of few lengths: what follows a prompt is masked like any future."""
+    def _attend_whole(self, qkv: torch.Tensor, first: int, num_prompts: int, num_tokens: int) -> torch.Tensor:
+        """Prompts without a past, by cuDNN, in one of few lengths: what follows a prompt is masked like any future.
+
+        Returns: [num_prompts, num_tokens, num_heads, head_dim].
+        """
         padded = _padded_length(num_tokens)
         head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
         packed = qkv[first : first + num_prompts * padded].view(num_prompts, padded, -1, head_dim).transpose(1, 2)
-        num_heads = packed.shape[1] - 2 * num_kv_heads
-        q, k, v = packed.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        backend = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(backend, set_priority=True):
-            attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        places = out[first : first + num_prompts * num_tokens].view(num_prompts, num_tokens, num_heads, head_dim)
-        places.copy_(attended.transpose(1, 2)[:, :num_tokens])
+        q, k, v = packed.split([packed.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2)[:, :num_tokens]
 
     def logits(
         self, x: torch.Tensor, norm: torch.Tensor, eps: float, head: torch.Tensor, step: CudaStep
