@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("transfer", "frontend", "serving")
+NAMES = ("transfer", "frontend", "step", "serving")
 
 
 def main() -> int:

@@ -62,7 +62,8 @@ class TimedRunner:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[EngineShell]:
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineShell]:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     runner = TimedRunner()
     scheduler = Scheduler(BlockPool(LAYOUT.num_blocks, LAYOUT.block_size), SchedulerOptions(), runner.samples_on_device)
     ids = iter(range(10**9))
