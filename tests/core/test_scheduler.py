@@ -229,6 +229,8 @@ def test_preemption_waits_until_no_step_is_in_flight() -> None:
     end(scheduler, step)
     assert not scheduler.schedule(0)
     assert scheduler.num_preemptions == 0
+    second.local.prompt_logprobs.append(None)
     end(scheduler, ahead)
     assert [s.request for s in launch(scheduler).sequences] == [first]
     assert scheduler.num_preemptions == 1
+    assert second.local.prompt_logprobs == [], "its prompt is computed again, and its log-probabilities with it"

@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Message, Peer
-from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
@@ -69,6 +69,15 @@ class SimulatedOutput:
     error: FastDeployPDError | None = None
 
 
+def prompt_logprobs_of(sequence: ScheduledSequence) -> tuple[TokenLogprobs | None, ...]:
+    """What a step says of the prompt's tokens that follow those it computes, where asked for; of the first nothing can be said."""
+    request = sequence.request
+    if request.sampling.prompt_logprobs is None:
+        return ()
+    scored = request.prompt_token_ids[sequence.start + 1 : sequence.stop + 1]
+    return (*((None,) if sequence.start == 0 else ()), *(TokenLogprobs(t, -1.0) for t in scored))
+
+
 @dataclass(slots=True)
 class SimulatedSequence:
     """What a device has been given of a ScheduledSequence: copies, and where its pending token comes from."""
@@ -79,6 +88,7 @@ class SimulatedSequence:
     has_pending: bool
     needs_sample: bool
     block_table: list[int]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
 
 
 class SimulatedStep:
@@ -128,7 +138,7 @@ class SimulatedStep:
             stop = sequence.start + len(sequence.token_ids)
             kv = (bytes(self._slot(sequence, layer, p)) for layer in range(NUM_LAYERS) for p in range(stop))
             self.sampled[sequence.key] = token_after(kv)
-        return SimulatedOutput(self.sampled[sequence.key])
+        return SimulatedOutput(self.sampled[sequence.key], prompt_logprobs=sequence.prompt_logprobs)
 
     def _slot(self, sequence: SimulatedSequence, layer: int, position: int) -> memoryview:
         block = self.runner.pool.block(layer, sequence.block_table[position // BLOCK_SIZE])
@@ -166,6 +176,7 @@ class SimulatedRunner:
                 s.num_pending == 1,
                 s.needs_sample,
                 list(s.request.local.block_table),
+                prompt_logprobs_of(s),
             )
             for s in batch.sequences
         ]

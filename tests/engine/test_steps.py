@@ -90,7 +90,10 @@ class OneEngine:
 
     def submit(self, name: str, submission: Submission) -> None:
         sampling = SamplingParams(
-            max_tokens=submission.max_tokens, temperature=0, logprobs=0 if submission.on_host else None
+            max_tokens=submission.max_tokens,
+            temperature=0,
+            logprobs=0 if submission.on_host else None,
+            prompt_logprobs=0 if submission.on_host else None,
         )
         request = Request(name, submission.prompt, sampling, ENDING, front_end_id="front")
         self.answers[name] = []
@@ -124,6 +127,10 @@ class OneEngine:
             assert [c.index for c in chunks] == list(range(len(chunks)))
             assert all(c.finish_reason is None for c in chunks[:-1])
             tokens.append([t for c in chunks for t in c.token_ids])
+            if chunks and submissions[number].on_host:
+                prompt = submissions[number].prompt
+                assert [p and p.token_id for p in chunks[0].prompt_logprobs] == [None, *prompt[1:]]
+                assert not any(c.prompt_logprobs for c in chunks[1:])
         return tokens
 
 
