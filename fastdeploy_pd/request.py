@@ -131,9 +131,9 @@ class Local:
 
     block_table: list[int] = field(default_factory=list)  #: block ids in token order
     num_computed_tokens: int = 0  #: tokens whose KV is in the pool, or will be when the launched steps have run
+    num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
     num_pending_tokens: int = 0  #: newest tokens, sampled by launched steps, whose ids are not known here yet
     last_step: int = 0  #: number of the newest launched step that computes it
-    num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
     num_preemptions: int = 0
     is_preemptible: bool = True  #: False while a transfer reads its blocks as they are computed
     ends_with_next_token: bool = False  #: another instance goes on after the token that follows the prompt

@@ -36,9 +36,7 @@ class ScheduledSequence:
     start: int
     stop: int
     num_pending: int = field(init=False)  #: 1 if the last token is what the step launched before samples; else 0
-    needs_sample: bool = field(
-        init=False
-    )  #: whether the request's newest token is reached, so that the next is sampled
+    needs_sample: bool = field(init=False)  #: whether it reaches the newest token, so that the next one is sampled
 
     def __post_init__(self) -> None:
         request = self.request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineShe
     links = Links("one", [f"ipc://{tmp_path}/engine.sock"])
     yield EngineShell(InstanceConfig.from_args([], {}), built, links, EngineMetrics("m", "mixed"))
     links.close()
+    gc.unfreeze()  # the shell's doing
 
 
 def test_messages_are_answered_while_a_step_is_in_flight(shell: EngineShell) -> None:
