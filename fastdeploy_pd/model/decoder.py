@@ -10,6 +10,7 @@ import numpy as np
 
 from fastdeploy_pd.model.checkpoint import ModelConfig, RopeScaling
 from fastdeploy_pd.model.ops.base import Ops, StepInputs, Tensor
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.weights import Checkpoint, DummyTensor, RawTensor
 
 
@@ -52,19 +53,20 @@ class LayerWeights:
 
 
 class Decoder:
-    """Weights of a model in a backend's tensors, and the forward pass."""
+    """Weights of a model, or a rank's part of them, in a backend's tensors, and the forward pass."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, ops: Ops, rank: Rank | None = None) -> None:
         """Raises: ModelLoadError: a tensor is missing or has another shape than config.json says."""
         self.config = config
         self.ops = ops
+        self.rank = rank or Rank()
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = ops.weight(checkpoint.take("model.embed_tokens.weight", shape))
         self.layers = [self._load_layer(checkpoint, i) for i in range(config.num_layers)]
         self.final_norm = ops.weight(checkpoint.take("model.norm.weight", (config.hidden_size,)))
-        self.head = (
-            self.embedding if config.tie_word_embeddings else ops.weight(checkpoint.take("lm_head.weight", shape))
-        )
+        self.head = self.embedding
+        if self.rank.is_first and not config.tie_word_embeddings:  # it alone computes logits
+            self.head = ops.weight(checkpoint.take("lm_head.weight", shape))
         ops.rope(rope_frequencies(config), config.max_position_embeddings)
 
     def forward(
@@ -117,13 +119,19 @@ class Decoder:
             q = ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
             if on_layer is not None:
                 on_layer(index)
-            x = ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, x)
-            x = ops.linear_add(ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up), layer.down, None, x)
+            residual = x if self.rank.is_first else None
+            x = ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, residual)
+            x = ops.all_reduce(x)
+            residual = x if self.rank.is_first else None
+            x = ops.linear_add(ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up), layer.down, None, residual)
+            x = ops.all_reduce(x)
         return ops.logits(x, self.final_norm, eps, self.head, step) if num_logit_rows else None
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> LayerWeights:
-        config, prefix = self.config, f"model.layers.{index}."
+        config, prefix, rank = self.config, f"model.layers.{index}.", self.rank
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q, kv = (rank.part(count, config.head_dim) for count in (config.num_heads, config.num_kv_heads))
+        inner = rank.part(config.intermediate_size)
 
         def take(name: str, *shape: int) -> RawTensor | DummyTensor:
             return checkpoint.take(prefix + name, shape)
@@ -131,23 +139,34 @@ class Decoder:
         def weight(name: str, *shape: int) -> Tensor:
             return self.ops.weight(take(name, *shape))
 
-        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
-        qkv = [take(f"self_attn.{n}_proj.weight", size, config.hidden_size) for n, size in sizes.items()]
-        bias = [take(f"self_attn.{n}_proj.bias", size) for n, size in sizes.items()] if config.qkv_bias else None
-        counts = {"q": config.num_heads, "k": config.num_kv_heads} if config.qk_norm else {}
+        sizes = {"q": (q_size, q), "k": (kv_size, kv), "v": (kv_size, kv)}
+        qkv = [
+            take(f"self_attn.{n}_proj.weight", size, config.hidden_size).part(0, own)
+            for n, (size, own) in sizes.items()
+        ]
+        bias = [
+            take(f"self_attn.{n}_proj.bias", size).part(0, own) for n, (size, own) in sizes.items() if config.qkv_bias
+        ]
+        counts = {"q": rank.num_of(config.num_heads), "k": rank.num_of(config.num_kv_heads)} if config.qk_norm else {}
         qk_norm = [
             np.tile(take(f"self_attn.{n}_norm.weight", config.head_dim).to_float32(), (count, 1))
             for n, count in counts.items()
         ]
-        gate_up = [take(f"mlp.{n}_proj.weight", config.intermediate_size, config.hidden_size) for n in ("gate", "up")]
+        gate_up = [
+            take(f"mlp.{n}_proj.weight", config.intermediate_size, config.hidden_size).part(0, inner)
+            for n in ("gate", "up")
+        ]
+        has_bias = config.output_bias and rank.is_first
         return LayerWeights(
             input_norm=weight("input_layernorm.weight", config.hidden_size),
             qkv=self.ops.weight(*qkv),
             qkv_bias=self.ops.weight(*bias) if bias else None,
             qk_norm=self.ops.weight(*qk_norm) if config.qk_norm else None,
-            output=weight("self_attn.o_proj.weight", config.hidden_size, q_size),
-            output_bias=weight("self_attn.o_proj.bias", config.hidden_size) if config.output_bias else None,
+            output=self.ops.weight(take("self_attn.o_proj.weight", config.hidden_size, q_size).part(1, q)),
+            output_bias=weight("self_attn.o_proj.bias", config.hidden_size) if has_bias else None,
             post_norm=weight("post_attention_layernorm.weight", config.hidden_size),
             gate_up=self.ops.weight(*gate_up),
-            down=weight("mlp.down_proj.weight", config.hidden_size, config.intermediate_size),
+            down=self.ops.weight(
+                take("mlp.down_proj.weight", config.hidden_size, config.intermediate_size).part(1, inner)
+            ),
         )

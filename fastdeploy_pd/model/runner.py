@@ -12,12 +12,13 @@ import numpy as np
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
-from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.layout import KVLayout, shard
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.decoder import Decoder
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, PromptSpan, StepInputs
 from fastdeploy_pd.model.ops.environment import default_num_threads, prepare_environment
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.sampler import sample, token_logprobs
 from fastdeploy_pd.model.weights import Checkpoint
 from fastdeploy_pd.request import Request, TokenLogprobs
@@ -98,29 +99,40 @@ class ModelRunner:
         dtype: str = "float32",
         num_threads: int | None = None,
         device: str = "cpu",
+        rank: Rank | None = None,
     ) -> None:
-        """Load the model; `attach` comes before `execute`.
+        """Load the model, or a rank's part of it; `attach` comes before `execute`.
 
         Args:
             dtype: compute type of weights and activations.
             num_threads: threads of a product; OMP_NUM_THREADS or half the cores when None.
+            rank: of several: `announce` must tell the others of each step.
         Raises: ModelLoadError, ConfigError.
         """
         self.config = ModelConfig.from_directory(directory)
-        self.decoder = Decoder(
-            self.config, Checkpoint(directory), make_ops(ops_name, self.config, dtype, num_threads, device)
-        )
+        self.rank = rank or Rank()
+        if self.rank.count > 1 and ops_name != "torch":
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.rank.count}; with --ops {ops_name} it must be 1 (torch computes on several ranks)"
+            )
+        self.rank.check(self.config)
+        #: called with each step before it is computed
+        self.announce: Callable[[StepInputs], None] = lambda _: None
+        ops = make_ops(ops_name, self.config, dtype, num_threads, device)
+        self.decoder = Decoder(self.config, Checkpoint(directory), ops, self.rank)
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """
         Args:
             pool: [layout.pool_bytes] uint8 on the device, shared with the transfer; K and V are written into it in place.
-            layout: what `kv_layout` gave for this model.
+            layout: what `kv_layout` gave for this model; the rank's part of it.
             max_num_seqs: most sequences of a step; a device prepares for them.
             max_model_len: most tokens of a sequence; what the model was made for when None.
         Raises: ConfigError: they do not fit the model or each other.
         """
         expected = self.kv_layout(self.config, layout.num_blocks, layout.block_size, layout.dtype)
+        if self.rank.count > 1:
+            expected = shard(expected, self.rank.index, self.rank.count)
         if layout != expected:
             raise ConfigError(f"the KV layout does not fit the model: {'; '.join(layout.differences(expected))}")
         if isinstance(pool, np.ndarray) and (pool.dtype != np.uint8 or pool.shape != (layout.pool_bytes,)):
@@ -171,7 +183,9 @@ class ModelRunner:
         rows = self._logit_rows(batch)
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
         plan = attention_plan(batch.sequences, self.layout.block_size)
-        logits = self.decoder.forward(StepInputs(token_ids, positions, flat_rows, plan), self.caches, on_layer)
+        inputs = StepInputs(token_ids, positions, flat_rows, plan)
+        self.announce(inputs)
+        logits = self.decoder.forward(inputs, self.caches, on_layer)
         outputs, first = [], 0
         for index, (sequence, wanted) in enumerate(zip(batch.sequences, rows, strict=True)):
             try:

@@ -66,6 +66,10 @@ class RawTensor:
             return words.view(np.float32)
         return self.array.astype(np.float32, copy=False)
 
+    def part(self, axis: int, piece: slice) -> RawTensor:
+        """Returns: a piece along an axis, as a view."""
+        return RawTensor(self.array[_index(axis, piece)], self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class DummyTensor:
@@ -74,14 +78,30 @@ class DummyTensor:
     shape: tuple[int, ...]
     seed: int  #: 63 bits, of the tensor's name: every instance has the same weights
     std: float  #: of normal numbers around 0; 0.0: all are ones
+    whole: DummyTensor | None = None  #: what this is a piece of ...
+    index: tuple[slice, ...] = ()  #: ... and which
 
     def to_float32(self) -> np.ndarray:
         """Returns: the values, the same on every machine."""
+        if self.whole is not None:
+            return self.whole.to_float32()[self.index]
         if self.std == 0.0:
             return np.ones(self.shape, np.float32)
         values = np.random.Generator(np.random.PCG64(self.seed)).standard_normal(self.shape, np.float32)
         values *= np.float32(self.std)
         return values
+
+    def part(self, axis: int, piece: slice) -> DummyTensor:
+        """Returns: a piece along an axis: the same values as in the whole tensor."""
+        size = piece.stop - piece.start
+        if size == self.shape[axis]:
+            return self
+        shape = (*self.shape[:axis], size, *self.shape[axis + 1 :])
+        return DummyTensor(shape, self.seed, self.std, self, _index(axis, piece))
+
+
+def _index(axis: int, piece: slice) -> tuple[slice, ...]:
+    return (*(slice(None),) * axis, piece)
 
 
 class Checkpoint(Mapping[str, RawTensor]):

@@ -11,7 +11,9 @@ import transformers
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.layout import shard
 from fastdeploy_pd.model.checkpoint import ModelConfig
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner, StepOutput
 from fastdeploy_pd.request import Request, SamplingParams
 
@@ -48,11 +50,11 @@ FAMILIES = {
 }
 
 
-def write_checkpoint(family: str, directory: Path, shard: bool = False) -> transformers.PreTrainedModel:
-    """Returns: the model whose float32 weights were saved."""
+def write_checkpoint(family: str, directory: Path, shard: bool = False, **more: object) -> transformers.PreTrainedModel:
+    """Returns: the model whose float32 weights were saved; `more` changes its configuration."""
     config_class, changes = FAMILIES[family]
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**COMMON, **changes})).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**COMMON, **changes, **more})).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -74,11 +76,14 @@ class TinyEngine:
         num_blocks: int = 64,
         kv_dtype: str = "float32",
         dtype: str = "float32",
+        rank: Rank | None = None,
     ) -> None:
         self.layout = ModelRunner.kv_layout(ModelConfig.from_directory(directory), num_blocks, block_size, kv_dtype)
+        if rank is not None:
+            self.layout = shard(self.layout, rank.index, rank.count)
         self.pool = np.zeros(self.layout.pool_bytes, np.uint8)
         self.blocks = BlockPool(num_blocks, block_size)
-        self.runner = ModelRunner(directory, ops, dtype, num_threads=1)
+        self.runner = ModelRunner(directory, ops, dtype, num_threads=1, rank=rank)
         self.runner.attach(self.pool, self.layout)
 
     def request(self, prompt: list[int], max_tokens: int = 8, **sampling: object) -> Request:

@@ -123,8 +123,16 @@ class Ops(Protocol):
         """norm_linear with gate_up [2 * k, in], then silu of the first half times the second: [n, k]."""
         ...
 
-    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """residual [n, out] + x [n, in] times weight [out, in] transposed, plus bias [out]. The residual's memory may be reused."""
+    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """residual [n, out] + x [n, in] times weight [out, in] transposed, plus bias [out]. The residual's memory may be reused.
+
+        Args:
+            residual: None: nothing is added, because another rank adds it.
+        """
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, in x's memory; x itself where there is one rank. Queued like the rest: nothing waits in it."""
         ...
 
     def rotate_and_store(self, qkv: Tensor, norm: Tensor | None, eps: float, cache: Tensor, step: Any) -> Tensor:

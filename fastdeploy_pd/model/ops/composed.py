@@ -100,9 +100,14 @@ class ComposedOps(ABC):
         """See base."""
         return self.swiglu(self.norm_linear(x, norm, eps, gate_up))
 
-    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """See base."""
-        return residual + self.linear(x, weight, bias)
+        product = self.linear(x, weight, bias)
+        return product if residual is None else residual + product
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See base: one rank, unless a backend says otherwise."""
+        return x
 
     def rotate_and_store(self, qkv: Tensor, norm: Tensor | None, eps: float, cache: Tensor, step: Any) -> Tensor:
         """See base. Q and K are normed and turned together."""

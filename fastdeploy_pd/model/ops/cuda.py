@@ -73,7 +73,11 @@ class CudaOps(TorchOps):
 
     def _fill(self, out: torch.Tensor, part: RawTensor | DummyTensor | np.ndarray) -> None:
         if isinstance(part, DummyTensor):
-            if part.std == 0.0:
+            if part.whole is not None:
+                whole = torch.empty(part.whole.shape, dtype=self.dtype, device=self.device)
+                self._fill(whole, part.whole)
+                out.copy_(whole[part.index])
+            elif part.std == 0.0:
                 out.fill_(1.0)
             else:
                 generator = torch.Generator(self.device).manual_seed(part.seed)
@@ -174,11 +178,13 @@ class CudaOps(TorchOps):
         return rows.swiglu(functional.linear(rows.rms_norm(x, norm, eps), gate_up))
 
     def linear_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
     ) -> torch.Tensor:
         """See base."""
         if len(x) <= linear.MOST_ROWS:
             return linear.few_rows(x, weight, bias, residual=residual)
+        if residual is None:
+            return functional.linear(x, weight, bias)
         if bias is not None:
             residual += bias
         if len(x) > MANY_ROWS and weight.shape[1] > weight.shape[0]:

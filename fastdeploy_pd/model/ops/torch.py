@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +27,7 @@ from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KV_TYPES = {**COMPUTE_TYPES, "float16": torch.float16}
 QUERY_ROWS = 128
+GROUP_TIMEOUT_S = 60.0  # a rank that does not come to a sum for so long has failed
 
 
 @dataclass(slots=True)
@@ -63,6 +68,40 @@ class TorchOps(ComposedOps):
         self.dtype = COMPUTE_TYPES[dtype]
         torch.set_num_threads(num_threads)
         self.device = _device(device)
+        self._ranks: Any = None
+
+    def join(self, path: Path, rank: int, num_ranks: int) -> None:
+        """Become one of several ranks. Returns when all have.
+
+        Args:
+            path: of a file that the ranks find each other by, the same for all; made by the first.
+        Raises: RuntimeError: they do not come together within GROUP_TIMEOUT_S.
+        """
+        timeout = timedelta(seconds=GROUP_TIMEOUT_S)
+        store = dist.FileStore(str(path), num_ranks)  # type: ignore[attr-defined]  # not in __all__
+        store.set_timeout(timeout)
+        options: Any
+        if self.device.type == "cpu":
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stub calls it Options
+            options._devices, options._threads = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")], 1
+            options._timeout = timeout
+            self._ranks = dist.ProcessGroupGloo(store, rank, num_ranks, options)
+        else:
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast hangs where the fabric is not set up for it
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            torch.cuda.set_device(self.device)
+            self._ranks = dist.ProcessGroupNCCL(store, rank, num_ranks, options)
+        # NCCL connects with the first sum, which must not be inside a captured graph
+        found = self.all_reduce(torch.ones(1, device=self.device)).item()
+        if found != num_ranks:
+            raise RuntimeError(f"{num_ranks} ranks add up to {found}")
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """See base."""
+        if self._ranks is not None:
+            self._ranks.allreduce([x]).wait()  # of NCCL's: the stream waits, not we
+        return x
 
     def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> torch.Tensor:
         """See base."""
