@@ -24,6 +24,7 @@ from fastdeploy_pd.interfaces import address_of
 ROLES = ("mixed", "prefill", "decode")
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 MIN_SECRET_BYTES = 16
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class ModelOptions:
     dtype: str
     device: str
     ops: str
+    tensor_parallel_size: int  #: ranks, each a process
     load_format: str
     skip_tokenizer_init: bool
 
@@ -285,9 +287,6 @@ def _later(flag: str, instead: str, allowed: Any = None) -> Callable[[Any], None
 
 #: flags of FastDeploy that are known and refused, unless they ask for what is the case anyway
 UNSUPPORTED: dict[str, Callable[[Any], None]] = {
-    "tensor_parallel_size": _later(
-        "--tensor-parallel-size", "one process serves the whole model; only 1 is allowed", 1
-    ),
     "data_parallel_size": _later("--data-parallel-size", "start more instances instead; only 1 is allowed", 1),
     "speculative_config": _later("--speculative-config", "speculative decoding is not implemented"),
     "swap_space": _later("--swap-space", "KV blocks are kept in one memory only"),
@@ -354,7 +353,13 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add(
         "--ops",
         choices=("paddle", "torch", "reference"),
-        help="which framework computes (default: paddle, on a GPU torch)",
+        help="which framework computes (default: paddle; on a GPU, or on several ranks, torch)",
+    )
+    add(
+        "--tensor-parallel-size",
+        type=_integer(1, MAX_RANKS),
+        default=1,
+        help="ranks that compute the model together, a process each; must divide the model's attention heads and MLP",
     )
 
 
@@ -381,7 +386,7 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
     add(
         "--cache-queue-port",
         type=_PORT,
-        help="TCP port for KV blocks, of the first of tcp, nccl and mooncake (default: a free one)",
+        help="TCP port for KV blocks, of the first of tcp, nccl and mooncake; rank 1 takes the next one, and so on (default: free ones)",
     )
     add(
         "--rdma-comm-ports",
@@ -443,15 +448,14 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--api-key", action="append", help="key that clients must send; may be given several times")
     add("--workers", type=_integer(1, 64), default=1, help="API processes")
     add("--ready-file", help="file to write addresses to when the instance is ready")
-    for flag in ("--tensor-parallel-size", "--data-parallel-size"):
-        add(flag, type=_integer(1), help="only 1 in this version")
+    add("--data-parallel-size", type=_integer(1), help="only 1 in this version")
     for flag in ("--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
 
 
 def _choose_by_device(args: argparse.Namespace) -> None:
     is_gpu = args.device != "cpu"
-    args.ops = args.ops or ("torch" if is_gpu else "paddle")
+    args.ops = args.ops or ("torch" if is_gpu or args.tensor_parallel_size > 1 else "paddle")
     args.dtype = args.dtype or ("bfloat16" if is_gpu else "float32")
     args.cache_transfer_protocol = args.cache_transfer_protocol or (
         ("ipc", "rdma", "nccl") if is_gpu else ("shm", "tcp")
@@ -475,13 +479,20 @@ def _check_ports(args: argparse.Namespace) -> None:
     """Raises: ConfigError: two flags ask for the same port, or one has no meaning here."""
     names = ("port", "metrics_port", "pd_comm_port", "cache_queue_port", "engine_worker_queue_port")
     flags = [("--" + name.replace("_", "-"), getattr(args, name)) for name in names]
-    num_ranks = args.tensor_parallel_size or 1
+    num_ranks = args.tensor_parallel_size
     if args.rdma_comm_ports and len(args.rdma_comm_ports) != num_ranks:
         raise ConfigError(
             f"--rdma-comm-ports names {len(args.rdma_comm_ports)} ports; there must be one a tensor-parallel rank, "
             f"so {num_ranks}"
         )
     seen: dict[int, str] = {}
+    if args.cache_queue_port:
+        last = args.cache_queue_port + num_ranks - 1
+        if last > 65535:
+            raise ConfigError(
+                f"--cache-queue-port is {args.cache_queue_port}; with {num_ranks} ranks, a port each, it must be at most {65536 - num_ranks}"
+            )
+        flags += [("--cache-queue-port", port) for port in range(args.cache_queue_port + 1, last + 1)]
     for flag, port in (*flags, *(("--rdma-comm-ports", port) for port in args.rdma_comm_ports)):
         if port is None:
             continue

@@ -15,7 +15,19 @@ from fastdeploy_pd.errors import ConfigError
         (["--modle", "demo"], "there is no flag --modle; did you mean --model?"),
         (["demo"], "'demo' belongs to no flag; a model is given as --model demo"),
         (["--port", "99999"], "--port: '99999' is not allowed; it must be an integer from 1 to 65535"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 is not part of this version"),
+        (["--data-parallel-size", "2"], "--data-parallel-size 2 is not part of this version"),
+        (
+            ["--tensor-parallel-size", "0"],
+            "--tensor-parallel-size: '0' is not allowed; it must be an integer from 1 to 64",
+        ),
+        (
+            ["--tensor-parallel-size", "4", "--cache-queue-port", "65533"],
+            "--cache-queue-port is 65533; with 4 ranks, a port each, it must be at most 65532",
+        ),
+        (
+            ["--tensor-parallel-size", "2", "--cache-queue-port", "7000", "--pd-comm-port", "7001"],
+            "--pd-comm-port and --cache-queue-port are both 7001; each needs a port of its own",
+        ),
     ],
 )
 def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:

@@ -147,6 +147,19 @@ def share_heads(sources: Sequence[KVLayout], targets: Sequence[KVLayout]) -> lis
     return shares
 
 
+def share_between(source: KVLayout, target: KVLayout) -> Share:
+    """Returns: what these two exchange, of whatever rank they are. Raises: ValueError: no head is in both."""
+    heads = _common_heads(source, target)
+    if not heads:
+        raise ValueError("; ".join(source.differences(target)))
+    return _share(0, source, 0, target, heads)
+
+
+def whole(layout: KVLayout) -> KVLayout:
+    """Returns: the layout of a pool that holds all of the model's heads, where this one may be a rank's."""
+    return replace(layout, num_kv_heads=layout.model_kv_heads, first_kv_head=0, total_kv_heads=0)
+
+
 def _common_heads(one: KVLayout, other: KVLayout) -> range:
     first = max(one.first_kv_head, other.first_kv_head)
     return range(first, min(one.first_kv_head + one.num_kv_heads, other.first_kv_head + other.num_kv_heads))

@@ -14,17 +14,20 @@ from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.cluster.registry import MemberRecord
 from fastdeploy_pd.config import ClusterOptions, InstanceConfig
 from fastdeploy_pd.core.blocks import BlockPool
-from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.layout import KVLayout, shard, whole
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
+from fastdeploy_pd.engine.crew import Crew, RemoteEnd
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner, make_runner
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.ranks import RankedTransfer
 from fastdeploy_pd.transfer.select import build as build_transfer
 from rdma_comm.cuda.driver import Gpu
 from rdma_comm.errors import RdmaError
@@ -88,7 +91,7 @@ def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int
     Args:
         layout: with any num_blocks; the rest is used.
         max_model_len: tokens one sequence may have; the pool holds at least one such sequence.
-        gpu: whose memory it takes; None: the machine's.
+        gpu: whose memory it takes; None: the machine's, which all ranks share.
     Raises: ConfigError: the memory, or the override, does not suffice for one sequence; says the numbers.
     """
     per_sequence = -(-max_model_len // layout.block_size)
@@ -98,7 +101,7 @@ def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int
     else:
         fraction = config.cache.gpu_memory_utilization
         usual = DEFAULT_MEMORY_FRACTION if gpu is None else DEFAULT_GPU_FRACTION
-        free = free_memory_bytes() if gpu is None else gpu.memory()[0]
+        free = free_memory_bytes() // config.model.tensor_parallel_size if gpu is None else gpu.memory()[0]
         budget = int(free * (usual if fraction is None else fraction))
         num_blocks, why = budget // block_bytes, f"{budget / 2**20:.0f} MiB of {free / 2**20:.0f} MiB free memory"
         if fraction is None and gpu is None:
@@ -121,26 +124,41 @@ def resolve_max_model_len(config: InstanceConfig, model: ModelConfig) -> int:
     return wanted if wanted is not None else model.max_position_embeddings
 
 
-def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: bytes | None) -> BuiltEngine:
-    """Load the model, put an engine together and warm it up.
+def load_model(config: InstanceConfig, rank: Rank) -> tuple[ModelRunner, int]:
+    """Returns: a rank's part of the model, and the most tokens of a sequence.
 
     Raises: ConfigError, ModelLoadError: what is wrong, with flag or file and field.
     """
     directory = Path(config.model.model)
-    model = ModelConfig.from_directory(directory)
-    max_model_len = resolve_max_model_len(config, model)
+    max_model_len = resolve_max_model_len(config, ModelConfig.from_directory(directory))
     if not config.scheduling.enable_chunked_prefill and config.scheduling.max_num_batched_tokens < max_model_len:
         raise ConfigError(
             f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
             f"--max-model-len ({max_model_len})"
         )
-    runner = make_runner(directory, config.model.ops, config.model.dtype, device=config.model.device)
-    pool = build_pool(config, model, max_model_len)
-    layout = pool.layout
-    memory = pool.array if isinstance(pool, KVPool) else pool
-    runner.attach(memory, layout, config.scheduling.max_num_seqs, max_model_len)
-    model_fingerprint = fingerprint(directory)
+    options = config.model
+    return make_runner(directory, options.ops, options.dtype, device=options.device, rank=rank), max_model_len
+
+
+def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: bytes | None) -> BuiltEngine:
+    """Load the model, put an engine together and warm it up; its other ranks are processes of their own.
+
+    Raises: ConfigError, ModelLoadError: what is wrong, with flag or file and field.
+    """
+    rank = Rank(0, config.model.tensor_parallel_size)
+    rank.check(ModelConfig.from_directory(Path(config.model.model)), config.model.ops)
+    crew = Crew(config) if rank.count > 1 else None
+    runner, max_model_len = load_model(config, rank)
+    layout = pool_layout(config, runner.config, max_model_len, rank)
+    if crew is not None:
+        layout = replace(layout, num_blocks=min(layout.num_blocks, *crew.num_blocks()))
+    pool = attach_pool(config, runner, layout, max_model_len)
+    model_fingerprint = fingerprint(Path(config.model.model))
     backends = build_backends(config, pool, layout, model_fingerprint, secret)
+    if crew is not None:
+        crew.attach(layout.num_blocks, model_fingerprint)
+        runner.join(crew.group)
+        runner.announce = crew.announce
     instance_id = f"{config.cluster.splitwise_role}-{uuid.uuid4().hex[:12]}"
     scheduler = Scheduler(
         BlockPool(layout.num_blocks, layout.block_size),
@@ -156,7 +174,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     context = EngineContext(
         instance_id,
         scheduler,
-        backends,
+        join_ends(backends, layout, crew),
         EngineOptions(peer_timeout_s=CPU_PEER_TIMEOUT_S),
         observer=observer,
         new_id=lambda: uuid.uuid4().hex,
@@ -164,36 +182,68 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
     runner.warm_up(scheduler.pool, engine.role.can_decode)
-    return BuiltEngine(engine, instance_id, pool, model_fingerprint, layout, max_model_len)
+    return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
 
 
-def build_pool(config: InstanceConfig, model: ModelConfig, max_model_len: int) -> Pool:
-    """Returns: the KV pool on the device, in what memory is free now. Raises: ConfigError: that is too little; says the numbers."""
-    gpu = None
+def pool_layout(config: InstanceConfig, model: ModelConfig, max_model_len: int, rank: Rank) -> KVLayout:
+    """Returns: of a rank's KV pool, in what memory is free now. Raises: ConfigError: that is too little; says the numbers."""
+    layout = ModelRunner.kv_layout(model, 1, config.cache.block_size, config.model.dtype)
+    if rank.count > 1:
+        layout = shard(layout, rank.index, rank.count)
     try:
-        if config.model.device != "cpu":
-            gpu = Gpu()
-        layout = ModelRunner.kv_layout(model, 1, config.cache.block_size, config.model.dtype)
-        layout = replace(layout, num_blocks=num_pool_blocks(config, layout, max_model_len, gpu))
-        return KVPool(layout) if gpu is None else DevicePool(layout, gpu)
+        gpu = None if config.model.device == "cpu" else Gpu()
+        return replace(layout, num_blocks=num_pool_blocks(config, layout, max_model_len, gpu))
     except RdmaError as error:
         raise ConfigError(f"--device is {config.model.device!r}: no KV pool on it: {error}") from error
 
 
+def attach_pool(config: InstanceConfig, runner: ModelRunner, layout: KVLayout, max_model_len: int) -> Pool:
+    """Returns: the KV pool, on the device, that the runner works on from now on. Raises: ConfigError: it cannot be had."""
+    try:
+        pool = KVPool(layout) if config.model.device == "cpu" else DevicePool(layout, Gpu())
+    except RdmaError as error:
+        raise ConfigError(f"--device is {config.model.device!r}: no KV pool on it: {error}") from error
+    memory = pool.array if isinstance(pool, KVPool) else pool
+    runner.attach(memory, layout, config.scheduling.max_num_seqs, max_model_len)
+    return pool
+
+
+def join_ends(own: dict[str, Transfer | str], layout: KVLayout, crew: Crew | None) -> dict[str, Transfer | str]:
+    """Returns: one transfer a backend out of all ranks' ends; where one rank cannot use it, the reason.
+
+    Args:
+        own: rank 0's.
+        layout: of its pool.
+    """
+    if crew is None:
+        return {name: b if isinstance(b, str) else RankedTransfer([b], [layout]) for name, b in own.items()}
+    others = crew.descriptors()
+    layouts = [shard(whole(layout), rank, len(others) + 1) for rank in range(len(others) + 1)]
+    joined: dict[str, Transfer | str] = {}
+    for name, backend in own.items():
+        ends = [backend]
+        for worker, said in zip(crew.workers, others, strict=True):
+            end = said[name]
+            ends.append(f"rank {worker.rank}: {end}" if isinstance(end, str) else RemoteEnd(name, end, crew, worker))
+        reasons = [end for end in ends if isinstance(end, str)]
+        joined[name] = reasons[0] if reasons else RankedTransfer(ends, layouts, crew.settle)  # type: ignore[arg-type]
+    return joined
+
+
 def build_backends(
-    config: InstanceConfig, pool: Pool, layout: KVLayout, model_fingerprint: str, secret: bytes | None
+    config: InstanceConfig, pool: Pool, layout: KVLayout, model_fingerprint: str, secret: bytes | None, rank: int = 0
 ) -> dict[str, Transfer | str]:
-    """Returns: the backends of --cache-transfer-protocol by name, in its order; of one that cannot be used here, the reason.
+    """Returns: a rank's ends of the backends of --cache-transfer-protocol by name, in its order; of one that cannot be used here, the reason.
 
     None where there is nobody to exchange with. Raises: ConfigError: not one can be used here; says why of each.
     """
     if config.cluster.scheduler_name == "local":
         return {}
     cache = config.cache
-    ports = {"rdma": cache.rdma_comm_ports[0] if cache.rdma_comm_ports else 0}
+    ports = {"rdma": cache.rdma_comm_ports[rank] if cache.rdma_comm_ports else 0}
     for name in cache.cache_transfer_protocol:
         if name in ("tcp", "nccl", "mooncake"):
-            ports[name] = cache.cache_queue_port or 0
+            ports[name] = cache.cache_queue_port + rank if cache.cache_queue_port else 0
             break
     else:
         if cache.cache_queue_port:

@@ -42,8 +42,12 @@ class Rank:
         first = self.index * count // self.count
         return slice(first * size, (first + self.num_of(count)) * size)
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises: ConfigError: the model cannot be dealt out to so many ranks; says the numbers."""
+    def check(self, config: ModelConfig, ops_name: str) -> None:
+        """Raises: ConfigError: the model cannot be dealt out to so many ranks; says the numbers. Or not with this backend."""
+        if self.count > 1 and ops_name != "torch":
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.count}; with --ops {ops_name} it must be 1 (torch computes on several ranks)"
+            )
         for name, count in (
             ("num_attention_heads", config.num_heads),
             ("intermediate_size", config.intermediate_size),
@@ -59,13 +63,17 @@ class Rank:
             )
 
 
-def encode_step(inputs: StepInputs) -> bytes:
-    """Returns: what another rank needs of a step: all but the rows of logits."""
-    return msgspec.msgpack.encode(replace(inputs, logit_rows=NO_ROWS), enc_hook=_encode)
+def encode_step(inputs: StepInputs, is_watched: bool) -> bytes:
+    """What another rank needs of a step: all but the rows of logits.
+
+    Args:
+        is_watched: something waits for its layers.
+    """
+    return msgspec.msgpack.encode((replace(inputs, logit_rows=NO_ROWS), is_watched), enc_hook=_encode)
 
 
-def decode_step(data: bytes) -> StepInputs:
-    """Raises: msgspec.MsgspecError: it is no step."""
+def decode_step(data: bytes) -> tuple[StepInputs, bool]:
+    """Returns: what `encode_step` was given. Raises: msgspec.MsgspecError: it is no step."""
     return _STEP.decode(data)
 
 
@@ -80,4 +88,4 @@ def _decode(kind: type, value: Any) -> Any:
     return np.frombuffer(bytearray(data), np.int64).reshape(shape)
 
 
-_STEP = msgspec.msgpack.Decoder(StepInputs, dec_hook=_decode)
+_STEP = msgspec.msgpack.Decoder(tuple[StepInputs, bool], dec_hook=_decode)

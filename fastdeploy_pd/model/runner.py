@@ -25,6 +25,7 @@ from fastdeploy_pd.request import Request, TokenLogprobs
 
 OPS_NAMES = ("paddle", "torch", "reference")
 MIN_GROUP_BLOCKS = 8  # shorter sequences are attended to together: padding costs less than another round of operations
+OnLayer = Callable[[int], None]
 MAX_GROUP_TOKENS = 65536  # bounds the K and V that are gathered at once
 
 
@@ -106,18 +107,15 @@ class ModelRunner:
         Args:
             dtype: compute type of weights and activations.
             num_threads: threads of a product; OMP_NUM_THREADS or half the cores when None.
-            rank: of several: `announce` must tell the others of each step.
+            rank: of several: the first one's `announce` must tell the others of each step, which they `follow`.
         Raises: ModelLoadError, ConfigError.
         """
         self.config = ModelConfig.from_directory(directory)
         self.rank = rank or Rank()
-        if self.rank.count > 1 and ops_name != "torch":
-            raise ConfigError(
-                f"--tensor-parallel-size is {self.rank.count}; with --ops {ops_name} it must be 1 (torch computes on several ranks)"
-            )
-        self.rank.check(self.config)
-        #: called with each step before it is computed
-        self.announce: Callable[[StepInputs], None] = lambda _: None
+        self.rank.check(self.config, ops_name)
+        num_threads = default_num_threads(self.rank.count) if num_threads is None else num_threads
+        #: called with each step, and who is told of its layers, before it is computed; returns who is told instead
+        self.announce: Callable[[StepInputs, OnLayer | None], OnLayer | None] = lambda _, on_layer: on_layer
         ops = make_ops(ops_name, self.config, dtype, num_threads, device)
         self.decoder = Decoder(self.config, Checkpoint(directory), ops, self.rank)
 
@@ -139,6 +137,15 @@ class ModelRunner:
             raise ConfigError(f"the KV pool is {pool.dtype}{list(pool.shape)}; it must be uint8[{layout.pool_bytes}]")
         self.layout = layout
         self.caches = self.decoder.ops.cache(pool, layout)
+
+    def join(self, group: Path) -> None:
+        """Find the other ranks, each of which calls this. Returns when all have.
+
+        Args:
+            group: a path that is the same for all.
+        """
+        ops: Any = self.decoder.ops  # of those that compute on several ranks, see __init__
+        ops.join(group, self.rank.index, self.rank.count)
 
     @staticmethod
     def kv_layout(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> KVLayout:
@@ -184,8 +191,7 @@ class ModelRunner:
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
         plan = attention_plan(batch.sequences, self.layout.block_size)
         inputs = StepInputs(token_ids, positions, flat_rows, plan)
-        self.announce(inputs)
-        logits = self.decoder.forward(inputs, self.caches, on_layer)
+        logits = self.decoder.forward(inputs, self.caches, self.announce(inputs, on_layer))
         outputs, first = [], 0
         for index, (sequence, wanted) in enumerate(zip(batch.sequences, rows, strict=True)):
             try:
@@ -196,6 +202,10 @@ class ModelRunner:
                 outputs.append(StepOutput(error=error))
             first += len(wanted)
         return outputs
+
+    def follow(self, inputs: StepInputs, on_layer: OnLayer | None = None) -> None:
+        """Compute this rank's part of a step that the first rank was given; see `execute`."""
+        self.decoder.forward(inputs, self.caches, on_layer)
 
     def _unknown_tokens(self, batch: Batch, token_ids: np.ndarray) -> dict[int, FastDeployPDError]:
         """Backends don't look where they read, and an id past the table would be someone else's memory: it becomes 0, in place.
@@ -233,11 +243,20 @@ class ModelRunner:
 
 
 def make_runner(
-    directory: Path, ops_name: str, dtype: str = "float32", num_threads: int | None = None, device: str = "cpu"
+    directory: Path,
+    ops_name: str,
+    dtype: str = "float32",
+    num_threads: int | None = None,
+    device: str = "cpu",
+    rank: Rank | None = None,
 ) -> ModelRunner:
     """Returns: the runner for a device. Raises: see ModelRunner."""
     if device == "cpu":
-        return ModelRunner(directory, ops_name, dtype, num_threads)
+        return ModelRunner(directory, ops_name, dtype, num_threads, rank=rank)
+    if rank is not None and rank.count > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size is {rank.count}; with --device {device} it must be 1 in this version"
+        )
     from fastdeploy_pd.model.device_runner import DeviceRunner
 
     return DeviceRunner(directory, ops_name, dtype, num_threads, device)

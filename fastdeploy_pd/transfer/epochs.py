@@ -13,11 +13,33 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.config import MAX_RANKS
+from fastdeploy_pd.core.layout import KVLayout, shard, share_between, whole
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.layout import pack_ids, unpack_ids
 
 PATIENCE_S = 0.05  # how long a revocation waits for a piece before it stops it
+_PART = "@"  # between an epoch's name and which part of it
+
+
+def name_of_part(epoch: str, num_sources: int, source_rank: int, target_rank: int) -> str:
+    """Returns: the name of what one rank sends to another of an epoch between instances whose ranks are not equally many."""
+    return f"{epoch}{_PART}{num_sources}.{source_rank}.{target_rank}"
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """Returns: the epoch that a part belongs to, and how many ranks send; 0: the name is an epoch's own."""
+    epoch, _, part = name.partition(_PART)
+    return epoch, _ranks_of(part)[0]
+
+
+def _ranks_of(part: str) -> tuple[int, int]:
+    """Returns: (number of sources, which); (0, 0): it does not say, or nonsense."""
+    words = part.split(".")
+    if len(words) != 3 or not all(w.isdecimal() and len(w) <= 3 for w in words):
+        return 0, 0
+    num_sources, source = int(words[0]), int(words[1])
+    return (num_sources, source) if 0 <= source < num_sources <= MAX_RANKS else (0, 0)
 
 
 class Sums:
@@ -154,6 +176,7 @@ class EpochBook:
         self._layout = layout
         self._lock = threading.Lock()
         self._open: dict[str, Incoming] = {}
+        self._parts: dict[str, list[str]] = {}  # names of an epoch's parts that are open
 
     def open(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
         """Raises: ValueError: the epoch is open already, or blocks can't be cut into so many parts."""
@@ -166,13 +189,30 @@ class EpochBook:
     def find(self, epoch: str) -> Incoming | None:
         """Returns: the epoch if it is open."""
         with self._lock:
-            return self._open.get(epoch)
+            return self._open.get(epoch) or self._open_part(epoch)
+
+    def _open_part(self, name: str) -> Incoming | None:
+        """Open what one rank of the sender writes. Only its frames tell how many ranks it has: the decode instance does not know."""
+        epoch, _, part = name.partition(_PART)
+        num_sources, source = _ranks_of(part)
+        incoming = self._open.get(epoch)
+        if not num_sources or incoming is None:
+            return None
+        try:
+            share = share_between(shard(whole(self._layout), source, num_sources), self._layout)
+            layout = self._layout.cut(share.target_parts)
+        except ValueError:
+            return None
+        self._open[name] = Incoming(name, share.target_ids(incoming.block_ids), incoming.nonce, layout)
+        self._parts.setdefault(epoch, []).append(name)
+        return self._open[name]
 
     def close(self, epoch: str) -> None:
-        """Fence an epoch. Idempotent."""
+        """Fence an epoch and its parts. Idempotent."""
         with self._lock:
-            incoming = self._open.pop(epoch, None)
-        if incoming is not None:
+            names = [epoch, *self._parts.pop(epoch, ())]
+            closed = [self._open.pop(name) for name in names if name in self._open]
+        for incoming in closed:
             incoming.close()
 
     def carried_by(self, connection: int) -> list[Incoming]:

@@ -99,6 +99,13 @@ def driver() -> _Driver:
     return _Driver()
 
 
+def num_gpus() -> int:
+    """Returns: how many this process sees. Raises: CudaUnavailable: there is no driver; CudaError."""
+    count = c_int()
+    driver().call("cuDeviceGetCount", byref(count))
+    return count.value
+
+
 class Gpu:
     """One GPU of this process, in its primary context: the one that frameworks use."""
 
@@ -109,10 +116,9 @@ class Gpu:
         Raises: CudaUnavailable: there is none of that number; CudaError.
         """
         self._driver = driver()
-        count, self._device = c_int(), c_int()
-        self._driver.call("cuDeviceGetCount", byref(count))
-        if not 0 <= ordinal < count.value:
-            raise CudaUnavailable(f"there is no GPU {ordinal}; this process sees {count.value}")
+        count, self._device = num_gpus(), c_int()
+        if not 0 <= ordinal < count:
+            raise CudaUnavailable(f"there is no GPU {ordinal}; this process sees {count}")
         self.ordinal = ordinal
         self._driver.call("cuDeviceGet", byref(self._device), c_int(ordinal))
         self._context = c_void_p()

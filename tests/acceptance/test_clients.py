@@ -159,7 +159,11 @@ SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
         (["--block-size", "48"], "--block-size: '48' is not allowed; it must be a power of two"),
         (["--splitwise-role", "decoder"], "--splitwise-role"),
         (["--splitwise-role", "decode"], "--scheduler-name splitwise"),
-        (["--tensor-parallel-size", "2"], "only 1 is allowed"),
+        (
+            ["--tensor-parallel-size", "5"],
+            "--tensor-parallel-size is 5; it must divide this model's num_attention_heads",
+        ),
+        (["--tensor-parallel-size", "2", "--ops", "paddle"], "with --ops paddle it must be 1"),
         (["--cache-transfer-protocol", "shm,shm"], "each once"),
         (
             ["--rdma-comm-ports", "1234,1235"],

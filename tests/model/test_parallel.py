@@ -17,7 +17,7 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.parallel import Rank, decode_step, encode_step
-from fastdeploy_pd.model.runner import ModelRunner, attention_plan
+from fastdeploy_pd.model.runner import ModelRunner, OnLayer, attention_plan
 from tests.model.tiny import TinyEngine, write_checkpoint
 
 HEADS = {"num_attention_heads": 8, "head_dim": 12}
@@ -33,16 +33,17 @@ def ranks(directory: Path, count: int) -> Iterator[list[TinyEngine]]:
     def follow(engine: TinyEngine, told: queue.SimpleQueue[bytes]) -> None:
         engine.runner.decoder.ops.join(path, engine.runner.rank.index, count)
         while data := told.get():
-            engine.runner.decoder.forward(decode_step(data), engine.runner.caches)
+            engine.runner.follow(decode_step(data)[0])
 
     threads = [threading.Thread(target=follow, args=pair, daemon=True) for pair in zip(engines[1:], steps, strict=True)]
     for thread in threads:
         thread.start()
     engines[0].runner.decoder.ops.join(path, 0, count)
 
-    def announce(inputs: StepInputs) -> None:
+    def announce(inputs: StepInputs, on_layer: OnLayer | None) -> OnLayer | None:
         for told in steps:
-            told.put(encode_step(inputs))
+            told.put(encode_step(inputs, is_watched=False))
+        return on_layer
 
     engines[0].runner.announce = announce
     yield engines
@@ -62,7 +63,7 @@ def logits_of(engine: TinyEngine, prompt: list[int]) -> np.ndarray:
     plan = attention_plan([ScheduledSequence(request, 0, len(prompt))], engine.layout.block_size)
     rows = np.arange(len(prompt))
     inputs = StepInputs(np.array(prompt), rows, rows, plan)
-    engine.runner.announce(inputs)
+    engine.runner.announce(inputs, None)
     return engine.runner.decoder.forward(inputs, engine.runner.caches)
 
 
@@ -107,14 +108,15 @@ def test_a_step_is_the_same_for_who_is_told_of_it(tmp_path: Path) -> None:
     write_checkpoint("llama", tmp_path)
     engine = TinyEngine(tmp_path, "reference", block_size=16)
     told: list[StepInputs] = []
-    engine.runner.announce = told.append
+    engine.runner.announce = lambda inputs, _: told.append(inputs)
     requests = [engine.request(prompt_of(n), 4) for n in (40, 3, 17)]
     engine.step(requests)
     engine.step(requests)
     sequences = [ScheduledSequence(r, 30, r.num_tokens) for r in requests[:1]]
     engine.runner.execute(Batch(sequences, 16))
     for inputs in told:
-        found = decode_step(encode_step(inputs))
+        found, is_watched = decode_step(encode_step(inputs, is_watched=True))
+        assert is_watched and not decode_step(encode_step(inputs, is_watched=False))[1]
         assert len(found.logit_rows) == 0 and found.sources is None
         assert np.array_equal(found.token_ids, inputs.token_ids) and np.array_equal(found.positions, inputs.positions)
         for name in ("block_ids", "offsets", "fresh_blocks"):

@@ -13,12 +13,12 @@ from pathlib import Path
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def default_num_threads() -> int:
-    """Returns: OMP_NUM_THREADS where it is set to a number, else half of this process's cores, at least 1."""
+def default_num_threads(num_ranks: int = 1) -> int:
+    """Returns: OMP_NUM_THREADS where it is set to a number, else a rank's part of half of this process's cores, at least 1."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) >= 1:
         return int(wanted)
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    return max(1, len(os.sched_getaffinity(0)) // 2 // num_ranks)
 
 
 def prepare_environment() -> None:
