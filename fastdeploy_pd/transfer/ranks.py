@@ -8,7 +8,7 @@ its like, under the epoch's own name. Otherwise `core/layout.py: share_heads` sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdeploy_pd.config import MAX_RANKS
@@ -158,11 +158,17 @@ class RankedTransfer:
     def _pairs(self, peer: dict[str, Any]) -> list[tuple[Share, dict[str, Any]]]:
         """Returns: what to send to which descriptor. Raises: KeyError, TypeError, ValueError: the peer is not one that heads can be shared with."""
         ranks = peer.get("ranks", [peer])
-        if len(ranks) > MAX_RANKS:
-            raise ValueError(f"{len(ranks)} ranks; there may be {MAX_RANKS}")
+        if not 0 < len(ranks) <= MAX_RANKS:
+            raise ValueError(f"{len(ranks)} ranks; there may be 1 to {MAX_RANKS}")
         if len(ranks) == len(self._ends) == 1:
             return [(Share(0, 0, 1, 1, (0,), (0,)), peer)]  # what does not fit is said by the end
-        shares = share_heads(self._layouts, [KVLayout(**rank["layout"]) for rank in ranks])
+        layouts = [KVLayout(**rank["layout"]) for rank in ranks]
+        for number, layout in enumerate(layouts):
+            if len(ranks) > 1 and layout != shard(
+                replace(whole(self._layouts[0]), num_blocks=layout.num_blocks), number, len(ranks)
+            ):
+                raise ValueError(f"rank {number} of {len(ranks)} has not the heads that it should have")
+        shares = share_heads(self._layouts, layouts)
         return [(share, ranks[share.target_rank]) for share in shares]
 
     def _shares_of(self, epoch: str) -> list[Key]:
