@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -151,8 +150,8 @@ class Crew:
     def __init__(self, config: InstanceConfig) -> None:
         """Start them; they load the model while this process does."""
         count = config.model.tensor_parallel_size
-        self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-ranks-"))
-        self.group = self._directory / "group"
+        self._directory = tempfile.TemporaryDirectory(prefix="fastdeploy-pd-ranks-")
+        self.group = Path(self._directory.name) / "group"
         self.workers = [
             Worker(Setup(rank, count, config, str(self.group)), _environment(config, rank)) for rank in range(1, count)
         ]
@@ -176,7 +175,7 @@ class Crew:
     def descriptors(self) -> list[dict[str, dict[str, Any] | str]]:
         """Returns: each rank's ends by backend; of one that cannot be used, the reason. Raises: as num_blocks."""
         found = [worker.first_answer() for worker in self.workers]
-        shutil.rmtree(self._directory)  # they have found each other
+        self._directory.cleanup()  # they have found each other
         for worker in self.workers:
             worker.watch()
         return found

@@ -10,7 +10,7 @@ def configure_process_log(log_dir: str | None, name: str) -> None:
     """Log to stderr, or to log_dir/name.log.
 
     Args:
-        name: "api_server" or "engine".
+        name: "api_server", "engine" or "rank-1", ...
     Raises: OSError: the file cannot be written.
     """
     if log_dir:

@@ -12,7 +12,9 @@ decode  revoke(epoch)                         when it returns, no write of this 
 prefill cancel(epoch)                         -> EpochFailed: nothing of it is read or sent any more
 
 Where pools are ranks' shards that differ, both sides cut their blocks into `parts` of equal bytes (core/layout.py: share_heads) and give
-the numbers of parts wherever it says block ids: one epoch a pair of ranks.
+the numbers of parts wherever it says block ids: one epoch a pair of ranks. ranks.py makes one transfer out of an instance's ranks'. It
+opens an epoch for whole blocks, as decode does not know how many ranks prefill has; the name of what a rank then writes says which part
+of the epoch it is, and the receiving end opens it when the first frame comes (epochs.py).
 
 Every (epoch, layer, block) is written once; a block's layers are written in rising order. A digest is the pool's (xxh3_64 in
 host memory, a sum of mixed words on a GPU), seeded with the epoch's nonce, over one block's bytes in all layers, layer 0 first;
