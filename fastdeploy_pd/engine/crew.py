@@ -22,8 +22,6 @@ import msgspec
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channel, Happened, Refusal, Setup
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.parallel import encode_step
 from fastdeploy_pd.transfer.base import TransferEvent
 from rdma_comm.cuda.driver import num_gpus
 
@@ -180,13 +178,13 @@ class Crew:
             worker.watch()
         return found
 
-    def announce(self, inputs: StepInputs, on_layer: OnLayer | None) -> OnLayer | None:
-        """Have the others compute a step.
+    def announce(self, data: bytes, on_layer: OnLayer | None) -> OnLayer | None:
+        """Have the others compute a step (model/parallel.py).
 
         Returns: what to call with a layer instead of on_layer: writes that are ordered in it wait for the same layer of each rank.
         """
         self._step += 1
-        step, data = self._step, encode_step(inputs, on_layer is not None)
+        step = self._step
         for worker in self.workers:
             worker.announce(data)
         if on_layer is None:

@@ -22,10 +22,11 @@ import msgspec
 
 from fastdeploy_pd.engine.build import attach_pool, build_backends, load_model, pool_layout
 from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channel, Happened, Refusal, Setup
+from fastdeploy_pd.engine.context import Step
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.model.parallel import Rank, decode_step
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner
 from fastdeploy_pd.transfer.base import EpochArrived, Transfer
 
@@ -46,6 +47,7 @@ class Ends:
         self._lock = threading.Lock()  # a transfer is called by one thread at a time
         self._held: deque[Call] = deque()  # calls that wait for a layer, and what came after them
         self._reached = (0, 0)  # step and layer that are in the pool
+        self._steps: deque[Step] = deque()  # that may finish a layer at any moment
         self._active: set[tuple[str, str]] = set()  # (backend, epoch) that may have an event at any moment
 
     def on_layer(self, step: int, layer: int) -> None:
@@ -55,12 +57,19 @@ class Ends:
             while self._held and (self._held[0].step, self._held[0].layer) <= self._reached:
                 self._do(self._held.popleft())
 
+    def watch(self, step: Step) -> None:
+        """Ask a step after its layers until it is done."""
+        if self._steps or not step.poll():
+            self._steps.append(step)
+
     def serve(self) -> None:
         """Obey and report until rank 0 is gone. Raises: EOFError, OSError: it is."""
         while True:
-            data = self._orders.receive(ACTIVE_WAIT_S if self._active else IDLE_WAIT_S)
+            data = self._orders.receive(ACTIVE_WAIT_S if self._active or self._steps else IDLE_WAIT_S)
             if data is not None:
                 self._obey(_CALL.decode(data))
+            while self._steps and self._steps[0].poll():
+                self._steps.popleft()
             with self._lock:
                 found = [(name, event) for name, transfer in self._transfers.items() for event in transfer.poll()]
                 for name, event in found:
@@ -111,9 +120,10 @@ def follow(runner: ModelRunner, ends: Ends, steps: Channel) -> None:
     """Compute what rank 0 computes. Raises: EOFError, OSError: it is gone."""
     number = 0
     while (data := steps.receive(None)) is not None:
-        inputs, is_watched = decode_step(data)
         number += 1
-        runner.follow(inputs, partial(ends.on_layer, number) if is_watched else None)
+        step = runner.follow(data, partial(ends.on_layer, number))
+        if step is not None:
+            ends.watch(step)
 
 
 def serve_ends(ends: Ends) -> None:

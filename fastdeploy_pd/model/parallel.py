@@ -8,17 +8,16 @@ on rank 0. Source: Shoeybi et al., Megatron-LM (2019).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.checkpoint import ModelConfig
-from fastdeploy_pd.model.ops.base import StepInputs
-
-NO_ROWS = np.zeros(0, np.int64)
+from fastdeploy_pd.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +62,78 @@ class Rank:
             )
 
 
-def encode_step(inputs: StepInputs, is_watched: bool) -> bytes:
-    """What another rank needs of a step: all but the rows of logits.
+class ToldStep(msgspec.Struct, array_like=True):
+    """What rank 0 tells the others of a step."""
 
-    Args:
-        is_watched: something waits for its layers.
-    """
-    return msgspec.msgpack.encode((replace(inputs, logit_rows=NO_ROWS), is_watched), enc_hook=_encode)
-
-
-def decode_step(data: bytes) -> tuple[StepInputs, bool]:
-    """Returns: what `encode_step` was given. Raises: msgspec.MsgspecError: it is no step."""
-    return _STEP.decode(data)
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype == np.int64:
-        return value.shape, value.tobytes()
-    raise NotImplementedError(f"a step has no {type(value).__name__}")
+    token_ids: bytes  #: [n] int64
+    sources: bytes  #: [n] int64, see StepInputs; or nothing
+    spans: list[tuple[int, int]]  #: start and stop of each sequence
+    tables: list[
+        tuple[int, list[int]]
+    ]  #: of each: which sequence of the last step it continues, or -1; the blocks that are new
+    num_sampled: int  #: sequences whose next token is chosen
+    is_decode: bool  #: each has one new token, and the next is chosen
+    is_watched: bool  #: something waits for its layers
+    warm_up: int = 0  #: not a step: prepare for decode steps of up to so many sequences
 
 
-def _decode(kind: type, value: Any) -> Any:
-    shape, data = value
-    return np.frombuffer(bytearray(data), np.int64).reshape(shape)
+_TOLD = msgspec.msgpack.Decoder(ToldStep)
 
 
-_STEP = msgspec.msgpack.Decoder(tuple[StepInputs, bool], dec_hook=_decode)
+class Teller:
+    """Rank 0's side: a block table that only grows is sent once, then what is new in it."""
+
+    def __init__(self) -> None:
+        self._last: dict[
+            int, tuple[list[int], int, int]
+        ] = {}  # by id() of a table: it, its length, its place in the step
+
+    def tell(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        token_ids: np.ndarray,
+        sources: np.ndarray | None = None,
+        num_sampled: int = 0,
+        is_decode: bool = False,
+        is_watched: bool = False,
+    ) -> bytes:
+        """Returns: a ToldStep, encoded."""
+        last, self._last = self._last, {}
+        tables: list[tuple[int, list[int]]] = []
+        for place, sequence in enumerate(sequences):
+            table = sequence.request.local.block_table
+            _, num_known, known_place = last.get(id(table), (None, 0, -1))
+            tables.append((known_place, table[num_known:]))
+            self._last[id(table)] = table, len(table), place
+        spans = [(s.start, s.stop) for s in sequences]
+        given = b"" if sources is None else sources.tobytes()
+        told = ToldStep(token_ids.tobytes(), given, spans, tables, num_sampled, is_decode, is_watched)
+        return msgspec.msgpack.encode(told)
+
+
+class Listener:
+    """The other ranks' side."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+
+    def hear(self, data: bytes) -> tuple[ToldStep, list[ScheduledSequence]]:
+        """Returns: the step, its sequences, of which block tables alone are known. Raises: msgspec.MsgspecError: it is no step."""
+        told = _TOLD.decode(data)
+        requests = []
+        for place, blocks in told.tables:
+            request = Request("", []) if place < 0 else self._requests[place]
+            request.local.block_table.extend(blocks)
+            requests.append(request)
+        self._requests = requests
+        return told, [ScheduledSequence(r, *span) for r, span in zip(requests, told.spans, strict=True)]
+
+
+def warm_up_step(most: int) -> bytes:
+    """Returns: an encoded ToldStep that says to prepare for decode steps of up to so many sequences."""
+    return msgspec.msgpack.encode(ToldStep(b"", b"", [], [], 0, False, False, most))
+
+
+def integers(data: bytes) -> np.ndarray:
+    """Returns: [n] int64, writable."""
+    return np.frombuffer(bytearray(data), np.int64)

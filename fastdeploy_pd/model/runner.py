@@ -18,7 +18,7 @@ from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.decoder import Decoder
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, Ops, PromptSpan, StepInputs
 from fastdeploy_pd.model.ops.environment import default_num_threads, prepare_environment
-from fastdeploy_pd.model.parallel import Rank
+from fastdeploy_pd.model.parallel import Listener, Rank, Teller, integers
 from fastdeploy_pd.model.sampler import sample, token_logprobs
 from fastdeploy_pd.model.weights import Checkpoint
 from fastdeploy_pd.request import Request, TokenLogprobs
@@ -115,7 +115,8 @@ class ModelRunner:
         self.rank.check(self.config, ops_name)
         num_threads = default_num_threads(self.rank.count) if num_threads is None else num_threads
         #: called with each step, and who is told of its layers, before it is computed; returns who is told instead
-        self.announce: Callable[[StepInputs, OnLayer | None], OnLayer | None] = lambda _, on_layer: on_layer
+        self.announce: Callable[[bytes, OnLayer | None], OnLayer | None] = lambda _, on_layer: on_layer
+        self._teller, self._listener = Teller(), Listener()
         ops = make_ops(ops_name, self.config, dtype, num_threads, device)
         self.decoder = Decoder(self.config, Checkpoint(directory), ops, self.rank)
 
@@ -186,12 +187,12 @@ class ModelRunner:
         """
         token_ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)
         errors = self._unknown_tokens(batch, token_ids)
-        positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
+        if self.rank.count > 1:
+            data = self._teller.tell(batch.sequences, token_ids, is_watched=on_layer is not None)
+            on_layer = self.announce(data, on_layer)
         rows = self._logit_rows(batch)
         flat_rows = np.array([r for wanted in rows for r in wanted], dtype=np.int64)
-        plan = attention_plan(batch.sequences, self.layout.block_size)
-        inputs = StepInputs(token_ids, positions, flat_rows, plan)
-        logits = self.decoder.forward(inputs, self.caches, self.announce(inputs, on_layer))
+        logits = self.decoder.forward(self._inputs(batch.sequences, token_ids, flat_rows), self.caches, on_layer)
         outputs, first = [], 0
         for index, (sequence, wanted) in enumerate(zip(batch.sequences, rows, strict=True)):
             try:
@@ -203,9 +204,25 @@ class ModelRunner:
             first += len(wanted)
         return outputs
 
-    def follow(self, inputs: StepInputs, on_layer: OnLayer | None = None) -> None:
-        """Compute this rank's part of a step that the first rank was given; see `execute`."""
-        self.decoder.forward(inputs, self.caches, on_layer)
+    def follow(self, data: bytes, on_layer: OnLayer) -> FinishedStep | None:
+        """Compute this rank's part of what the first rank announces.
+
+        Returns: the step, if its layers are watched: its `poll` tells on_layer of them, unless that was done here.
+        """
+        told, sequences = self._listener.hear(data)
+        inputs = self._inputs(sequences, integers(told.token_ids), integers(b""))
+        self.decoder.forward(inputs, self.caches, on_layer if told.is_watched else None)
+        return FinishedStep([]) if told.is_watched else None
+
+    def _inputs(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        token_ids: np.ndarray,
+        rows: np.ndarray,
+        sources: np.ndarray | None = None,
+    ) -> StepInputs:
+        positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in sequences])
+        return StepInputs(token_ids, positions, rows, attention_plan(sequences, self.layout.block_size), sources)
 
     def _unknown_tokens(self, batch: Batch, token_ids: np.ndarray) -> dict[int, FastDeployPDError]:
         """Backends don't look where they read, and an id past the table would be someone else's memory: it becomes 0, in place.

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.parallel import Rank, decode_step, encode_step
-from fastdeploy_pd.model.runner import ModelRunner, OnLayer, attention_plan
+from fastdeploy_pd.model.parallel import Listener, Rank, Teller, ToldStep, integers, warm_up_step
+from fastdeploy_pd.model.runner import ModelRunner, OnLayer
+from fastdeploy_pd.request import Request
 from tests.model.tiny import TinyEngine, write_checkpoint
 
 HEADS = {"num_attention_heads": 8, "head_dim": 12}
@@ -33,16 +33,16 @@ def ranks(directory: Path, count: int) -> Iterator[list[TinyEngine]]:
     def follow(engine: TinyEngine, told: queue.SimpleQueue[bytes]) -> None:
         engine.runner.decoder.ops.join(path, engine.runner.rank.index, count)
         while data := told.get():
-            engine.runner.follow(decode_step(data)[0])
+            engine.runner.follow(data, lambda _: None)
 
     threads = [threading.Thread(target=follow, args=pair, daemon=True) for pair in zip(engines[1:], steps, strict=True)]
     for thread in threads:
         thread.start()
     engines[0].runner.decoder.ops.join(path, 0, count)
 
-    def announce(inputs: StepInputs, on_layer: OnLayer | None) -> OnLayer | None:
+    def announce(data: bytes, on_layer: OnLayer | None) -> OnLayer | None:
         for told in steps:
-            told.put(encode_step(inputs, is_watched=False))
+            told.put(data)
         return on_layer
 
     engines[0].runner.announce = announce
@@ -59,12 +59,18 @@ def prompt_of(length: int) -> list[int]:
 
 
 def logits_of(engine: TinyEngine, prompt: list[int]) -> np.ndarray:
-    request = engine.request(prompt)
-    plan = attention_plan([ScheduledSequence(request, 0, len(prompt))], engine.layout.block_size)
-    rows = np.arange(len(prompt))
-    inputs = StepInputs(np.array(prompt), rows, rows, plan)
-    engine.runner.announce(inputs, None)
-    return engine.runner.decoder.forward(inputs, engine.runner.caches)
+    """Of a prompt's last token."""
+    found: list[np.ndarray] = []
+    forward = engine.runner.decoder.forward
+
+    def keep(*arguments: object) -> np.ndarray:
+        found.append(forward(*arguments))
+        return found[0]
+
+    engine.runner.decoder.forward = keep
+    engine.step([engine.request(prompt)])
+    engine.runner.decoder.forward = forward
+    return found[0]
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
@@ -104,29 +110,34 @@ def test_pools_of_ranks_are_the_parts_of_the_whole(tmp_path: Path) -> None:
         assert np.abs(part).max() > 0.1
 
 
-def test_a_step_is_the_same_for_who_is_told_of_it(tmp_path: Path) -> None:
-    write_checkpoint("llama", tmp_path)
-    engine = TinyEngine(tmp_path, "reference", block_size=16)
-    told: list[StepInputs] = []
-    engine.runner.announce = lambda inputs, _: told.append(inputs)
-    requests = [engine.request(prompt_of(n), 4) for n in (40, 3, 17)]
-    engine.step(requests)
-    engine.step(requests)
-    sequences = [ScheduledSequence(r, 30, r.num_tokens) for r in requests[:1]]
-    engine.runner.execute(Batch(sequences, 16))
-    for inputs in told:
-        found, is_watched = decode_step(encode_step(inputs, is_watched=True))
-        assert is_watched and not decode_step(encode_step(inputs, is_watched=False))[1]
-        assert len(found.logit_rows) == 0 and found.sources is None
-        assert np.array_equal(found.token_ids, inputs.token_ids) and np.array_equal(found.positions, inputs.positions)
-        for name in ("block_ids", "offsets", "fresh_blocks"):
-            assert np.array_equal(getattr(found.plan, name), getattr(inputs.plan, name))
-        for ours, theirs in zip(found.plan.spans, inputs.plan.spans, strict=True):
-            assert (ours.row, ours.num_tokens, ours.start) == (theirs.row, theirs.num_tokens, theirs.start)
-            assert np.array_equal(ours.block_ids, theirs.block_ids)
-        for group, other in zip(found.plan.groups, inputs.plan.groups, strict=True):
-            assert np.array_equal(group.tables, other.tables) and np.array_equal(group.rows, other.rows)
-            assert np.array_equal(group.lengths, other.lengths)
+def test_block_tables_are_told_once_and_then_what_is_new() -> None:
+    teller, listener = Teller(), Listener()
+
+    def request(tokens: int, blocks: list[int]) -> Request:
+        made = Request("r", [1] * tokens)
+        made.local.block_table = blocks
+        return made
+
+    def step(*spans: tuple[Request, int, int]) -> tuple[ToldStep, list[list[int]]]:
+        sequences = [ScheduledSequence(*span) for span in spans]
+        token_ids = np.arange(sum(s.num_tokens for s in sequences))
+        told, heard = listener.hear(teller.tell(sequences, token_ids, token_ids - 1, 2, is_decode=True))
+        assert [(s.start, s.stop) for s in heard] == [(s.start, s.stop) for s in sequences]
+        assert np.array_equal(integers(told.token_ids), token_ids) and integers(told.sources)[0] == -1
+        assert (told.num_sampled, told.is_decode, told.is_watched, told.warm_up) == (2, True, False, 0)
+        tables = [s.request.local.block_table for s in heard]
+        assert tables == [s.request.local.block_table for s in sequences]
+        return told, [new for _, new in told.tables]
+
+    one, two, three = request(64, [7, 3, 9]), request(64, [5, 1]), request(64, [2])
+    assert step((one, 0, 40), (two, 0, 20))[1] == [[7, 3, 9], [5, 1]]
+    two.local.block_table.append(8)
+    assert step((two, 20, 21), (three, 0, 3), (one, 40, 41))[1] == [[8], [2], []]
+    one.local.block_table = [4, 4, 6]  # preempted and begun anew
+    assert step((one, 0, 40), (two, 21, 22))[1] == [[4, 4, 6], []]
+    assert step((three, 3, 4), (two, 22, 23))[1] == [[2], []]  # it was away for a step
+    told = listener.hear(warm_up_step(64))
+    assert told[0].warm_up == 64 and told[1] == []
 
 
 @pytest.mark.parametrize(
