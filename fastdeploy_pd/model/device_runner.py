@@ -23,7 +23,8 @@ from fastdeploy_pd.model.graphs import DecodeGraphs
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
 from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps
-from fastdeploy_pd.model.runner import ModelRunner, StepOutput, attention_plan, step_output
+from fastdeploy_pd.model.parallel import Rank, integers, warm_up_step
+from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
 
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
@@ -90,9 +91,17 @@ class DeviceRunner(ModelRunner):
 
     depth = 2
 
-    def __init__(self, directory: Path, ops_name: str, dtype: str, num_threads: int | None, device: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        ops_name: str,
+        dtype: str,
+        num_threads: int | None,
+        device: str,
+        rank: Rank | None = None,
+    ) -> None:
         """See ModelRunner. Raises: ModelLoadError, ConfigError."""
-        super().__init__(directory, ops_name, dtype, num_threads, device)
+        super().__init__(directory, ops_name, dtype, num_threads, device, rank)
         assert isinstance(self.decoder.ops, CudaOps)
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
@@ -111,6 +120,8 @@ class DeviceRunner(ModelRunner):
         for lengths in ([longest], [min(20, longest), 1]):
             self._compute_for_nobody(pool, lengths)
         if can_decode:
+            if self.rank.count > 1:
+                self.announce(warm_up_step(EAGER_SIZES), None)
             self._graphs.capture(EAGER_SIZES)
 
     def samples_on_device(self, request: Request) -> bool:
@@ -132,6 +143,9 @@ class DeviceRunner(ModelRunner):
             s.stop - s.start == 1 and s.needs_sample and s.request.sampling.prompt_logprobs is None for s in sequences
         )
         sampled = [index for index, s in enumerate(sequences) if s.needs_sample]
+        if self.rank.count > 1:
+            data = self._teller.tell(sequences, token_ids, sources, len(sampled), is_decode, on_layer is not None)
+            on_layer = self.announce(data, on_layer)
         logits: torch.Tensor | None
         if is_decode:
             logits = self._graphs.run(sequences, token_ids, sources)
@@ -145,6 +159,7 @@ class DeviceRunner(ModelRunner):
             if not is_decode:
                 likeliest(last, self._ops.sampled)
             draw(last, self._ops.sampled, [sequences[index].request for index in sampled])
+            self._ops.broadcast(self._ops.sampled)
         kept = {} if logits is None else self._kept(sequences, logits, first)
         self._sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
         tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
@@ -152,6 +167,27 @@ class DeviceRunner(ModelRunner):
         end = torch.cuda.Event()
         end.record()
         return DeviceStep(sequences, errors, tokens, kept, end, deque(layers), on_layer)
+
+    def follow(self, data: bytes, on_layer: OnLayer) -> DeviceStep | None:  # type: ignore[override]
+        """See ModelRunner. Queued only; the tokens chosen come from the first rank, on the device."""
+        told, sequences = self._listener.hear(data)
+        if told.warm_up:
+            self._graphs.capture(told.warm_up)
+            return None
+        token_ids, sources = integers(told.token_ids), integers(told.sources)
+        layers: list[torch.cuda.Event] = []
+        if told.is_decode:
+            self._graphs.run(sequences, token_ids, sources)
+        else:
+            watcher = on_layer if told.is_watched else None
+            self._run(Batch(sequences, self.layout.block_size), token_ids, sources, [], watcher, layers)
+        if told.num_sampled:
+            self._ops.broadcast(self._ops.sampled)
+        if not told.is_watched:
+            return None
+        end = torch.cuda.Event()
+        end.record()
+        return DeviceStep([], {}, torch.empty(0, dtype=torch.int32), {}, end, deque(layers), on_layer)
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """See ModelRunner."""

@@ -53,7 +53,7 @@ class DecodeGraphs:
         self._block_size = block_size
         self._sizes = graph_sizes(most)
         most, max_blocks = (-(-count // ALIGNMENT) * ALIGNMENT for count in (most, max_blocks))
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._device = torch.zeros(most * (len(FIELDS) + max_blocks), dtype=torch.int32, device=self._ops.device)
         fields = self._device[: most * len(FIELDS)].view(len(FIELDS), most)
@@ -75,13 +75,15 @@ class DecodeGraphs:
             host, flat[:split].reshape(-1, most), flat[split:].reshape(most, -1), event, [None] * most, [0] * most
         )
 
-    def run(self, sequences: Sequence[ScheduledSequence], token_ids: np.ndarray, sources: np.ndarray) -> torch.Tensor:
+    def run(
+        self, sequences: Sequence[ScheduledSequence], token_ids: np.ndarray, sources: np.ndarray
+    ) -> torch.Tensor | None:
         """Queue a step; the tokens chosen go to ops.sampled.
 
         Args:
             sequences: one new token each.
             token_ids, sources: [n], see StepInputs; what token_ids is where `sources` names a row does not matter.
-        Returns: [n, vocab_size] logits on the device, valid until the next run.
+        Returns: [n, vocab_size] logits on the device, valid until the next run; None on other ranks than the first.
         """
         count = len(sequences)
         size = next(s for s in self._sizes if s >= count)
@@ -89,7 +91,7 @@ class DecodeGraphs:
         self.capture(size, size)
         graph, logits = self._graphs[size]
         graph.replay()
-        return logits[:count]
+        return None if logits is None else logits[:count]
 
     def capture(self, most: int, least: int = 1) -> None:
         """Capture the sizes between that are not captured yet."""
@@ -120,7 +122,7 @@ class DecodeGraphs:
         stage.is_free.record()
         self._ops.clear_blocks(blocks[starts % self._block_size == 0])
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
         inputs = {name: field[:size] for name, field in self._inputs.items()}
         step = CudaStep(
             inputs["token_ids"],
@@ -149,8 +151,8 @@ class DecodeGraphs:
         self._ops.sampled.copy_(sampled)
         return graph, logits
 
-    def _compute(self, step: CudaStep, size: int) -> torch.Tensor:
-        logits = self._decoder.run(step, self._caches, size)
-        assert logits is not None
-        likeliest(logits, self._ops.sampled)
+    def _compute(self, step: CudaStep, size: int) -> torch.Tensor | None:
+        logits = self._decoder.run(step, self._caches, size if self._decoder.rank.is_first else 0)
+        if logits is not None:
+            likeliest(logits, self._ops.sampled)
         return logits

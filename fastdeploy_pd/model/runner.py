@@ -270,13 +270,9 @@ def make_runner(
     """Returns: the runner for a device. Raises: see ModelRunner."""
     if device == "cpu":
         return ModelRunner(directory, ops_name, dtype, num_threads, rank=rank)
-    if rank is not None and rank.count > 1:
-        raise ConfigError(
-            f"--tensor-parallel-size is {rank.count}; with --device {device} it must be 1 in this version"
-        )
     from fastdeploy_pd.model.device_runner import DeviceRunner
 
-    return DeviceRunner(directory, ops_name, dtype, num_threads, device)
+    return DeviceRunner(directory, ops_name, dtype, num_threads, device, rank)
 
 
 def attention_plan(sequences: Sequence[ScheduledSequence], block_size: int) -> AttentionPlan:

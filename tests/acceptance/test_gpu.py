@@ -55,3 +55,20 @@ def test_what_does_not_fit_is_said(redis_server: EmbeddedRedis) -> None:
         instance = cluster.launch("mixed")
         with pytest.raises(Exception, match="no KV pool on it: cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY"):
             cluster.wait_ready([instance])
+
+
+@pytest.mark.skipif(num_gpus() < 2, reason="fewer than two GPUs here")
+@pytest.mark.parametrize("sizes", [[2], [2, 1], [1, 2], [2, 2]], ids=str)
+def test_several_ranks_answer_what_one_does(redis_server: EmbeddedRedis, cases: list[Case], sizes: list[int]) -> None:
+    """Of [2, 1] prefill has two ranks, decode one. NCCL wants a GPU a rank; instances may share them."""
+    flags = [*FLAGS, "--max-model-len", "2048", "--max-num-batched-tokens", "512"]
+    roles = ["mixed"] if len(sizes) == 1 else ["prefill", "decode"]
+    with LocalCluster(redis_server.url, f"gpu-ranks-{'-'.join(map(str, sizes))}", flags) as cluster:
+        instances = []
+        for number, (role, size) in enumerate(zip(roles, sizes, strict=True)):
+            order = ",".join(str((number + i) % num_gpus()) for i in range(num_gpus()))
+            instances.append(
+                cluster.launch(role, ["--tensor-parallel-size", str(size)], {"CUDA_VISIBLE_DEVICES": order})
+            )
+        cluster.wait_ready(instances)
+        assert not differences(cases, asyncio.run(answers_of([i.http_url for i in instances], cases)))

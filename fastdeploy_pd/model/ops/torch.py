@@ -97,6 +97,11 @@ class TorchOps(ComposedOps):
         if found != num_ranks:
             raise RuntimeError(f"{num_ranks} ranks add up to {found}")
 
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Put the first rank's x into every rank's, queued like the rest."""
+        if self._ranks is not None:
+            self._ranks.broadcast([x]).wait()
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See base."""
         if self._ranks is not None:
