@@ -90,7 +90,8 @@ class Worker:
 
         def wait() -> None:
             status = self._process.wait()
-            end_instance(f"rank {self.rank} (process {self._process.pid}) ended with status {status}")
+            if status:  # 0: it has seen us leave
+                end_instance(f"rank {self.rank} (process {self._process.pid}) ended with status {status}")
 
         threading.Thread(target=wait, name=f"rank-{self.rank}", daemon=True).start()
 

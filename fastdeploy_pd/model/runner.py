@@ -144,9 +144,15 @@ class ModelRunner:
 
         Args:
             group: a path that is the same for all.
+        Raises: ConfigError: they cannot reach each other.
         """
         ops: Any = self.decoder.ops  # of those that compute on several ranks, see __init__
-        ops.join(group, self.rank.index, self.rank.count)
+        try:
+            ops.join(group, self.rank.index, self.rank.count)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.rank.count}; rank {self.rank.index} does not reach the others: {error}"
+            ) from error
 
     @staticmethod
     def kv_layout(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> KVLayout:

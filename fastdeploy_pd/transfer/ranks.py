@@ -83,10 +83,10 @@ class RankedTransfer:
 
     def open_epoch(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
         """See base; parts are the ends' business."""
-        self._in[epoch] = _Incoming()
         for end in self._ends:
             end.open_epoch(epoch, block_ids, nonce, parts)
         self._settle()
+        self._in[epoch] = _Incoming()
 
     def revoke(self, epoch: str) -> None:
         """See base: when it returns nothing lands on any rank."""
