@@ -63,7 +63,7 @@ class Ends:
             self._steps.append(step)
 
     def serve(self) -> None:
-        """Obey and report until rank 0 is gone. Raises: EOFError, OSError: it is."""
+        """Obey and report until rank 0 is gone. Raises: EOFError, ConnectionError: it is."""
         while True:
             data = self._orders.receive(ACTIVE_WAIT_S if self._active or self._steps else IDLE_WAIT_S)
             if data is not None:
@@ -117,7 +117,7 @@ def prepare(setup: Setup, orders: Channel) -> tuple[ModelRunner, Ends]:
 
 
 def follow(runner: ModelRunner, ends: Ends, steps: Channel) -> None:
-    """Compute what rank 0 computes. Raises: EOFError, OSError: it is gone."""
+    """Compute what rank 0 computes. Raises: EOFError, ConnectionError: it is gone."""
     number = 0
     while (data := steps.receive(None)) is not None:
         number += 1
@@ -130,7 +130,7 @@ def serve_ends(ends: Ends) -> None:
     """A thread's whole life; the other one may wait in a sum, so the process ends from here."""
     try:
         ends.serve()
-    except (EOFError, OSError) as error:
+    except (EOFError, ConnectionError) as error:
         log.info("rank 0 is gone (%s)", error)
         os._exit(0)
 
@@ -153,14 +153,13 @@ def main() -> int:
     configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")
     try:
         runner, ends = prepare(setup, orders)
+        threading.Thread(target=serve_ends, args=(ends,), name="ends", daemon=True).start()
+        follow(runner, ends, steps)
     except FastDeployPDError as error:
         orders.send(msgspec.msgpack.encode(Refusal(error.message)))
         return 2
-    threading.Thread(target=serve_ends, args=(ends,), name="ends", daemon=True).start()
-    try:
-        follow(runner, ends, steps)
-    except EOFError:
-        pass  # rank 0 has ended
+    except (EOFError, ConnectionError) as error:
+        log.info("rank 0 is gone (%s)", error)
     return 0
 
 
