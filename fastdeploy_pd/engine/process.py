@@ -30,6 +30,7 @@ IDLE_WAIT_S = 0.02  #: nothing to compute and nothing on the wire
 ACTIVE_WAIT_S = 0.0002  #: a step in flight or a transfer may end at any moment
 RECORD_S = 0.1
 HUNG_STEP_S = 20.0  #: a step that takes longer stops the lease
+SWITCH_S = 0.0005  #: threads of transfers move K and V while this one computes; at Python's 5 ms each word of theirs waits for it
 DRAIN_S = 30.0  #: how long SIGTERM waits for requests to end
 
 
@@ -139,6 +140,7 @@ def announce(run_dir: Path, built: BuiltEngine, links: Links) -> None:
 
 def serve(config: InstanceConfig, run_dir: Path) -> None:
     """Build the engine, announce it, run it, leave."""
+    sys.setswitchinterval(SWITCH_S)
     secret = config.cluster.secret
     metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
     built = build_engine(config, metrics, secret)

@@ -112,20 +112,29 @@ class Decoder:
             on_layer: called when what writes a layer's K and V is queued.
         Returns: [num_logit_rows, vocab_size] logits in the backend's tensors; None: there are none.
         """
-        ops, eps = self.ops, self.config.rms_norm_eps
-        x = ops.embedding(self.embedding, step)
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-            q = ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
-            if on_layer is not None:
-                on_layer(index)
-            residual = x if self.rank.is_first else None
-            x = ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, residual)
-            x = ops.all_reduce(x)
-            residual = x if self.rank.is_first else None
-            x = ops.linear_add(ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up), layer.down, None, residual)
-            x = ops.all_reduce(x)
-        return ops.logits(x, self.final_norm, eps, self.head, step) if num_logit_rows else None
+        x = self.ops.embedding(self.embedding, step)
+        for index in range(len(self.layers)):
+            x = self.run_layer(index, x, step, caches[index], on_layer)
+        return self.run_head(x, step) if num_logit_rows else None
+
+    def run_layer(
+        self, index: int, x: Tensor, step: Any, cache: Any, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Queue a layer: [n, hidden] -> [n, hidden]; the memory of x may be reused."""
+        ops, layer, eps = self.ops, self.layers[index], self.config.rms_norm_eps
+        qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+        q = ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
+        if on_layer is not None:
+            on_layer(index)
+        residual = x if self.rank.is_first else None
+        x = ops.all_reduce(ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, residual))
+        residual = x if self.rank.is_first else None
+        hidden = ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up)
+        return ops.all_reduce(ops.linear_add(hidden, layer.down, None, residual))
+
+    def run_head(self, x: Tensor, step: Any) -> Tensor:
+        """Queue what follows the layers: [n, hidden] -> [m, vocab_size] logits of the rows that are wanted."""
+        return self.ops.logits(x, self.final_norm, self.config.rms_norm_eps, self.head, step)
 
     def _load_layer(self, checkpoint: Checkpoint, index: int) -> LayerWeights:
         config, prefix, rank = self.config, f"model.layers.{index}.", self.rank

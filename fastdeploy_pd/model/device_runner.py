@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.model.device_sampler import can_draw, draw
+from fastdeploy_pd.model.device_sampler import Draw, can_draw
 from fastdeploy_pd.model.graphs import DecodeGraphs
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
 from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps
+from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps, CudaStep
 from fastdeploy_pd.model.parallel import Rank, integers, warm_up_step
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
 
+LAYERS_AT_ONCE = (
+    4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
+)
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
 
@@ -40,18 +43,24 @@ class DeviceStep:
     tokens: torch.Tensor  #: [samples] int32, pinned: becomes what was chosen on the device
     logits: dict[int, torch.Tensor]  #: [rows, vocab_size] float32, pinned: by index, of those that the CPU looks at
     end: torch.cuda.Event
-    layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
     on_layer: Callable[[int], None] | None = None
+    advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one before it
+    is_queued: bool = True  #: wholly
+    layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
     num_layers_done: int = 0
 
     def poll(self) -> bool:
         """Hand over layers that are done. Returns: whether all is."""
+        if not self.is_queued:
+            self.advance()
         while self.layers and self.layers[0].query():
             self._hand_over()
-        return not self.layers and self.end.query()
+        return self.is_queued and not self.layers and self.end.query()
 
     def outputs(self) -> list[StepOutput]:
         """One output a sequence; waits for them."""
+        while not self.is_queued:
+            self.advance()
         while self.layers:
             self.layers[0].synchronize()
             self._hand_over()
@@ -105,6 +114,7 @@ class DeviceRunner(ModelRunner):
         assert isinstance(self.decoder.ops, CudaOps)
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
+        self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -138,35 +148,38 @@ class DeviceRunner(ModelRunner):
         for row, sequence in zip(last_rows, sequences, strict=True):
             if sequence.num_pending:
                 sources[row] = self._sample_of[sequence.request]
-        layers: list[torch.cuda.Event] = []
         is_decode = on_layer is None and all(
             s.stop - s.start == 1 and s.needs_sample and s.request.sampling.prompt_logprobs is None for s in sequences
         )
         sampled = [index for index, s in enumerate(sequences) if s.needs_sample]
+        draw = Draw([sequences[index].request for index in sampled], self.config.vocab_size, self._ops.device)
         if self.rank.count > 1:
             data = self._teller.tell(sequences, token_ids, sources, len(sampled), is_decode, on_layer is not None)
             on_layer = self.announce(data, on_layer)
-        logits: torch.Tensor | None
-        if is_decode:
-            logits = self._graphs.run(sequences, token_ids, sources)
-            first = np.arange(len(sequences) + 1)
-        else:
-            rows = self._logit_rows(batch)
-            first = np.cumsum([0, *(len(wanted) for wanted in rows)])
-            logits = self._run(batch, token_ids, sources, [r for wanted in rows for r in wanted], on_layer, layers)
-        if logits is not None and sampled:
-            last = logits if len(logits) == len(sampled) else self._ops.rows(logits, first[1:][sampled] - 1)
-            if not is_decode:
-                likeliest(last, self._ops.sampled)
-            draw(last, self._ops.sampled, [sequences[index].request for index in sampled])
-            self._ops.broadcast(self._ops.sampled)
-        kept = {} if logits is None else self._kept(sequences, logits, first)
         self._sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
         tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
-        tokens.copy_(self._ops.sampled[: len(sampled)], non_blocking=True)
-        end = torch.cuda.Event()
-        end.record()
-        return DeviceStep(sequences, errors, tokens, kept, end, deque(layers), on_layer)
+        step = DeviceStep(sequences, errors, tokens, {}, torch.cuda.Event(), on_layer, self._advance)
+        if is_decode:
+            while self._unqueued:
+                self._advance()
+            logits = self._graphs.run(sequences, token_ids, sources)
+            self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
+            return step
+        rows = self._logit_rows(batch)
+        first = np.cumsum([0, *(len(wanted) for wanted in rows)])
+        prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
+        step.is_queued = False
+        layers = step.layers if on_layer is not None else None
+
+        def work() -> Iterator[None]:
+            logits = yield from self._layers(prepared, int(first[-1]), layers)
+            if logits is not None and sampled:
+                likeliest(self._ops.rows(logits, first[1:][sampled] - 1), self._ops.sampled)
+            self._end(step, logits, first, sampled, draw)
+
+        self._unqueued.append((step, work()))
+        self._advance()
+        return step
 
     def follow(self, data: bytes, on_layer: OnLayer) -> DeviceStep | None:  # type: ignore[override]
         """See ModelRunner. Queued only; the tokens chosen come from the first rank, on the device."""
@@ -175,34 +188,25 @@ class DeviceRunner(ModelRunner):
             self._graphs.capture(told.warm_up)
             return None
         token_ids, sources = integers(told.token_ids), integers(told.sources)
-        layers: list[torch.cuda.Event] = []
+        step = DeviceStep([], {}, torch.empty(0, dtype=torch.int32), {}, torch.cuda.Event(), on_layer)
         if told.is_decode:
             self._graphs.run(sequences, token_ids, sources)
         else:
-            watcher = on_layer if told.is_watched else None
-            self._run(Batch(sequences, self.layout.block_size), token_ids, sources, [], watcher, layers)
+            prepared = self._prepare(Batch(sequences, self.layout.block_size), token_ids, sources, [])
+            with self._ops.running():
+                for _ in self._layers(prepared, 0, step.layers if told.is_watched else None):
+                    pass
         if told.num_sampled:
             self._ops.broadcast(self._ops.sampled)
-        if not told.is_watched:
-            return None
-        end = torch.cuda.Event()
-        end.record()
-        return DeviceStep([], {}, torch.empty(0, dtype=torch.int32), {}, end, deque(layers), on_layer)
+        step.end.record()
+        return step if told.is_watched else None
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[StepOutput]:
         """See ModelRunner."""
         return self.launch(batch, on_layer).outputs()
 
-    def _run(
-        self,
-        batch: Batch,
-        token_ids: np.ndarray,
-        sources: np.ndarray,
-        rows: list[int],
-        on_layer: Callable[[int], None] | None,
-        layers: list[torch.cuda.Event],
-    ) -> torch.Tensor | None:
-        """Queue any batch but one of single tokens."""
+    def _prepare(self, batch: Batch, token_ids: np.ndarray, sources: np.ndarray, rows: list[int]) -> CudaStep:
+        """Send what any batch but one of single tokens needs."""
         positions = np.concatenate([np.arange(s.start, s.stop, dtype=np.int64) for s in batch.sequences])
         inputs = StepInputs(
             token_ids,
@@ -211,15 +215,51 @@ class DeviceRunner(ModelRunner):
             attention_plan(batch.sequences, self.layout.block_size),
             sources if (sources != NOWHERE).any() else None,
         )
+        return self._ops.prepare(inputs)
+
+    def _layers(
+        self, prepared: CudaStep, num_rows: int, marks: deque[torch.cuda.Event] | None
+    ) -> Generator[None, None, torch.Tensor | None]:
+        """Queue a layer each time. Returns: [num_rows, vocab_size] logits.
+
+        Args:
+            marks: gets the event of each layer's K and V.
+        """
 
         def queued(layer: int) -> None:
             mark = self._ops.mark()
-            assert mark is not None
-            layers.append(mark)
+            if mark is not None and marks is not None:
+                marks.append(mark)
 
-        step = self._ops.prepare(inputs)
+        x = self._ops.embedding(self.decoder.embedding, prepared)
+        for index, cache in enumerate(self.caches):
+            x = self.decoder.run_layer(index, x, prepared, cache, None if marks is None else queued)
+            yield
+        return self.decoder.run_head(x, prepared) if num_rows else None
+
+    def _advance(self) -> None:
+        """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
         with self._ops.running():
-            return self.decoder.run(step, self.caches, len(rows), queued if on_layer is not None else None)
+            for _ in range(LAYERS_AT_ONCE):
+                if self._unqueued and next(self._unqueued[0][1], self) is self:
+                    self._unqueued.popleft()[0].is_queued = True
+
+    def _end(
+        self, step: DeviceStep, logits: torch.Tensor | None, first: np.ndarray, sampled: list[int], draw: Draw
+    ) -> None:
+        """Queue the choice of tokens, beyond the likeliest, and the way to the CPU of all that it wants.
+
+        Args:
+            logits: [first[-1], vocab_size]; sequence i has the rows from first[i] to first[i + 1].
+            sampled: sequences whose next token is chosen, by index.
+        """
+        if logits is not None and sampled:
+            draw.apply(logits, self._ops.sampled, first[1:][sampled] - 1)
+            self._ops.broadcast(self._ops.sampled)
+        if logits is not None:
+            step.logits.update(self._kept(step.sequences, logits, first))
+        step.tokens.copy_(self._ops.sampled[: len(sampled)], non_blocking=True)
+        step.end.record()
 
     def _kept(
         self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor, first: np.ndarray

@@ -25,20 +25,36 @@ def can_draw(sampling: SamplingParams) -> bool:
     )
 
 
-def draw(logits: torch.Tensor, chosen: torch.Tensor, requests: Sequence[Request]) -> None:
-    """Replace the likeliest tokens where a request wants to draw.
+class Draw:
+    """The draws of a step: their parameters are read and sent at once, the logits may come later."""
 
-    Args:
-        logits: [m, vocab_size], a row a request.
-        chosen: [>= m] int32, the likeliest of each row; below 0 it stays, as there is none.
-        requests: each with can_draw; pending tokens count as output.
-    """
-    drawing = [row for row, request in enumerate(requests) if request.sampling.temperature > 0.0]
-    in_order = [row for row in drawing if not _needs_ranks(requests[row].sampling, logits.shape[1])]
-    for rows, is_ranked in ((in_order, False), ([row for row in drawing if row not in set(in_order)], True)):
-        if rows:
-            index = torch.tensor(rows, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
-            tokens = _draw(logits[index].float(), [requests[row] for row in rows], is_ranked)
+    def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
+        """
+        Args:
+            requests: a row of logits each; those with a temperature have can_draw. Pending tokens count as output.
+        """
+        drawing = [row for row, request in enumerate(requests) if request.sampling.temperature > 0.0]
+        ranked = [row for row in drawing if _needs_ranks(requests[row].sampling, vocab_size)]
+        self._groups: list[tuple[np.ndarray, torch.Tensor, bool]] = []
+        for rows, is_ranked in (([row for row in drawing if row not in set(ranked)], False), (ranked, True)):
+            if rows:
+                parameters = [_parameters(requests[row], vocab_size) for row in rows]
+                given = torch.tensor(parameters, dtype=torch.float64, pin_memory=device.type != "cpu")
+                self._groups.append((np.array(rows), given.to(device, non_blocking=True), is_ranked))
+
+    def apply(self, logits: torch.Tensor, chosen: torch.Tensor, rows: np.ndarray) -> None:
+        """Replace the likeliest tokens where a request wants to draw.
+
+        Args:
+            logits: [any, vocab_size].
+            chosen: [>= m] int32, the likeliest of each request; below 0 it stays, as there is none.
+            rows: [m], which row of logits is each request's.
+        """
+        for places, parameters, is_ranked in self._groups:
+            index, row = (
+                torch.from_numpy(numbers).to(logits.device, non_blocking=True) for numbers in (places, rows[places])
+            )
+            tokens = _draw(logits[row].float(), parameters, is_ranked)
             chosen[index] = torch.where(chosen[index] < 0, chosen[index], tokens.int())
 
 
@@ -46,12 +62,16 @@ def _needs_ranks(sampling: SamplingParams, vocab_size: int) -> bool:
     return 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request], is_ranked: bool) -> torch.Tensor:
-    """[m, vocab_size] -> [m] token ids. Ranked: the likeliest first, of equal ones the lowest id."""
-    rows = np.array([_parameters(request, logits.shape[1]) for request in requests])
-    given = torch.from_numpy(rows)
-    given = (given.pin_memory() if logits.is_cuda else given).to(logits.device, non_blocking=True)
-    temperature, top_k, top_p, min_p, number = (column[:, None] for column in given.unbind(1))
+def _parameters(request: Request, vocab_size: int) -> tuple[float, ...]:
+    sampling = request.sampling
+    position = request.num_tokens - len(request.prompt_token_ids)
+    top_k = sampling.top_k if sampling.top_k > 0 else vocab_size
+    return sampling.temperature, top_k, sampling.top_p, sampling.min_p, uniform(sampling.seed, position)
+
+
+def _draw(logits: torch.Tensor, parameters: torch.Tensor, is_ranked: bool) -> torch.Tensor:
+    """[m, vocab_size] and _parameters of each -> [m] token ids. Ranked: the likeliest first, of equal ones the lowest id."""
+    temperature, top_k, top_p, min_p, number = (column[:, None] for column in parameters.unbind(1))
     order = None
     if is_ranked:
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -68,10 +88,3 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], is_ranked: bool) ->
     last = (weights > 0).int().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # if rounding puts the number past the end
     place = torch.minimum(place, last)
     return (place if order is None else order.gather(1, place))[:, 0]
-
-
-def _parameters(request: Request, vocab_size: int) -> tuple[float, float, float, float, float]:
-    sampling = request.sampling
-    position = request.num_tokens - len(request.prompt_token_ids)
-    top_k = sampling.top_k if sampling.top_k > 0 else vocab_size
-    return sampling.temperature, top_k, sampling.top_p, sampling.min_p, uniform(sampling.seed, position)

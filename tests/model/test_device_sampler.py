@@ -10,7 +10,7 @@ from fastdeploy_pd.model.sampler import uniform
 from fastdeploy_pd.request import Request, SamplingParams
 
 torch = pytest.importorskip("torch")
-from fastdeploy_pd.model.device_sampler import can_draw, draw  # noqa: E402
+from fastdeploy_pd.model.device_sampler import Draw, can_draw  # noqa: E402
 
 SETTINGS = [
     {},
@@ -40,9 +40,13 @@ def test_tokens_are_those_of_the_cpu(temperature: float, is_coarse: bool) -> Non
     chosen = torch.cat([logits.argmax(-1).int(), torch.tensor([5, 5], dtype=torch.int32)])
     likeliest = chosen.clone()
     chosen[17] = -1
-    draw(logits, chosen, requests)
+    step = Draw(requests, logits.shape[1], logits.device)
+    for request in requests:
+        request.local.num_pending_tokens += 1  # as the engine does before the logits are there
+    order = np.random.default_rng(2).permutation(len(requests))
+    step.apply(logits[torch.from_numpy(np.argsort(order))], chosen, order)
     for row, request in enumerate(requests):
-        position = len(request.output_token_ids) + request.local.num_pending_tokens
+        position = len(request.output_token_ids) + request.local.num_pending_tokens - 1
         wanted = (
             draw_one(logits[row].numpy(), request.sampling, uniform(request.sampling.seed, position))
             if row != 9
