@@ -48,6 +48,7 @@ class DeviceStep:
     is_queued: bool = True  #: wholly
     layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
     num_layers_done: int = 0
+    fault: FastDeployPDError | None = None  #: why none of it goes on; what was queued still runs
 
     def poll(self) -> bool:
         """Hand over layers that are done. Returns: whether all is."""
@@ -55,7 +56,10 @@ class DeviceStep:
             self.advance()
         while self.layers and self.layers[0].query():
             self._hand_over()
-        return self.is_queued and not self.layers and self.end.query()
+        is_done = self.is_queued and not self.layers and self.end.query()
+        if is_done and self.fault is not None:
+            raise self.fault
+        return is_done
 
     def outputs(self) -> list[StepOutput]:
         """One output a sequence; waits for them."""
@@ -65,6 +69,8 @@ class DeviceStep:
             self.layers[0].synchronize()
             self._hand_over()
         self.end.synchronize()
+        if self.fault is not None:
+            raise self.fault
         outputs, tokens, row = [], self.tokens.tolist(), 0
         for index, sequence in enumerate(self.sequences):
             token_id = None
@@ -162,7 +168,10 @@ class DeviceRunner(ModelRunner):
         if is_decode:
             while self._unqueued:
                 self._advance()
-            logits = self._graphs.run(sequences, token_ids, sources)
+            try:
+                logits = self._graphs.run(sequences, token_ids, sources)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(error) from error
             self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
             return step
         rows = self._logit_rows(batch)
@@ -241,8 +250,25 @@ class DeviceRunner(ModelRunner):
         """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
         with self._ops.running():
             for _ in range(LAYERS_AT_ONCE):
-                if self._unqueued and next(self._unqueued[0][1], self) is self:
-                    self._unqueued.popleft()[0].is_queued = True
+                if not self._unqueued:
+                    return
+                step, work = self._unqueued[0]
+                try:
+                    step.is_queued = next(work, self) is self
+                except torch.OutOfMemoryError as error:
+                    step.fault, step.is_queued = self._out_of_memory(error), True
+                    step.end.record()
+                if step.is_queued:
+                    self._unqueued.popleft()
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> FastDeployPDError:
+        free, total = torch.cuda.mem_get_info(self._ops.device)
+        torch.cuda.empty_cache()
+        return FastDeployPDError(
+            f"out of GPU memory ({free >> 20} of {total >> 20} MiB are free) in a step: lower --gpu-memory-utilization or "
+            f"--max-num-batched-tokens ({str(error).splitlines()[0]})",
+            code="out_of_memory",
+        )
 
     def _end(
         self, step: DeviceStep, logits: torch.Tensor | None, first: np.ndarray, sampled: list[int], draw: Draw

@@ -90,7 +90,6 @@ class TorchOps(ComposedOps):
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast hangs where the fabric is not set up for it
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            torch.cuda.set_device(self.device)
             self._ranks = dist.ProcessGroupNCCL(store, rank, num_ranks, options)
         # NCCL connects with the first sum, which must not be inside a captured graph
         found = self.all_reduce(torch.ones(1, device=self.device)).item()
@@ -263,4 +262,4 @@ def _device(name: str) -> torch.device:
             else "it finds no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
         raise ConfigError(f"--device is {name!r}; torch cannot use one here: {reason}")
-    return torch.device(name)
+    return torch.device(name) if name == "cpu" else torch.device(name, torch.cuda.current_device())

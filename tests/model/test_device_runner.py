@@ -1,0 +1,83 @@
+"""The runner on a GPU: steps in flight, and what becomes of one that runs out of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdeploy_pd.config import DEMO_MODEL
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.model.runner import ModelRunner, make_runner
+from fastdeploy_pd.request import Request, SamplingParams
+from tests.transfer.gpu import has_gpu
+
+pytestmark = pytest.mark.skipif(not has_gpu(), reason="no GPU here")
+PROMPT = [int(t) for t in np.random.default_rng(3).integers(2, 200, 150)]
+
+
+@pytest.fixture
+def runner() -> ModelRunner:
+    from fastdeploy_pd.transfer.device_pool import DevicePool
+    from rdma_comm.cuda.driver import Gpu
+
+    runner = make_runner(DEMO_MODEL, "torch", "float32", 1, "cuda")
+    layout = runner.kv_layout(runner.config, 64, 64, "float32")
+    runner.attach(DevicePool(layout, Gpu()), layout, 4, 1024)
+    return runner
+
+
+def new_request(blocks: list[int], **settings: Any) -> Request:
+    request = Request("r", PROMPT, SamplingParams(max_tokens=64, **settings))
+    request.local.block_table = blocks
+    return request
+
+
+def launch(runner: ModelRunner, request: Request) -> Any:
+    request.local.samples_on_device = runner.samples_on_device(request)
+    step = runner.launch(Batch([ScheduledSequence(request, request.local.num_computed_tokens, request.num_tokens)], 64))
+    request.local.num_computed_tokens = request.num_tokens
+    request.local.num_pending_tokens += 1
+    return step
+
+
+def taken(request: Request, step: Any) -> int:
+    """The step's token, which is known now."""
+    (output,) = step.outputs()
+    request.local.num_pending_tokens -= 1
+    request.output_token_ids.append(output.token_id)
+    return int(output.token_id)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: float) -> None:
+    alone, ahead = (new_request(blocks, temperature=temperature, seed=5) for blocks in ([1, 2, 3, 4], [9, 8, 7, 6]))
+    wanted = [taken(alone, launch(runner, alone)) for _ in range(30)]
+    steps = [launch(runner, ahead)]
+    tokens = []
+    for _ in range(29):
+        steps.append(launch(runner, ahead))  # its token is on the device alone
+        tokens.append(taken(ahead, steps.pop(0)))
+    assert [*tokens, taken(ahead, steps.pop())] == wanted
+    assert len(set(wanted)) > 5
+
+
+def test_out_of_memory_ends_the_step_alone(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    good = taken(new_request([1, 2, 3]), launch(runner, new_request([1, 2, 3])))
+    run_layer = runner.decoder.run_layer
+
+    def fail(index: int, *arguments: Any) -> Any:
+        if index == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return run_layer(index, *arguments)
+
+    monkeypatch.setattr(runner.decoder, "run_layer", fail)
+    step = launch(runner, new_request([1, 2, 3]))
+    with pytest.raises(FastDeployPDError, match=r"--gpu-memory-utilization.*Tried to allocate 9 GiB"):
+        step.outputs()
+    monkeypatch.undo()
+    assert taken(new_request([1, 2, 3]), launch(runner, new_request([1, 2, 3]))) == good
