@@ -44,7 +44,7 @@ class Rank:
         self._thread.start()
 
     def _serve(self) -> None:
-        with pytest.raises(EOFError):
+        with pytest.raises((EOFError, ConnectionError)):
             self.ends.serve()
 
     def call(self, method: str, *arguments: Any, step: int = 0, layer: int = 0, is_asked: bool = False) -> None:
