@@ -6,6 +6,7 @@ end and leases lapse; the API process starts the engine again. Workers end with 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -28,6 +29,7 @@ from rdma_comm.cuda.driver import num_gpus
 log = logging.getLogger("fastdeploy_pd.engine")
 
 START_TIMEOUT_S = 600.0  # for a worker to load its part of a model
+ENDING_S = 1.0  # between the end of a process's connections and its own
 LOST_STATUS = 3  # of an engine whose worker was lost
 _TOLD = msgspec.msgpack.Decoder(Answer | Happened | Refusal)
 OnLayer = Callable[[int], None]
@@ -91,7 +93,7 @@ class Worker:
         def wait() -> None:
             status = self._process.wait()
             if status:  # 0: it has seen us leave
-                end_instance(f"rank {self.rank} (process {self._process.pid}) ended with status {status}")
+                self._lost()
 
         threading.Thread(target=wait, name=f"rank-{self.rank}", daemon=True).start()
 
@@ -122,17 +124,22 @@ class Worker:
         try:
             channel.send(data)
         except OSError as error:
-            end_instance(f"rank {self.rank} (process {self._process.pid}) takes no messages ({error})")
+            self._lost(f"takes no messages ({error})")
+
+    def _lost(self, why: str = "") -> NoReturn:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # whoever notices first: the same is said
+            why = f"ended with status {self._process.wait(ENDING_S)}"
+        end_instance(f"rank {self.rank} (process {self._process.pid}) {why}")
 
     def _hear(self, timeout_s: float) -> bool:
         """Returns: whether there was a message."""
         try:
             data = self._orders.receive(timeout_s)
         except (EOFError, OSError) as error:
-            end_instance(f"rank {self.rank} (process {self._process.pid}) is gone ({error})")
+            self._lost(f"is gone ({error})")
         if data is None:
             if timeout_s:
-                end_instance(f"rank {self.rank} (process {self._process.pid}) has not answered for {timeout_s:g} s")
+                self._lost(f"has not answered for {timeout_s:g} s")
             return False
         told = _TOLD.decode(data)
         if isinstance(told, Happened):
