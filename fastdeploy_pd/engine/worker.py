@@ -148,6 +148,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's are for the whole group: rank 0 decides
         signal.signal(number, signal.SIG_IGN)
     threading.excepthook = end_by_fault
+    sys.setswitchinterval(
+        ACTIVE_WAIT_S
+    )  # the ends' threads, and the one that serves them, don't wait for the one that computes
     steps, orders = (Channel(socket.socket(fileno=int(number))) for number in sys.argv[1:3])
     setup = _SETUP.decode(orders.receive(TIMEOUT_S) or b"")
     configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")
