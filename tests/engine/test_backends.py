@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 
@@ -34,6 +35,25 @@ def test_the_first_that_listens_has_the_port_that_was_given() -> None:
         for backend in backends.values():
             assert not isinstance(backend, str)
             backend.close()
+
+
+def two_free_ports() -> int:
+    """The first of two neighbours; below those that the kernel gives to whoever asks for any."""
+    for port in range(20000, 30000, 2):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+    raise AssertionError("no two ports are free")
+
+
+def test_each_rank_has_a_port_of_its_own() -> None:
+    port = two_free_ports()
+    flags = ["--scheduler-name", "splitwise", "--tensor-parallel-size", "2", "--cache-transfer-protocol", "tcp"]
+    config = InstanceConfig.from_args([*flags, "--cache-queue-port", str(port)], {})
+    backends = [build_backends(config, KVPool(LAYOUT), LAYOUT, "m", None, rank)["tcp"] for rank in (0, 1)]
+    for rank, backend in enumerate(backends):
+        assert not isinstance(backend, str) and backend.descriptor()["port"] == port + rank
+        backend.close()
 
 
 def test_a_port_that_nobody_takes_is_said(caplog: pytest.LogCaptureFixture) -> None:
