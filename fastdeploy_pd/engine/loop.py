@@ -243,6 +243,7 @@ class Engine:
                 sequence.request.local.prompt_logprobs.extend(output.prompt_logprobs)
             if output.token_id is not None:
                 self._on_token(sequence.request, output.token_id, output, now_s)
+        self.decode.admit_queued(now_s)  # blocks may have become free
 
     def _on_token(self, request: Request, token_id: int, output: StepOutput, now_s: float) -> None:
         index = len(request.output_token_ids)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy_pd.clock import VirtualClock
-from fastdeploy_pd.cluster.messages import Abort, Beat, Reserve, Tokens
+from fastdeploy_pd.cluster.messages import Abort, Beat, Peer, Reserve, Tokens
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
@@ -104,6 +104,9 @@ class OneEngine:
         self.engine.receive("front", Beat(int(self.clock.now_s() / STEP_S)))
         self.engine.step()
         assert self.scheduler.pool.num_free_among(self.runner.blocks_in_use()) == 0
+        self.collect()
+
+    def collect(self) -> None:
         for action in self.engine.take_actions():
             if isinstance(action, Send) and isinstance(action.message, Tokens):
                 for chunk in action.message.chunks:
@@ -227,3 +230,18 @@ def test_a_device_that_hangs_is_not_alive() -> None:
     assert one.engine.counter == counter
     one.engine.receive("front", Abort("0", 1))
     assert one.engine.decode.served[("0", 1)].request.is_done
+
+
+def test_blocks_that_become_free_are_given_away_at_once() -> None:
+    """A request that waits for room is ordered in the very step that ends another one, not at the next tick of the timers."""
+    one = OneEngine(depth=1, rng=None, num_blocks=4, caching=False, chunked=False)
+    one.submit("first", Submission([1, 2, 3] * 4, 4, False, 0, None))
+    one.turn()
+    prefill = Peer("p", "ipc://nowhere")
+    request = Request("second", [5] * 12, SamplingParams(max_tokens=4, temperature=0), ENDING, front_end_id="front")
+    one.engine.receive("front", Reserve(request.to_wire(), prefill))
+    assert one.engine.decode.queued and not one.engine.decode.num_ordered
+    while one.answers["first"][-1].finish_reason is None:
+        one.engine.step()  # no time passes: no timer helps
+        one.collect()
+    assert one.engine.decode.num_ordered == 1
