@@ -176,7 +176,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights of a config.json")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--gpus", type=lambda text: text.split(","), default=["0", "1"], help="two GPUs (default 0,1)")
-    add("--dtype", choices=("float32", "bfloat16"), help="as of an instance")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="as of an instance")
     add("--max-model-len", type=int, help="default: 8192, or what the model allows if that is less")
     add("--max-num-batched-tokens", type=int, default=8192, help="of a step, everywhere")
     add("--layouts", type=lambda text: text.split(","), default=list(LAYOUTS), help=",".join(LAYOUTS))

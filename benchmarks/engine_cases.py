@@ -60,7 +60,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--model", type=Path, required=True, help="directory; with dummy weights it needs only config.json"
     )
-    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    flags.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     flags.add_argument("--load-format", choices=("auto", "dummy"), default="dummy")
     flags.add_argument("--max-model-len", type=int, default=8192)
     flags.add_argument("--max-num-batched-tokens", type=int, help="of a step (default: the engine's own)")

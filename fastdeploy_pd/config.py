@@ -341,8 +341,8 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add("--max-model-len", type=_integer(2), help="most tokens of a sequence (default: what the model allows)")
     add(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        help="compute and KV type; bfloat16 needs --ops torch (default: float32, on a GPU bfloat16)",
+        choices=("float32", "bfloat16", "float16"),
+        help="compute and KV type; all but float32 need --ops torch (default: float32, on a GPU bfloat16)",
     )
     add(
         "--device",

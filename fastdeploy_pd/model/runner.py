@@ -62,7 +62,7 @@ def make_ops(
         raise ConfigError(f"--ops is {name!r}; it must be one of {', '.join(OPS_NAMES)}")
     if dtype != "float32" and name != "torch":
         raise ConfigError(
-            f"--dtype is {dtype!r}; with --ops {name} it must be float32 (torch computes in bfloat16 too)"
+            f"--dtype is {dtype!r}; with --ops {name} it must be float32 (torch computes in bfloat16 and float16 too)"
         )
     num_threads = default_num_threads() if num_threads is None else num_threads
     prepare_environment()

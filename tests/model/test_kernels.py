@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 from fastdeploy_pd.model.kernels import attention, choice, heads, linear, rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+TYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 EPS = 1e-5
 
 

@@ -114,9 +114,10 @@ def test_seeded_sampling_is_the_same_in_any_batch(directory: Path, ops: str) -> 
     assert engine.generate([half])[0] == alone
 
 
-def test_bfloat16_on_torch_is_close(directory: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_on_torch_is_close(directory: Path, dtype: str) -> None:
     exact = TinyEngine(directory, "reference")
-    rough = TinyEngine(directory, "torch", kv_dtype="bfloat16", dtype="bfloat16")
+    rough = TinyEngine(directory, "torch", kv_dtype=dtype, dtype=dtype)
     outputs = [e.step([e.request(prompt_of(100), 2, logprobs=5)])[0] for e in (exact, rough)]
     assert outputs[0].logprobs is not None
     assert outputs[1].logprobs is not None
@@ -154,8 +155,10 @@ def test_refusals(directory: Path) -> None:
         build("jax")
     with pytest.raises(ConfigError, match="--dtype is 'bfloat16'; with --ops paddle it must be float32"):
         build("paddle", dtype="bfloat16")
-    with pytest.raises(ConfigError, match="--dtype is 'float16'; with --ops torch it must be one of float32, bfloat16"):
-        build("torch", dtype="float16")
+    with pytest.raises(
+        ConfigError, match="--dtype is 'float64'; with --ops torch it must be one of float32, bfloat16, float16"
+    ):
+        build("torch", dtype="float64")
     with pytest.raises(ConfigError, match=r"the KV pool is uint8\[\d+\]; it must be uint8\[\d+\]"):
         build(pool=pool[:-1])
     with pytest.raises(ConfigError, match="layout does not fit the model: num_layers: 5 != 3"):

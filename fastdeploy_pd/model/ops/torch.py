@@ -1,4 +1,4 @@
-"""The operations in PyTorch, on CPU or a GPU, in float32 or bfloat16."""
+"""The operations in PyTorch, on CPU or a GPU, in float32, bfloat16 or float16."""
 
 # Torch has types in part.
 # mypy: disable-error-code="no-any-return, no-untyped-call"
@@ -24,8 +24,7 @@ from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan,
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
-COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KV_TYPES = {**COMPUTE_TYPES, "float16": torch.float16}
+COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUERY_ROWS = 128
 GROUP_TIMEOUT_S = 60.0  # a rank that does not come to a sum for so long has failed
 
@@ -113,12 +112,14 @@ class TorchOps(ComposedOps):
 
     def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
         """See base."""
-        if layout.dtype not in KV_TYPES:
-            raise ConfigError(f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(KV_TYPES)}")
+        if layout.dtype not in COMPUTE_TYPES:
+            raise ConfigError(
+                f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(COMPUTE_TYPES)}"
+            )
         self._layout = layout
         shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         memory = torch.from_numpy(pool) if isinstance(pool, np.ndarray) else torch.as_tensor(pool, device=self.device)
-        return list(memory.view(KV_TYPES[layout.dtype]).view(shape))
+        return list(memory.view(COMPUTE_TYPES[layout.dtype]).view(shape))
 
     def mark(self) -> torch.cuda.Event | None:
         """See base."""
