@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,8 @@ class Decoder:
         self.rank = rank or Rank()
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = ops.weight(checkpoint.take("model.embed_tokens.weight", shape))
-        self.layers = [self._load_layer(checkpoint, i) for i in range(config.num_layers)]
+        with ThreadPoolExecutor(ops.num_loaders) as threads:
+            self.layers = list(threads.map(partial(self._load_layer, checkpoint), range(config.num_layers)))
         self.final_norm = ops.weight(checkpoint.take("model.norm.weight", (config.hidden_size,)))
         self.head = self.embedding
         if self.rank.is_first and not config.tie_word_embeddings:  # it alone computes logits

@@ -80,6 +80,7 @@ class Ops(Protocol):
     """
 
     name: str
+    num_loaders: int  #: threads that make weights at once
 
     def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> Tensor:
         """Returns: parts [rows, ...] one below the other, in the compute type."""

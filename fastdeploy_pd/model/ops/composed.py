@@ -31,6 +31,7 @@ def to_float32(*parts: RawTensor | DummyTensor | np.ndarray) -> np.ndarray:
 class ComposedOps(ABC):
     """See `base.Ops` for what is not abstract here. `plan` is in whatever form the backend's `plan` gives it."""
 
+    num_loaders = 1
     _layout: KVLayout
 
     @abstractmethod

@@ -30,6 +30,8 @@ MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very mat
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
 LARGEST_BATCH = 8  # of equal prompts, in powers of two, for the same reason as PADDING
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # weights are only read
+
 
 @dataclass(slots=True)
 class CudaStep:
@@ -52,6 +54,8 @@ class CudaStep:
 
 class CudaOps(TorchOps):
     """See `base.Ops`."""
+
+    num_loaders = 8  # reading a checkpoint and copying it to the device overlap
 
     def __init__(self, dtype: str, num_threads: int, device: str) -> None:
         """Raises: ConfigError: see TorchOps."""
@@ -84,9 +88,7 @@ class CudaOps(TorchOps):
                 out.normal_(0.0, part.std, generator=generator)
             return
         array = part if isinstance(part, np.ndarray) else part.array
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
-            host = torch.from_numpy(array)
+        host = torch.from_numpy(array)
         out.copy_(host.view(torch.bfloat16) if host.dtype == torch.uint16 else host)
 
     def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
