@@ -105,6 +105,7 @@ class Worker:
 
     def call(self, call: Call) -> None:
         """Have a method called; `settle` waits for the answer where one was asked for."""
+        self._listen()  # a worker whose events nobody takes would take no calls
         self._num_unanswered += call.is_asked
         self._send(self._orders, msgspec.msgpack.encode(call))
 
@@ -116,9 +117,12 @@ class Worker:
 
     def events(self, backend: str) -> list[TransferEvent]:
         """Returns: what has happened at an end since the last call."""
+        self._listen()
+        return self._events.pop(backend, [])
+
+    def _listen(self) -> None:
         while self._hear(0.0):
             pass
-        return self._events.pop(backend, [])
 
     def _send(self, channel: Channel, data: bytes) -> None:
         try:
