@@ -50,7 +50,10 @@ class EngineShell:
         self._record_s = 0.0
 
     def request_stop(self, is_gentle: bool) -> None:
-        """Stop: at once, or when what is being served has ended (at most DRAIN_S later)."""
+        """Stop: at once, or when what is being served has ended (at most DRAIN_S later).
+
+        Called between any two instructions of the loop, by a signal: it takes no lock, such as that of the metrics.
+        """
         self.engine.is_draining = True
         self.stop_at_s = self._clock.now_s() + (DRAIN_S if is_gentle else 0.0)
         self._refresh_record()
@@ -64,6 +67,7 @@ class EngineShell:
     def run(self) -> None:
         """Turn until stopped."""
         self._refresh_record()
+        self._observe_state()
         while not self._is_over():
             self._turn()
 
@@ -91,6 +95,7 @@ class EngineShell:
             self._last_counter, self._last_turn_s = engine.counter, now_s
         if now_s - self._record_s > RECORD_S:
             self._refresh_record()
+            self._observe_state()
             # Tokens that are kept for repeats are many; to look through them all again and again stops streams for 0.1 s and more.
             gc.collect(1)
             gc.freeze()
@@ -107,12 +112,14 @@ class EngineShell:
 
     def _refresh_record(self) -> None:
         self._record_s = self._clock.now_s()
-        scheduler = self.engine.context.scheduler
-        num_waiting = len(scheduler.waiting) + len(self.engine.decode.queued)
-        self.metrics.observe_state(len(scheduler.running), num_waiting, scheduler.pool.counts())
         self._record = self.built.member_record(
             self.config, os.environ.get("FD_HTTP_ADDRESS", ""), self.links.addresses[0]
         )
+
+    def _observe_state(self) -> None:
+        scheduler = self.engine.context.scheduler
+        num_waiting = len(scheduler.waiting) + len(self.engine.decode.queued)
+        self.metrics.observe_state(len(scheduler.running), num_waiting, scheduler.pool.counts())
 
 
 def bind_endpoints(config: InstanceConfig, run_dir: Path) -> list[str]:

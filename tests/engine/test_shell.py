@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import values
+from prometheus_client.mmap_dict import MmapedDict
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.links import Links
@@ -113,3 +117,30 @@ def test_an_engine_that_waits_does_not_spin(shell: EngineShell) -> None:
     assert engine.has_work
     assert time.process_time() - cpu_s < 0.5 * 1.5 * STEP_S
     assert num_turns > 50, "the step's end would be seen late"
+
+
+def test_a_signal_may_come_while_something_is_measured(shell: EngineShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler runs between any two instructions of the loop: it must not wait for a lock that the loop holds."""
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    shell.metrics = EngineMetrics("m", "mixed")
+    write, has_come = MmapedDict.write_value, []
+
+    def stopped(*arguments: Any) -> None:  # inside the lock of all measurements
+        if not has_come:
+            has_come.append(True)
+            signal.setitimer(signal.ITIMER_REAL, 3)
+            shell.request_stop(is_gentle=True)
+        write(*arguments)
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError("the handler waits for what the loop holds")
+
+    monkeypatch.setattr(MmapedDict, "write_value", stopped)
+    before = signal.signal(signal.SIGALRM, give_up)
+    try:
+        shell.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    record = shell.record()
+    assert has_come and record is not None and record.is_draining
