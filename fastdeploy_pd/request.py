@@ -239,8 +239,8 @@ class Request:
             unknown = set(values) - set(_WIRE_FIELDS)
             if unknown:
                 raise InvalidRequest(f"unknown request fields {sorted(unknown)}")
-            for name in ("prompt_token_ids", "output_token_ids", "eos_token_ids"):
-                array("q", values[name])  # integers and nothing else
+            for name, code in (("prompt_token_ids", "I"), ("output_token_ids", "I"), ("eos_token_ids", "q")):
+                array(code, values[name])  # integers and nothing else; blocks are hashed by the first two
             request = cls(sampling=SamplingParams(**sampling), **values)
             for name, kind in (
                 ("request_id", str),

@@ -54,6 +54,7 @@ def test_wire() -> None:
     assert (again.to_wire(), again.sampling) == (wire, sampling)
     changes = ({"nonsense": 1}, {"sampling": {"max_tokens": 0}}, {"sampling": 5}, {"attempt": "x"}, {"attempt": [1]}, {"attempt": 2**62},
                {"attempt": 0}, {"prompt_token_ids": ["a"]}, {"prompt_token_ids": [1.5]}, {"prompt_token_ids": [2**70]},
+               {"prompt_token_ids": [-1]}, {"output_token_ids": [2**32]},
                {"front_end_id": 5}, {"eos_token_ids": [None]}, {"sampling": {"temperature": "hot"}})  # fmt: skip
     for damaged in ({}, *({**wire, **change} for change in changes)):
         with pytest.raises(InvalidRequest):

@@ -110,7 +110,7 @@ class Tokens:
 class PrefillOrder:
     """Compute this prompt and write its blocks to mine. Resent until OrderAccepted, OrderRefused or HandOver comes; executed at most once."""
 
-    grant_id: str
+    grant_id: Annotated[str, msgspec.Meta(pattern="^[^@]*$")]  #: an @ is for names of ranks' parts of it
     nonce: int  #: seed of the checksums, 63 bits; differs for every grant
     request: dict[str, Any]
     first_block: int  #: index in the block table of the first block wanted (earlier ones are in decode's prefix cache)

@@ -106,7 +106,8 @@ class Engine:
                 self._on_beat(sender_id, message, now_s)
             case Reserve():
                 self._hear(sender_id, now_s)
-                self._on_reserve(sender_id, message, now_s)
+                if isinstance(message.request.get("attempt", 1), int):  # else nobody to answer
+                    self._on_reserve(sender_id, message, now_s)
             case Abort():
                 self.decode.on_abort(message, now_s)
             case Query():

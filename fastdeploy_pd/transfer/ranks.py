@@ -164,9 +164,10 @@ class RankedTransfer:
             return [(Share(0, 0, 1, 1, (0,), (0,)), peer)]  # what does not fit is said by the end
         layouts = [KVLayout(**rank["layout"]) for rank in ranks]
         for number, layout in enumerate(layouts):
-            if len(ranks) > 1 and layout != shard(
-                replace(whole(self._layouts[0]), num_blocks=layout.num_blocks), number, len(ranks)
-            ):
+            expected = replace(whole(self._layouts[0]), num_blocks=layout.num_blocks)
+            if len(ranks) > 1:
+                expected = shard(expected, number, len(ranks))
+            if layout != expected:
                 raise ValueError(f"rank {number} of {len(ranks)} has not the heads that it should have")
         shares = share_heads(self._layouts, layouts)
         return [(share, ranks[share.target_rank]) for share in shares]

@@ -240,7 +240,10 @@ class StreamTransfer:
         step = ID_BYTES * max(1, self.piece_bytes // size)
         if outgoing.lists != (remote_block_ids, local_block_ids):
             outgoing.lists = remote_block_ids, local_block_ids
-            outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
+            try:
+                outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
+            except OverflowError as error:  # whoever ordered the blocks made them up
+                return self._fail_outgoing(epoch, f"no block ids: {error}")
         remote, local = outgoing.packed
         for first in range(0, len(local), step):
             part = slice(first, first + step)

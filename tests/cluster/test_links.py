@@ -65,6 +65,11 @@ def test_messages_survive_the_wire(message: Message) -> None:
         assert Request.from_wire(received.request).prompt_token_ids == [1, 2]
 
 
+def test_no_grant_has_the_name_of_a_rank_s_part_of_another() -> None:
+    with pytest.raises(ProtocolError, match="grant_id"):
+        decode(encode(PrefillOrder("g@2.0.0", 1, Request("r", [1]).to_wire(), 0, (1,), "d", {})))
+
+
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):

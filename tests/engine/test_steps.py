@@ -216,6 +216,14 @@ def test_a_failed_step_ends_its_requests_and_nothing_else(depth: int, where: str
     assert ended[2].finish_reason is not FinishReason.ERROR
 
 
+@pytest.mark.parametrize("damage", [{"attempt": "x"}, {"attempt": None}, {"prompt_token_ids": [-1] * 9}])
+def test_a_damaged_request_ends_no_engine(damage: dict[str, object]) -> None:
+    one = OneEngine(1, None)
+    one.engine.receive("front", Reserve({**Request("0", [2] * 9).to_wire(), **damage}, None))
+    (good,) = some(1)
+    assert one.run([good]) == [good.expected]
+
+
 def test_a_device_that_hangs_is_not_alive() -> None:
     """Messages are answered on, but the counter that peers and the lease look at stands still."""
     one = OneEngine(2, random.Random(1))

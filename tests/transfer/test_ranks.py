@@ -158,6 +158,15 @@ def test_cancel_and_the_sender_s_death_are_told_once(num_sources: int, num_targe
             assert source.transfer.poll() == target.transfer.poll() == []
 
 
+@pytest.mark.parametrize(("num_sources", "num_targets"), [(1, 1), (1, 2), (2, 1)])
+def test_block_ids_that_nobody_has_fail_the_epoch(num_sources: int, num_targets: int) -> None:
+    with instances(Instance("tcp", num_sources, some_data()), Instance("tcp", num_targets)) as (source, target):
+        source.transfer.start("e", 5, target.transfer.descriptor(), [2**40])
+        source.transfer.write("e", 0, [1], [2**40])
+        (failed,) = source.events()
+        assert isinstance(failed, EpochFailed) and "no block ids" in failed.reason
+
+
 def test_who_does_not_fit_is_refused_by_name() -> None:
     with instances(Instance("tcp", 2), Instance("tcp", 1, fingerprint="other"), Instance("tcp", 2)) as (
         own,
@@ -178,6 +187,11 @@ def test_who_does_not_fit_is_refused_by_name() -> None:
         assert own.transfer.reaches({**descriptor, "ranks": broken}).startswith("rank 1 to 1: fingerprint")
         for ranks in (7, [], [{}], [descriptor["ranks"][0]] * 65, [{"layout": {"num_layers": "x"}}], "ab"):
             assert own.transfer.reaches({**descriptor, "ranks": ranks}), ranks
+        rank = descriptor["ranks"][0]
+        for heads in ({"num_kv_heads": 0}, {"num_kv_heads": 2, "total_kv_heads": 4}):  # nothing would be sent, or half
+            alone = {**rank, "layout": {**descriptor["layout"], **heads}}
+            for peer in ({**descriptor, "ranks": [alone]}, alone):
+                assert own.transfer.reaches(peer), heads
 
 
 def test_names_of_parts_that_make_no_sense_open_nothing() -> None:
