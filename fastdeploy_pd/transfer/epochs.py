@@ -196,7 +196,7 @@ class EpochBook:
         epoch, _, part = name.partition(_PART)
         num_sources, source = _ranks_of(part)
         incoming = self._open.get(epoch)
-        if not num_sources or incoming is None:
+        if not num_sources or incoming is None or len(self._parts.get(epoch, ())) == MAX_RANKS:
             return None
         try:
             share = share_between(shard(whole(self._layout), source, num_sources), self._layout)

@@ -204,6 +204,8 @@ def test_names_of_parts_that_make_no_sense_open_nothing() -> None:
         assert [name for name in names if book.find(name) is not None] == []
         assert book.find("e@1.0.0") is not None and whole_book.find("e@2.1.0") is not None
         assert book.find("e@1.0.0") is book.find("e@1.0.0")
+        made_up = [book.find(f"e@1.0.{number}") for number in range(1, 200)]
+        assert sum(part is not None for part in made_up) == 63, "as many as there may be ranks"
         target.transfer.revoke("e")
         assert book.find("e@1.0.0") is None and not book._open
 
