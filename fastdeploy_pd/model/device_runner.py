@@ -262,6 +262,9 @@ class DeviceRunner(ModelRunner):
                     self._unqueued.popleft()
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> FastDeployPDError:
+        """Returns: what to say. Raises: the error, where other ranks compute the step: their sums would meet those of the next one."""
+        if self.rank.count > 1:
+            raise error
         free, total = torch.cuda.mem_get_info(self._ops.device)
         torch.cuda.empty_cache()
         return FastDeployPDError(

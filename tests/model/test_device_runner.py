@@ -10,6 +10,7 @@ import pytest
 from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner, make_runner
 from fastdeploy_pd.request import Request, SamplingParams
 from tests.transfer.gpu import has_gpu
@@ -62,6 +63,21 @@ def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: f
         tokens.append(taken(ahead, steps.pop(0)))
     assert [*tokens, taken(ahead, steps.pop())] == wanted
     assert len(set(wanted)) > 5
+
+
+def test_out_of_memory_with_several_ranks_is_no_step_s_own(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on with the sums of this step and would meet those of the next one: the instance has to end."""
+    import torch
+
+    def fail(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    runner.rank = Rank(0, 2)
+    monkeypatch.setattr(runner.decoder, "run_layer", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch(runner, new_request([1, 2, 3])).outputs()
 
 
 def test_out_of_memory_ends_the_step_alone(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
