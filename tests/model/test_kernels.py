@@ -54,6 +54,8 @@ def test_rows(dtype: torch.dtype) -> None:
     source = torch.tensor([-1, 1, -1, 0], dtype=torch.int32, device=DEVICE)
     sampled = torch.tensor([11, 12], dtype=torch.int32, device=DEVICE)
     assert rows.embedding(table, ids, source, sampled).equal(table[[3, 12, 49, 11]])
+    sampled[1] = choice.NO_TOKEN  # the step before had no token for a sequence, and this one is queued already
+    assert rows.embedding(table[1:], 0 * ids, source, sampled).equal(table[[1, 1, 1, 12]])
 
 
 @pytest.mark.parametrize("dtype", TYPES)

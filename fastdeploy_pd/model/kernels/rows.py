@@ -22,7 +22,7 @@ def _embedding(
     if HAS_SOURCE:
         place = tl.load(source + row)
         if place >= 0:
-            token = tl.load(sampled + place).to(tl.int64)
+            token = tl.maximum(tl.load(sampled + place), 0).to(tl.int64)  # below: its request ends, this step runs
     columns = tl.arange(0, BLOCK)
     values = tl.load(table + token * SIZE + columns, mask=columns < SIZE)
     tl.store(out + row * SIZE + columns, values, mask=columns < SIZE)
@@ -39,7 +39,7 @@ def embedding(
         table: [vocab, hidden].
         token_ids: [n] int32.
         source: [n] int32, where in `sampled` a row's token is; -1: it is in token_ids.
-        sampled: [any] int32 token ids that are on the device alone.
+        sampled: [any] int32 token ids that are on the device alone; one below 0 (choice.NO_TOKEN) reads as 0.
     Returns: [n, hidden].
     """
     out = torch.empty((len(token_ids), table.shape[1]), dtype=table.dtype, device=table.device)
