@@ -14,7 +14,10 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU here, and TRITON_INTERPRET is not 1", allow_module_level=True)
 pytest.importorskip("triton")
 
+from fastdeploy_pd.core.layout import KVLayout  # noqa: E402
+from fastdeploy_pd.errors import ConfigError  # noqa: E402
 from fastdeploy_pd.model.kernels import attention, choice, heads, linear, rows  # noqa: E402
+from fastdeploy_pd.model.ops.cuda import CudaOps  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
@@ -194,3 +197,20 @@ def test_the_likeliest(dtype: torch.dtype) -> None:
     chosen = torch.full((8,), 77, dtype=torch.int32, device=DEVICE)
     choice.likeliest(logits, chosen)
     assert chosen.tolist() == [5, 69_999, -1, -1, -1, int(logits[5].argmax()), 77, 77]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "head_dim", "dtype", "allowed"),
+    [
+        (8, 64, "bfloat16", "a power of two of at least 16"),
+        (512, 128, "bfloat16", "at most 256"),
+        (256, 256, "bfloat16", "at most 128"),
+        (256, 128, "float32", "at most 128"),
+    ],
+)
+def test_a_block_that_attention_cannot_hold_is_refused(
+    block_size: int, head_dim: int, dtype: str, allowed: str
+) -> None:
+    layout = KVLayout(1, 2, 1, block_size, head_dim, dtype)
+    with pytest.raises(ConfigError, match=f"--block-size is {block_size}; on a GPU.* it must be {allowed}"):
+        CudaOps.cache(CudaOps.__new__(CudaOps), None, layout)

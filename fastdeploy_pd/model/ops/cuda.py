@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.layout import ITEM_BYTES, KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.kernels import attention, heads, linear, rows
 from fastdeploy_pd.model.ops.base import DecodeGroup, PromptSpan, StepInputs
@@ -27,6 +27,7 @@ PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for eac
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
 MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else 1.39 ms)
+MOST_KEY_BYTES = 65536  # of a block's K of one head: attention has two such and two of V in a processor's shared memory
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
 LARGEST_BATCH = 8  # of equal prompts, in powers of two, for the same reason as PADDING
 
@@ -97,6 +98,11 @@ class CudaOps(TorchOps):
             raise ConfigError(f"--block-size is {layout.block_size}; on a GPU it must be a power of two of at least 16")
         if layout.head_dim < 16 or layout.head_dim & (layout.head_dim - 1):
             raise ConfigError(f"head_dim is {layout.head_dim}; on a GPU it must be a power of two of at least 16")
+        most = MOST_KEY_BYTES // (layout.head_dim * ITEM_BYTES[layout.dtype])
+        if layout.block_size > most:
+            raise ConfigError(
+                f"--block-size is {layout.block_size}; on a GPU, with head_dim {layout.head_dim} in {layout.dtype}, it must be at most {most}"
+            )
         layers = super().cache(pool, layout)
         self._layers = torch.as_strided(
             layers[0], (len(layers), *layers[0].shape), (layout.layer_bytes // layers[0].itemsize, *layers[0].stride())
