@@ -80,12 +80,16 @@ def make_ops(
 
             return TorchOps(dtype, num_threads, device)
     except ImportError as error:
-        raise ConfigError(
-            f"--ops {name} needs a package that is not installed ({error}): {sys.executable} -m pip install 'fastdeploy-pd[{name}]'"
-        ) from error
+        raise _not_installed(name, error) from error
     from fastdeploy_pd.model.ops.reference import ReferenceOps
 
     return ReferenceOps()
+
+
+def _not_installed(name: str, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"--ops {name} needs a package that is not installed ({error}): {sys.executable} -m pip install 'fastdeploy-pd[{name}]'"
+    )
 
 
 class ModelRunner:
@@ -276,8 +280,14 @@ def make_runner(
     """Returns: the runner for a device. Raises: see ModelRunner."""
     if device == "cpu":
         return ModelRunner(directory, ops_name, dtype, num_threads, rank=rank)
-    from fastdeploy_pd.model.device_runner import DeviceRunner
+    prepare_environment()
+    try:
+        from fastdeploy_pd.model.ops.torch import find_device
 
+        find_device(device)  # first: a torch without CUDA comes without Triton too
+        from fastdeploy_pd.model.device_runner import DeviceRunner
+    except ImportError as error:
+        raise _not_installed(ops_name, error) from error
     return DeviceRunner(directory, ops_name, dtype, num_threads, device, rank)
 
 

@@ -13,9 +13,10 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.ops.environment import default_num_threads
-from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups
+from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups, make_runner
 from fastdeploy_pd.request import Request, SamplingParams
 from tests.model.tiny import TinyEngine, write_checkpoint
+from tests.transfer.gpu import has_gpu
 
 OPS = ["reference", "paddle", "torch"]
 
@@ -167,6 +168,12 @@ def test_refusals(directory: Path) -> None:
     for ops in ("reference", "paddle"):
         with pytest.raises(ConfigError, match="KV dtype is 'bfloat16'"):
             build(ops, pool=pool[: half.pool_bytes], layout=half)
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="--device is 'cuda'; torch cannot use one here: .*(CUDA|GPU)"):
+        make_runner(directory, "torch", "float32", 1, "cuda")
 
 
 @pytest.mark.parametrize("token_id", [-1, 199])

@@ -66,7 +66,7 @@ class TorchOps(ComposedOps):
             raise ConfigError(f"--dtype is {dtype!r}; with --ops torch it must be one of {', '.join(COMPUTE_TYPES)}")
         self.dtype = COMPUTE_TYPES[dtype]
         torch.set_num_threads(num_threads)
-        self.device = _device(device)
+        self.device = find_device(device)
         self._ranks: Any = None
 
     def join(self, path: Path, rank: int, num_ranks: int) -> None:
@@ -254,7 +254,8 @@ class TorchOps(ComposedOps):
         return x.float().cpu().numpy()
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Returns: the device that a flag names. Raises: ConfigError: torch cannot use it here; says why."""
     if name != "cpu" and not torch.cuda.is_available():
         reason = (
             f"this torch ({torch.__version__}) was built without CUDA: "
