@@ -133,7 +133,8 @@ class DeviceRunner(ModelRunner):
     def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
-        for lengths in ([longest], [min(20, longest), 1]):
+        most = min(len(self._ops.sampled), pool.num_free)  # sequences
+        for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
         if can_decode:
             if self.rank.count > 1:
@@ -172,7 +173,10 @@ class DeviceRunner(ModelRunner):
                 logits = self._graphs.run(sequences, token_ids, sources)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(error) from error
-            self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
+            try:
+                self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
+            except torch.OutOfMemoryError as error:  # of the draws: the graph runs, and its blocks are written
+                self._give_up(step, error)
             return step
         rows = self._logit_rows(batch)
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
@@ -256,10 +260,14 @@ class DeviceRunner(ModelRunner):
                 try:
                     step.is_queued = next(work, self) is self
                 except torch.OutOfMemoryError as error:
-                    step.fault, step.is_queued = self._out_of_memory(error), True
-                    step.end.record()
+                    self._give_up(step, error)
                 if step.is_queued:
                     self._unqueued.popleft()
+
+    def _give_up(self, step: DeviceStep, error: torch.OutOfMemoryError) -> None:
+        """Nothing of a step is queued any more."""
+        step.fault, step.is_queued = self._out_of_memory(error), True
+        step.end.record()
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> FastDeployPDError:
         """Returns: what to say. Raises: the error, where other ranks compute the step: their sums would meet those of the next one."""

@@ -9,6 +9,7 @@ import pytest
 
 from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner, make_runner
@@ -21,12 +22,16 @@ PROMPT = [int(t) for t in np.random.default_rng(3).integers(2, 200, 150)]
 
 @pytest.fixture
 def runner() -> ModelRunner:
+    return new_runner(max_num_seqs=4)
+
+
+def new_runner(max_num_seqs: int) -> ModelRunner:
     from fastdeploy_pd.transfer.device_pool import DevicePool
     from rdma_comm.cuda.driver import Gpu
 
     runner = make_runner(DEMO_MODEL, "torch", "float32", 1, "cuda")
     layout = runner.kv_layout(runner.config, 64, 64, "float32")
-    runner.attach(DevicePool(layout, Gpu()), layout, 4, 1024)
+    runner.attach(DevicePool(layout, Gpu()), layout, max_num_seqs, 1024)
     return runner
 
 
@@ -97,3 +102,28 @@ def test_out_of_memory_ends_the_step_alone(runner: ModelRunner, monkeypatch: pyt
         step.outputs()
     monkeypatch.undo()
     assert taken(new_request([1, 2, 3]), launch(runner, new_request([1, 2, 3]))) == good
+
+
+def test_out_of_memory_of_a_draw_ends_the_step_alone(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fastdeploy_pd.model.device_sampler import Draw
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    request = new_request([1, 2, 3], temperature=0.9)
+    taken(request, launch(runner, request))
+    monkeypatch.setattr(Draw, "apply", fail)
+    step = launch(runner, request)
+    with pytest.raises(FastDeployPDError, match="Tried to allocate 2 GiB"):
+        step.outputs()
+
+
+@pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (4, 1)])
+def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> None:
+    runner, pool = new_runner(max_num_seqs), BlockPool(num_blocks, 64)
+    runner.warm_up(pool, can_decode=True)
+    assert pool.num_free == num_blocks
+    request = new_request([1, 2, 3])
+    assert taken(request, launch(runner, request)) >= 0
