@@ -172,7 +172,7 @@ def test_refusals(directory: Path) -> None:
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 def test_a_device_that_is_not_there(directory: Path) -> None:
-    with pytest.raises(ConfigError, match="--device is 'cuda'; torch cannot use one here: .*(CUDA|GPU)"):
+    with pytest.raises(ConfigError, match=r"--device is 'cuda'; torch cannot use one here: .*(CUDA|GPU)"):
         make_runner(directory, "torch", "float32", 1, "cuda")
 
 
