@@ -44,7 +44,7 @@ class DeviceStep:
     logits: dict[int, torch.Tensor]  #: [rows, vocab_size] float32, pinned: by index, of those that the CPU looks at
     end: torch.cuda.Event
     on_layer: Callable[[int], None] | None = None
-    advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one before it
+    advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one beside it
     is_queued: bool = True  #: wholly
     layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
     num_layers_done: int = 0
@@ -52,8 +52,7 @@ class DeviceStep:
 
     def poll(self) -> bool:
         """Hand over layers that are done. Returns: whether all is."""
-        if not self.is_queued:
-            self.advance()
+        self.advance()
         while self.layers and self.layers[0].query():
             self._hand_over()
         is_done = self.is_queued and not self.layers and self.end.query()
@@ -252,6 +251,8 @@ class DeviceRunner(ModelRunner):
 
     def _advance(self) -> None:
         """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
+        if not self._unqueued:
+            return
         with self._ops.running():
             for _ in range(LAYERS_AT_ONCE):
                 if not self._unqueued:
