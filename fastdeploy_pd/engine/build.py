@@ -23,7 +23,8 @@ from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
 from fastdeploy_pd.model.parallel import Rank
-from fastdeploy_pd.model.runner import ModelRunner, make_runner
+from fastdeploy_pd.model.runner import ModelRunner
+from fastdeploy_pd.model.select import make_runner
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.layout import KVPool

@@ -80,13 +80,13 @@ def make_ops(
 
             return TorchOps(dtype, num_threads, device)
     except ImportError as error:
-        raise _not_installed(name, error) from error
+        raise not_installed(name, error) from error
     from fastdeploy_pd.model.ops.reference import ReferenceOps
 
     return ReferenceOps()
 
 
-def _not_installed(name: str, error: ImportError) -> ConfigError:
+def not_installed(name: str, error: ImportError) -> ConfigError:
     return ConfigError(
         f"--ops {name} needs a package that is not installed ({error}): {sys.executable} -m pip install 'fastdeploy-pd[{name}]'"
     )
@@ -267,28 +267,6 @@ class ModelRunner:
             rows.append(wanted)
             first += sequence.num_tokens
         return rows
-
-
-def make_runner(
-    directory: Path,
-    ops_name: str,
-    dtype: str = "float32",
-    num_threads: int | None = None,
-    device: str = "cpu",
-    rank: Rank | None = None,
-) -> ModelRunner:
-    """Returns: the runner for a device. Raises: see ModelRunner."""
-    if device == "cpu":
-        return ModelRunner(directory, ops_name, dtype, num_threads, rank=rank)
-    prepare_environment()
-    try:
-        from fastdeploy_pd.model.ops.torch import find_device
-
-        find_device(device)  # first: a torch without CUDA comes without Triton too
-        from fastdeploy_pd.model.device_runner import DeviceRunner
-    except ImportError as error:
-        raise _not_installed(ops_name, error) from error
-    return DeviceRunner(directory, ops_name, dtype, num_threads, device, rank)
 
 
 def attention_plan(sequences: Sequence[ScheduledSequence], block_size: int) -> AttentionPlan:

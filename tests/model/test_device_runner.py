@@ -12,7 +12,8 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.model.parallel import Rank
-from fastdeploy_pd.model.runner import ModelRunner, make_runner
+from fastdeploy_pd.model.runner import ModelRunner
+from fastdeploy_pd.model.select import make_runner
 from fastdeploy_pd.request import Request, SamplingParams
 from tests.transfer.gpu import has_gpu
 

@@ -13,7 +13,8 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.model.ops.environment import default_num_threads
-from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups, make_runner
+from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups
+from fastdeploy_pd.model.select import make_runner
 from fastdeploy_pd.request import Request, SamplingParams
 from tests.model.tiny import TinyEngine, write_checkpoint
 from tests.transfer.gpu import has_gpu
