@@ -82,22 +82,7 @@ class Decoder:
             on_layer: called when a layer's K and V are in the cache.
         Returns: [m, vocab_size] float32 logits.
         """
-        marks: list[Any] = []
-
-        def queued(layer: int) -> None:
-            mark = self.ops.mark()
-            if mark is not None:
-                marks.append(mark)
-            elif on_layer is not None:
-                on_layer(layer)
-
-        logits = self.run(
-            self.ops.prepare(inputs), caches, len(inputs.logit_rows), queued if on_layer is not None else None
-        )
-        for layer, mark in enumerate(marks):  # all is queued: layers are told as the device gets through them
-            self.ops.wait(mark)
-            if on_layer is not None:
-                on_layer(layer)
+        logits = self.run(self.ops.prepare(inputs), caches, len(inputs.logit_rows), on_layer)
         return np.zeros((0, self.config.vocab_size), np.float32) if logits is None else self.ops.to_numpy(logits)
 
     def run(

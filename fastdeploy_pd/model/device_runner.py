@@ -162,7 +162,7 @@ class DeviceRunner(ModelRunner):
         if self.rank.count > 1:
             data = self._teller.tell(sequences, token_ids, sources, len(sampled), is_decode, on_layer is not None)
             on_layer = self.announce(data, on_layer)
-        self._sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
+        sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
         tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
         step = DeviceStep(sequences, errors, tokens, {}, torch.cuda.Event(), on_layer, self._advance)
         if is_decode:
@@ -172,6 +172,7 @@ class DeviceRunner(ModelRunner):
                 logits = self._graphs.run(sequences, token_ids, sources)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(error) from error
+            self._sample_of = sample_of
             try:
                 self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
             except torch.OutOfMemoryError as error:  # of the draws: the graph runs, and its blocks are written
@@ -180,7 +181,7 @@ class DeviceRunner(ModelRunner):
         rows = self._logit_rows(batch)
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
-        step.is_queued = False
+        step.is_queued, self._sample_of = False, sample_of
         layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
@@ -239,9 +240,9 @@ class DeviceRunner(ModelRunner):
         """
 
         def queued(layer: int) -> None:
-            mark = self._ops.mark()
-            if mark is not None and marks is not None:
-                marks.append(mark)
+            if marks is not None:
+                marks.append(torch.cuda.Event())
+                marks[-1].record()
 
         x = self._ops.embedding(self.decoder.embedding, prepared)
         for index, cache in enumerate(self.caches):

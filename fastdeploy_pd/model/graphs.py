@@ -136,19 +136,21 @@ class DecodeGraphs:
             splits=self._ops.splits(size, self._tables.shape[1]),
         )
         kept, sampled = self._device.clone(), self._ops.sampled.clone()
-        # Once outside of the capture: kernels are compiled and handles made. It must not leave anything in the pool.
-        inputs["slots"].fill_(NOWHERE)
-        inputs["lengths"].zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._compute(step, size)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits = self._compute(step, size)
-        self._device.copy_(kept)
-        self._ops.sampled.copy_(sampled)
+        try:
+            # Once outside of the capture: kernels are compiled and handles made. It must not leave anything in the pool.
+            inputs["slots"].fill_(NOWHERE)
+            inputs["lengths"].zero_()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._compute(step, size)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                logits = self._compute(step, size)
+        finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
+            self._device.copy_(kept)
+            self._ops.sampled.copy_(sampled)
         return graph, logits
 
     def _compute(self, step: CudaStep, size: int) -> torch.Tensor | None:

@@ -100,14 +100,6 @@ class Ops(Protocol):
         """Say how Q and K are turned: frequencies [head_dim / 2] float64 times a token's position, below max_positions."""
         ...
 
-    def mark(self) -> Any:
-        """Returns: the present end of what is queued, for `wait`; None: nothing is ever queued, it is done already."""
-        ...
-
-    def wait(self, mark: Any) -> None:
-        """Return when everything before the mark is done."""
-        ...
-
     def prepare(self, inputs: StepInputs) -> Any:
         """Returns: a step in whatever form this backend's operations like; made once a step."""
         ...

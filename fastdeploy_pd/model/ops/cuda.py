@@ -117,6 +117,7 @@ class CudaOps(TorchOps):
 
     def running(self) -> AbstractContextManager[None]:
         """Returns: what a step's operations are queued in; to enter it for each would cost more than they do."""
+        # never the memory-efficient one: torch 2.11's is wrong for 64 n + 1 masked rows over keys expanded for several heads
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         return sdpa_kernel(backends, set_priority=True)
 

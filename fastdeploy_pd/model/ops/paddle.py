@@ -80,12 +80,6 @@ class PaddleOps(ComposedOps):
             caches.append(_Cache(paddle.utils.dlpack.from_dlpack(rows.__dlpack__()), array))
         return caches
 
-    def mark(self) -> None:
-        """See base."""
-
-    def wait(self, mark: None) -> None:
-        """See base."""
-
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See composed."""
         spans = [(span, self._rows(span.block_ids)) for span in plan.spans]

@@ -41,12 +41,6 @@ class ReferenceOps(ComposedOps):
         self._layout = layout
         return numpy_cache(pool, layout)
 
-    def mark(self) -> None:
-        """See base."""
-
-    def wait(self, mark: None) -> None:
-        """See base."""
-
     def plan(self, plan: AttentionPlan) -> AttentionPlan:
         """See composed."""
         return plan

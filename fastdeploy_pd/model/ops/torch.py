@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
@@ -121,22 +119,6 @@ class TorchOps(ComposedOps):
         memory = torch.from_numpy(pool) if isinstance(pool, np.ndarray) else torch.as_tensor(pool, device=self.device)
         return list(memory.view(COMPUTE_TYPES[layout.dtype]).view(shape))
 
-    def mark(self) -> torch.cuda.Event | None:
-        """See base."""
-        if self.device.type == "cpu":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
-
-    def wait(self, mark: torch.cuda.Event) -> None:
-        """See base."""
-        mark.synchronize()
-
-    def _sdpa(self) -> Any:
-        # torch 2.11's memory-efficient kernel is wrong for 64 n + 1 masked rows over keys that are expanded, not copied, for several heads.
-        return nullcontext() if self.device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
-
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
@@ -235,10 +217,9 @@ class TorchOps(ComposedOps):
                 <= torch.arange(span.start + first, seen, device=self.device)[:, None]
             )
             shape = (num_kv_heads, grouped.shape[1], seen, head_dim)
-            with self._sdpa():
-                attended = functional.scaled_dot_product_attention(
-                    grouped, keys[:, :, :seen].expand(shape), values[:, :, :seen].expand(shape), attn_mask=visible
-                )
+            attended = functional.scaled_dot_product_attention(
+                grouped, keys[:, :, :seen].expand(shape), values[:, :, :seen].expand(shape), attn_mask=visible
+            )
             out[tile] = attended.permute(2, 0, 1, 3).reshape(last - first, -1)
 
     def _attend_group(self, q: torch.Tensor, cache: torch.Tensor, group: _Group) -> torch.Tensor:
