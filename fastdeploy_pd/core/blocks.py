@@ -35,13 +35,13 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int
 
     Args:
         hashes: hashes of the first len(hashes) blocks; extended in place.
-        token_ids: the request's tokens from position 0.
+        token_ids: the request's tokens behind these blocks.
         block_size: tokens a block.
         salt: start of the chain.
     """
-    for index in range(len(hashes), len(token_ids) // block_size):
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else root_hash(salt)
-        hashes.append(chain_hash(parent, token_ids[index * block_size : (index + 1) * block_size]))
+        hashes.append(chain_hash(parent, token_ids[start : start + block_size]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,11 @@ class BlockPool:
         """
         if num_blocks > len(self._free):
             raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {len(self._free)} of {self.num_blocks} are free")
-        taken = []
-        for _ in range(num_blocks):
-            block_id, _ = self._free.popitem(last=False)
-            self._forget(block_id)
-            self._ref_counts[block_id] = 1
-            taken.append(block_id)
+        take_oldest, ref_counts = self._free.popitem, self._ref_counts
+        taken = [take_oldest(last=False)[0] for _ in range(num_blocks)]
+        self.forget(taken)
+        for block_id in taken:
+            ref_counts[block_id] = 1
         return taken
 
     def hold(self, block_ids: Iterable[int]) -> None:
@@ -113,14 +112,15 @@ class BlockPool:
 
         Raises: ValueError: a block was not held.
         """
+        ref_counts, free, hash_of = self._ref_counts, self._free, self._hash_of
         for block_id in reversed(block_ids):
-            if self._ref_counts[block_id] == 0:
+            if ref_counts[block_id] == 0:
                 raise ValueError(f"block {block_id} was released more often than held")
-            self._ref_counts[block_id] -= 1
-            if self._ref_counts[block_id] == 0:
-                self._free[block_id] = None
-                if block_id not in self._hash_of:
-                    self._free.move_to_end(block_id, last=False)
+            ref_counts[block_id] -= 1
+            if ref_counts[block_id] == 0:
+                free[block_id] = None
+                if block_id not in hash_of:
+                    free.move_to_end(block_id, last=False)
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Returns: block ids of the longest findable run of `hashes` from the first on. Holds nothing: see `hold`."""
@@ -136,28 +136,27 @@ class BlockPool:
         """Returns: how many of these blocks are free, i.e. how many free ones `hold` would take."""
         return sum(1 for block_id in block_ids if self._ref_counts[block_id] == 0)
 
-    def make_findable(self, block_id: int, block_hash: bytes) -> None:
-        """Let a full, computed (and, if it was received, verified) block be found. The first block with a hash keeps it.
+    def make_findable(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Let full, computed (and, if they were received, verified) blocks be found. The first block with a hash keeps it.
 
-        Raises: ValueError: nobody holds the block.
+        Raises: ValueError: nobody holds one of them.
         """
-        if self._ref_counts[block_id] == 0:
-            raise ValueError(f"block {block_id} is free")
-        if block_hash not in self._block_of and block_id not in self._hash_of:
-            self._block_of[block_hash] = block_id
-            self._hash_of[block_id] = block_hash
+        ref_counts, hash_of, block_of = self._ref_counts, self._hash_of, self._block_of
+        for block_id, block_hash in zip(block_ids, hashes, strict=True):
+            if ref_counts[block_id] == 0:
+                raise ValueError(f"block {block_id} is free")
+            if block_hash not in block_of and block_id not in hash_of:
+                block_of[block_hash] = block_id
+                hash_of[block_id] = block_hash
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """Make the content of these blocks findable no more; whoever holds them keeps them."""
+        hash_of, block_of = self._hash_of, self._block_of
         for block_id in block_ids:
-            self._forget(block_id)
+            if block_id in hash_of:
+                del block_of[hash_of.pop(block_id)]
 
     def forget_all(self) -> None:
         """Make no block findable any more."""
         self._hash_of.clear()
         self._block_of.clear()
-
-    def _forget(self, block_id: int) -> None:
-        block_hash = self._hash_of.pop(block_id, None)
-        if block_hash is not None:
-            del self._block_of[block_hash]

@@ -154,9 +154,9 @@ class Scheduler:
         num_full = num_tokens // block_size
         if num_full <= local.num_findable_blocks or not self.options.enable_prefix_caching:
             return
-        extend_hashes(local.block_hashes, request.token_ids(0, num_full * block_size), block_size, request.cache_salt)
-        for index in range(local.num_findable_blocks, num_full):
-            self.pool.make_findable(local.block_table[index], local.block_hashes[index])
+        self._hash_blocks(request, num_full)
+        new = slice(local.num_findable_blocks, num_full)
+        self.pool.make_findable(local.block_table[new], local.block_hashes[new])
         local.num_findable_blocks = num_full
 
     def match_prefix(self, request: Request) -> list[int]:
@@ -164,17 +164,12 @@ class Scheduler:
 
         Returns: block ids, not held yet. Empty when caching is off or the prompt's log-probabilities are wanted.
         """
-        if not self.options.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+        if not self._looks_up(request):
             return []
         local, block_size = request.local, self.pool.block_size
         num_matchable = (request.num_tokens - 1) // block_size
-        extend_hashes(
-            local.block_hashes, request.token_ids(0, num_matchable * block_size), block_size, request.cache_salt
-        )
-        found = self.pool.find_prefix(local.block_hashes[:num_matchable])
-        self.num_prefix_queries += request.num_tokens
-        self.num_prefix_hits += len(found) * block_size
-        return found
+        self._hash_blocks(request, num_matchable)
+        return self.pool.find_prefix(local.block_hashes[:num_matchable])
 
     def reserve(self, request: Request, num_spare_blocks: int = 0) -> bool:
         """Give a request all the blocks its known tokens need, the cached prefix first.
@@ -191,7 +186,20 @@ class Scheduler:
         request.local.block_table = cached + self.pool.allocate(num_fresh)
         request.local.num_computed_tokens = len(cached) * self.pool.block_size
         request.local.num_cached_tokens = request.local.num_computed_tokens
+        if self._looks_up(request):  # once, however often it found no room
+            self.num_prefix_queries += request.num_tokens
+            self.num_prefix_hits += request.local.num_cached_tokens
         return True
+
+    def _looks_up(self, request: Request) -> bool:
+        return self.options.enable_prefix_caching and request.sampling.prompt_logprobs is None
+
+    def _hash_blocks(self, request: Request, num_blocks: int) -> None:
+        """Let a request's block_hashes reach over its first num_blocks blocks, all known; hashed ones are not looked at again."""
+        hashes, block_size = request.local.block_hashes, self.pool.block_size
+        if len(hashes) < num_blocks:
+            new = request.token_ids(len(hashes) * block_size, num_blocks * block_size)
+            extend_hashes(hashes, new, block_size, request.cache_salt)
 
     def _schedule_running(self, now_s: float) -> tuple[list[ScheduledSequence], int, bool]:
         """Returns: what the running requests compute, the budget that is left, and whether blocks lack that the end of the

@@ -51,7 +51,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.count += 1
                 parent = chain_hash(parent, [self.count])
                 known = self.content.get(block_id)
-                self.pool.make_findable(block_id, parent)
+                self.pool.make_findable([block_id], [parent])
                 self.content[block_id] = known or parent
 
     @rule(which=st.integers(0, 50))
@@ -85,7 +85,7 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="free"):
         pool.hold(table)
     with pytest.raises(ValueError, match="free"):
-        pool.make_findable(table[0], b"x")
+        pool.make_findable(table[:1], [b"x"])
 
 
 def test_salts_and_prefixes_separate_hashes() -> None:
@@ -104,7 +104,7 @@ def test_prefixes_outlive_their_tails() -> None:
     pool = BlockPool(4, 4)
     table = pool.allocate(3)
     for index, block_id in enumerate(table):
-        pool.make_findable(block_id, bytes([index]))
+        pool.make_findable([block_id], [bytes([index])])
     pool.release(table)
     pool.allocate(2)  # the never used block and the tail go first
     assert pool.find_prefix([bytes([0]), bytes([1])]) == table[:2]

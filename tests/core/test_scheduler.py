@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fastdeploy_pd.core.batch import Batch, slot_mapping
-from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.errors import OutOfBlocks
 from fastdeploy_pd.request import Phase, Request, SamplingParams
@@ -234,3 +234,34 @@ def test_preemption_waits_until_no_step_is_in_flight() -> None:
     assert [s.request for s in launch(scheduler).sequences] == [first]
     assert scheduler.num_preemptions == 1
     assert second.local.prompt_logprobs == [], "its prompt is computed again, and its log-probabilities with it"
+
+
+def test_who_waits_for_room_is_looked_up_once() -> None:
+    scheduler = Scheduler(BlockPool(4, 4), SchedulerOptions(4, 64, 64))
+    first, second = new_request("a", list(range(9)), 3), new_request("b", list(range(9)), 3)
+    for request in (first, second):
+        scheduler.add(request)
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule(0))
+    assert second in scheduler.waiting
+    assert (scheduler.num_prefix_queries, scheduler.num_prefix_hits) == (9, 0)
+    for _ in range(3):
+        compute(scheduler, scheduler.schedule(0))
+    assert (scheduler.num_prefix_queries, scheduler.num_prefix_hits) == (18, 8)
+
+
+def test_blocks_that_are_hashed_already_are_not_hashed_again() -> None:
+    scheduler = Scheduler(BlockPool(40, 4), SchedulerOptions(4, 64, 64))
+    for number, prompt in enumerate(([1] * 10, [2] * 10)):
+        request = new_request(str(number), prompt, 4)
+        request.local.block_hashes = [b"x", b"y"]  # by whoever knows them
+        scheduler.add(request)
+        batch = scheduler.schedule(0)
+        assert batch.num_tokens == (2 + 1 if number else 10)
+        compute(scheduler, batch)
+    assert len(request.local.block_hashes) == 2
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule(0))
+    own = [b"x", b"y"]
+    extend_hashes(own, [2, 2, 7, 7], 4, "")
+    assert request.local.block_hashes == own, "a block that fills later is hashed behind the given ones"
