@@ -78,6 +78,28 @@ class FewestTokens:
         return Placement(None, both.instance_id)
 
 
+class RoundRobin:
+    """Everybody in turn, whatever the load: what others are compared with."""
+
+    def __init__(self) -> None:
+        self._num_prefills = self._num_decodes = 0
+
+    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+        """See `PlacementPolicy.place`. Prefill and mixed instances take turns with prompts; a mixed one keeps what it has begun."""
+        decoders = [c for c in candidates if c.can_decode]
+        if not decoders:
+            return None
+        starters = [c for c in candidates if c.can_prefill] or decoders
+        starter = starters[self._num_prefills % len(starters)]
+        self._num_prefills += 1
+        if starter.can_decode:
+            return Placement(None, starter.instance_id)
+        decoders = [c for c in decoders if not c.can_prefill] or decoders
+        decoder = decoders[self._num_decodes % len(decoders)]
+        self._num_decodes += 1
+        return Placement(starter.instance_id, decoder.instance_id)
+
+
 def blur(minimum: int) -> float:
     """Returns: how many tokens above the minimum still count as equal."""
     return max(BLUR_TOKENS, minimum * BLUR_FRACTION)

@@ -7,6 +7,8 @@ import sys
 
 from fastdeploy_pd import __version__
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
+from fastdeploy_pd.sim.main import run as simulate
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -15,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,doctor,version}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,doctor,simulate,version}")
     up = commands.add_parser(
         "up",
         help="start a small cluster on this machine and talk to it",
@@ -45,6 +47,13 @@ def make_parser() -> argparse.ArgumentParser:
             "doctor",
             help="say what this machine, or a pair of machines, can do, and what mends the rest",
             description="One line a check: ok, warn, fail or absent, and what mends it. Exit status 1 if something failed. See docs/doctor.md.",
+        )
+    )
+    add_simulate_flags(
+        commands.add_parser(
+            "simulate",
+            help="serve a recorded trace on a simulated cluster",
+            description="The project's scheduler, block pool and placement on a virtual clock, with measured step times. See docs/simulator.md.",
         )
     )
     commands.add_parser("version", help="print the version")
@@ -87,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
+        if args.command == "simulate":
+            return simulate(args)
         if is_up:
             from fastdeploy_pd.launch.up import run
         else:

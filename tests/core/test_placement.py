@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement
+from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, RoundRobin
 
 
 def place(*candidates: Candidate, seed: int = 0) -> Placement | None:
@@ -39,3 +39,20 @@ def test_front_ends_with_stale_views_do_not_herd() -> None:
             assert placement is not None
             load[placement.decode_id] += 20
     assert max(load.values()) - min(load.values()) < 0.2 * max(load.values())
+
+
+def test_everybody_in_turn() -> None:
+    def turns(*candidates: Candidate) -> list[Placement | None]:
+        policy, rng = RoundRobin(), random.Random(0)
+        return [policy.place(100, candidates, rng) for _ in range(4)]
+
+    p1, p2 = Candidate("p1", True, False), Candidate("p2", True, False, 10**6)
+    d1, both = Candidate("d1", False, True), Candidate("m", True, True)
+    assert turns(p1) == [None] * 4
+    assert turns(d1) == [Placement(None, "d1")] * 4
+    assert turns(p1, p2, d1) == [Placement("p1", "d1"), Placement("p2", "d1")] * 2
+    assert turns(p1, both) == [Placement("p1", "m"), Placement(None, "m")] * 2
+    d2 = Candidate("d2", False, True)
+    assert turns(p1, both, d1, d2) == [
+        Placement("p1", "d1"), Placement(None, "m"), Placement("p1", "d2"), Placement(None, "m")
+    ]  # fmt: skip

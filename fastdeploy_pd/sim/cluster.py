@@ -1,0 +1,307 @@
+"""A simulated cluster: requests arrive, are placed, prefilled, handed over, generated and end, on a virtual clock.
+
+The hand-over is that of `engine/decode.py` and `engine/prefill.py` without what can go wrong: decode reserves blocks for the whole prompt
+first and queues what finds no room; prefill computes, answers the client with the first token, and writes each chunk's complete blocks
+over its link while the chunk is computed; decode goes on when the last byte is there. Messages take no time, KV does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastdeploy_pd.clock import VirtualClock
+from fastdeploy_pd.core.batch import ScheduledSequence
+from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.placement import Candidate, PlacementPolicy
+from fastdeploy_pd.core.scheduler import SchedulerOptions
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.request import Phase, Request, SamplingParams
+from fastdeploy_pd.sim.instance import MAX_LEAP, Instance, sampled_token
+from fastdeploy_pd.sim.latency import Latency
+from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
+
+# What happens at the same time happens in this order.
+ARRIVAL, HANDED_OVER, STEP_END = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """What the simulated instances are like; all are alike but for their kind."""
+
+    kinds: str  #: a letter an instance: P prefills, D decodes, M does both
+    num_blocks: int
+    block_size: int = 64
+    kv_bytes_per_token: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    enable_prefix_caching: bool = True
+    link_bytes_per_s: float = 50e9  #: of a prefill instance's outgoing link
+    link_latency_s: float = 1e-3  #: from the last byte sent, or computed, to decode's going on
+
+    def check(self) -> None:
+        """Raises: ConfigError: no cluster can be made of this."""
+        if not {"D", "M"} & set(self.kinds):
+            raise ConfigError("a layout needs at least one instance that decodes (D or M)")
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "link_bytes_per_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if TRACE_BLOCK_TOKENS % self.block_size:
+            raise ConfigError(f"--block-size is {self.block_size}; it must divide {TRACE_BLOCK_TOKENS}")
+        if {"P"} & set(self.kinds) and self.kv_bytes_per_token <= 0:
+            raise ConfigError("--kv-bytes-per-token must be given for a layout with prefill instances")
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of one offered request; times in seconds, None where it did not come so far."""
+
+    offered: Offered
+    prefill_id: str | None = None  #: None: decode computed the prompt
+    decode_id: str | None = None
+    started_s: float | None = None  #: its prompt's first step began
+    first_token_s: float | None = None
+    end_s: float | None = None
+    num_cached: int = 0  #: prompt tokens that were in the prefix cache where the prompt was computed
+    num_preemptions: int = 0
+    is_refused: bool = False  #: too long for an instance's pool
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """A request in the cluster: decode's side and, where another instance computes the prompt, prefill's order."""
+
+    record: Record
+    request: Request
+    decode: Instance
+    prefill: Instance | None = None
+    order: Request | None = None
+    num_sent_blocks: int = 0  #: of the order's table, written or in decode's cache
+    pinned: list[int] = field(default_factory=list)  #: prefill's blocks that the link still reads
+
+
+class Cluster:
+    """Serves what is offered; `run` once."""
+
+    def __init__(
+        self,
+        options: ClusterOptions,
+        latency: Latency,
+        policy: PlacementPolicy,
+        rng: random.Random,
+        max_leap: int = MAX_LEAP,
+    ) -> None:
+        """
+        Args:
+            max_leap: see `Instance`; 1 schedules each step by itself.
+        Raises: ConfigError: the options are wrong.
+        """
+        options.check()
+        self.options = options
+        self.clock = VirtualClock()
+        self._max_tokens = options.num_blocks * options.block_size
+        scheduling = SchedulerOptions(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=self._max_tokens,
+            enable_prefix_caching=options.enable_prefix_caching,
+        )
+        self.instances = [
+            Instance(n, kind, BlockPool(options.num_blocks, options.block_size), scheduling, latency, max_leap)
+            for n, kind in enumerate(options.kinds)
+        ]
+        self._by_id = {i.instance_id: i for i in self.instances}
+        self._policy, self._rng = policy, rng
+        self._events: list[tuple[float, int, int]] = []  # (time, kind, number)
+        self._served: dict[Request, Served] = {}  # by decode's request and by prefill's order
+        self._queued: dict[Instance, deque[Served]] = {i: deque() for i in self.instances}  # no room yet
+        self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance
+        self._on_link: dict[int, Served] = {}  # by number of their HANDED_OVER event
+        self._num_sent = 0
+
+    def run(self, offered: Sequence[Offered]) -> list[Record]:
+        """Serve requests to the end.
+
+        Returns: [len(offered)] in order of arrival, each ended once: finished, or refused.
+        """
+        records = [Record(o) for o in offered]
+        self._events = [(r.offered.arrival_s, ARRIVAL, n) for n, r in enumerate(records)]
+        heapq.heapify(self._events)
+        while self._events:
+            now_s, kind, number = heapq.heappop(self._events)
+            self.clock.advance_to(now_s)
+            if kind == ARRIVAL:
+                self._arrive(records[number], now_s)
+            elif kind == HANDED_OVER:
+                self._take_over(self._on_link.pop(number), now_s)
+            elif self.instances[number].due_s == now_s:  # else: it was interrupted, or somebody else's event ended it
+                self._end_step(self.instances[number], now_s)
+        lost = [r.offered.number for r in records if r.end_s is None]
+        if lost or self._served:
+            raise RuntimeError(f"{len(lost)} requests never ended, the first of them {lost[:5]}")
+        return records
+
+    def _arrive(self, record: Record, now_s: float) -> None:
+        offered = record.offered
+        if offered.num_input >= self._max_tokens:
+            record.is_refused, record.end_s = True, now_s
+            return
+        candidates = [
+            Candidate(i.instance_id, i.can_prefill, i.can_decode, self._outstanding_tokens(i)) for i in self.instances
+        ]
+        placement = self._policy.place(offered.num_input, candidates, self._rng)
+        if placement is None:
+            raise ValueError("no instance decodes")
+        request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
+        request.local.block_hashes = offered.block_hashes(self.options.block_size)
+        request.advance(Phase.PLACED, now_s)
+        served = Served(record, request, self._by_id[placement.decode_id])
+        record.decode_id, record.prefill_id = placement.decode_id, placement.prefill_id
+        self._served[request] = served
+        self._interrupt(served.decode, now_s)
+        if placement.prefill_id is None:
+            request.advance(Phase.RESERVED, now_s)
+            served.decode.scheduler.add(request)
+            self._launch(served.decode, now_s)
+        else:
+            served.prefill = self._by_id[placement.prefill_id]
+            self._queued[served.decode].append(served)
+            self._admit_queued(served.decode, now_s)
+
+    def _outstanding_tokens(self, instance: Instance) -> int:
+        """Returns: the load that placement balances, as `Engine.outstanding_tokens` reports it, but never late."""
+        queued = sum(s.request.num_tokens for s in self._queued[instance])
+        return instance.scheduler.outstanding_tokens() + queued + self._num_ordered[instance]
+
+    def _admit_queued(self, decode: Instance, now_s: float) -> None:
+        """Reserve blocks for queued requests, in order, as far as there is room, and order their prefills."""
+        queued, scheduler = self._queued[decode], decode.scheduler
+        while queued:
+            served = queued[0]
+            if not scheduler.reserve(served.request, num_spare_blocks=len(scheduler.running)):
+                is_alone = scheduler.is_idle and not self._num_ordered[decode]
+                if not is_alone or not scheduler.reserve(served.request):
+                    return
+            queued.popleft()
+            self._order(served, now_s)
+
+    def _order(self, served: Served, now_s: float) -> None:
+        request, prefill = served.request, served.prefill
+        assert prefill is not None
+        request.advance(Phase.RESERVED, now_s)
+        request.advance(Phase.PREFILLING, now_s)
+        order = Request(request.request_id, request.prompt_token_ids, request.sampling)
+        order.local.block_hashes = list(request.local.block_hashes)
+        order.local.is_preemptible, order.local.ends_with_next_token = False, True
+        order.advance(Phase.PLACED, now_s)
+        order.advance(Phase.RESERVED, now_s)
+        served.order = order
+        served.num_sent_blocks = request.local.num_computed_tokens // self.options.block_size
+        self._served[order] = served
+        self._num_ordered[served.decode] += 1
+        self._interrupt(prefill, now_s)
+        prefill.scheduler.add(order)
+        self._launch(prefill, now_s)
+
+    def _end_step(self, instance: Instance, now_s: float) -> None:
+        start_s = instance.start_s
+        for sequence in instance.end().sequences:
+            request = sequence.request
+            served = self._served[request]
+            if request is served.order:
+                self._send(served, sequence, start_s, now_s)
+            if sequence.needs_sample:
+                self._on_token(served, request, now_s)
+        self._admit_queued(instance, now_s)
+        self._launch(instance, now_s)
+
+    def _on_token(self, served: Served, request: Request, now_s: float) -> None:
+        token = sampled_token(request)
+        request.output_token_ids.append(token)
+        record = served.record
+        if record.first_token_s is None:
+            self._note_start(record, request, now_s)
+        if request is served.order:
+            self._hand_over(served, now_s)
+            return
+        if request.phase is Phase.PREFILLING:
+            request.advance(Phase.DECODING, now_s)
+        if request.finish_reason_after(token, self._max_tokens) is not None:
+            served.decode.scheduler.remove(request)
+            self._finish(served, now_s)
+
+    def _note_start(self, record: Record, request: Request, now_s: float) -> None:
+        record.started_s = request.timeline.stamps[Phase.PREFILLING]
+        record.first_token_s, record.num_cached = now_s, request.local.num_cached_tokens
+
+    def _send(self, served: Served, sequence: ScheduledSequence, start_s: float, now_s: float) -> None:
+        """Put the blocks that a chunk has completed on prefill's link; they went out while it was computed."""
+        prefill, order = served.prefill, sequence.request
+        assert prefill is not None
+        pool, options = prefill.scheduler.pool, self.options
+        is_last = sequence.stop == len(order.prompt_token_ids)
+        stop = pool.num_blocks_for(sequence.stop) if is_last else sequence.stop // options.block_size
+        if stop <= served.num_sent_blocks:
+            return
+        block_ids = order.local.block_table[served.num_sent_blocks : stop]
+        pool.hold(block_ids)
+        served.pinned += block_ids
+        served.num_sent_blocks = stop
+        num_bytes = len(block_ids) * options.block_size * options.kv_bytes_per_token
+        prefill.link_free_s = max(prefill.link_free_s, start_s) + num_bytes / options.link_bytes_per_s
+
+    def _hand_over(self, served: Served, now_s: float) -> None:
+        order, prefill = served.order, served.prefill
+        assert order is not None and prefill is not None
+        del self._served[order]
+        order.advance(Phase.TRANSFERRING, now_s)
+        prefill.scheduler.remove(order)
+        arrival_s = max(now_s, prefill.link_free_s) + self.options.link_latency_s
+        heapq.heappush(self._events, (arrival_s, HANDED_OVER, self._num_sent))
+        self._on_link[self._num_sent] = served
+        self._num_sent += 1
+
+    def _take_over(self, served: Served, now_s: float) -> None:
+        """Everything is there: prefill lets its blocks go, decode goes on from the second token."""
+        request, order, prefill, decode = served.request, served.order, served.prefill, served.decode
+        assert order is not None and prefill is not None
+        order.advance(Phase.FINISHED, now_s)
+        self._interrupt(prefill, now_s)
+        prefill.scheduler.pool.release(served.pinned)
+        served.pinned = []
+        self._interrupt(decode, now_s)
+        self._num_ordered[decode] -= 1
+        request.advance(Phase.TRANSFERRING, now_s)
+        request.local.num_computed_tokens = request.num_tokens
+        decode.scheduler.make_findable(request, request.num_tokens)
+        request.output_token_ids.extend(order.output_token_ids)
+        request.advance(Phase.DECODING, now_s)
+        if request.finish_reason_after(request.output_token_ids[-1], self._max_tokens) is None:
+            decode.scheduler.add(request)
+        else:
+            decode.scheduler.release_blocks(request)
+            self._finish(served, now_s)
+        self._admit_queued(decode, now_s)
+        self._launch(decode, now_s)
+        self._launch(prefill, now_s)
+
+    def _finish(self, served: Served, now_s: float) -> None:
+        request, record = served.request, served.record
+        request.advance(Phase.FINISHED, now_s)
+        del self._served[request]
+        record.end_s, record.num_preemptions = now_s, request.local.num_preemptions
+
+    def _interrupt(self, instance: Instance, now_s: float) -> None:
+        if instance.interrupt(now_s):
+            self._push_end(instance)
+
+    def _launch(self, instance: Instance, now_s: float) -> None:
+        if instance.launch(now_s):
+            self._push_end(instance)
+
+    def _push_end(self, instance: Instance) -> None:
+        assert instance.due_s is not None
+        heapq.heappush(self._events, (instance.due_s, STEP_END, instance.index))

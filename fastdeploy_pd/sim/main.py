@@ -1,0 +1,122 @@
+"""`fastdeploy-pd simulate`: serve a trace on a cluster that does not exist. See docs/simulator.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim import latency, trace
+from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
+from fastdeploy_pd.sim.report import Slo, report, table
+
+POLICIES: dict[str, Callable[[], PlacementPolicy]] = {"fewest-tokens": FewestTokens, "round-robin": RoundRobin}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `simulate`."""
+    add = parser.add_argument
+    add("--trace", required=True, metavar="FILE", help="Mooncake JSONL or Azure CSV, .gz or not; or `synthetic`")
+    add("--latency", required=True, type=Path, metavar="DIR", help="where NAME_prefill.csv and NAME_decode.csv are")
+    add("--profile", required=True, help="which NAME: its words joined by -, as in 70b-h200-tp4")
+    add("--latency-model", choices=latency.MODELS, default="grid", help="how step times come from it (default grid)")
+    add("--layout", required=True, help="instances, as in 6P2D, 8M or 2P4D2M: Prefill, Decode, Mixed")
+    add("--rate", type=float, help="requests/s; the trace is sped up or slowed down to it (default: its own)")
+    add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
+    add("--slo-ttft-x", type=float, default=5.0, help="most TTFT, in units of the unloaded prefill time (default 5)")
+    add("--slo-tpot-ms", type=float, default=100.0, help="most mean time per output token (default 100)")
+    add("--placement", choices=sorted(POLICIES), default="fewest-tokens", help="(default fewest-tokens)")
+    add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
+    add("--block-size", type=int, default=64, help="tokens a KV block (default 64)")
+    add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
+    add("--kv-gb-per-s", type=float, default=50.0, help="10^9 bytes/s that a prefill instance can send (default 50)")
+    add("--kv-latency-ms", type=float, default=1.0, help="from a hand-over's last byte to decode's start (default 1)")
+    add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default 256)")
+    add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    add("--seed", type=int, default=0, help="of placement's coins and of synthetic requests (default 0)")
+    add("--json", type=Path, metavar="OUT", help="where the report goes; the table goes to stdout in any case")
+    add("--per-request", action="store_true", help="a row a request in the report")
+    synthetic = parser.add_argument_group("--trace synthetic", "random requests, as of `vllm bench serve`")
+    for f in fields(trace.Synthetic):
+        kind = float if isinstance(f.default, float) else int
+        flag = f"--{f.name.replace('_', '-')}"
+        synthetic.add_argument(flag, type=kind, default=f.default, help=f"(default {f.default})")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
+    clock = WallClock()
+    begun_s = clock.now_s()
+    found = simulate(args)
+    taken_s = clock.now_s() - begun_s
+    sys.stdout.write(f"{table(found)}\n\nsimulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time\n")
+    if not args.per_request:
+        del found["requests"]
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
+    for flag in ("rate", "max_requests", "slo_ttft_x", "slo_tpot_ms"):
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+    rng = random.Random(args.seed)
+    step_times = latency.read(args.latency, args.profile, args.latency_model)
+    requests = offer(args, rng)
+    cluster = Cluster(_options(args), step_times, POLICIES[args.placement](), rng)
+    records = cluster.run(requests)
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
+    slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
+    return {"flags": flags, **report(records, cluster.instances, step_times, slo)}
+
+
+def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
+    """Returns: the requests that the flags ask for. Raises: ConfigError: a flag or the trace is wrong."""
+    if args.trace == "synthetic":
+        if args.rate is None:
+            raise ConfigError("--trace synthetic has no rate of its own; give --rate")
+        synthetic = trace.Synthetic(**{f.name: getattr(args, f.name) for f in fields(trace.Synthetic)})
+        return synthetic.offered(args.rate, rng)
+    requests = trace.load(Path(args.trace), args.max_requests)
+    return requests if args.rate is None else trace.at_rate(requests, args.rate)
+
+
+def parse_layout(text: str) -> str:
+    """Returns: a letter an instance: 2P1D is "PPD". Raises: ConfigError: that is no layout."""
+    parts = re.findall(r"(\d+)([PDM])", text.upper())
+    if not parts or "".join(n + kind for n, kind in parts) != text.upper():
+        raise ConfigError(f"--layout {text}: it must be counts before P, D or M, as in 6P2D or 8M")
+    return "".join(int(n) * kind for n, kind in parts)
+
+
+def _options(args: argparse.Namespace) -> ClusterOptions:
+    known_blocks, known_bytes = latency.KNOWN_POOLS.get(args.profile.lower(), (None, None))
+    num_blocks = args.num_blocks
+    if num_blocks is None:
+        if known_blocks is None:
+            raise ConfigError(f"--num-blocks must be given for --profile {args.profile}")
+        num_blocks = known_blocks * latency.KNOWN_BLOCK_TOKENS // max(1, args.block_size)
+    return ClusterOptions(
+        kinds=parse_layout(args.layout),
+        num_blocks=num_blocks,
+        block_size=args.block_size,
+        kv_bytes_per_token=args.kv_bytes_per_token or known_bytes or 0,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        enable_prefix_caching=not args.no_prefix_caching,
+        link_bytes_per_s=args.kv_gb_per_s * 1e9,
+        link_latency_s=args.kv_latency_ms / 1e3,
+    )

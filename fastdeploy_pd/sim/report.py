@@ -1,0 +1,130 @@
+"""What a simulated run says: attainment of the SLO, goodput, latencies, how busy everybody was; the same records, the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeploy_pd.sim.cluster import Record
+from fastdeploy_pd.sim.instance import Instance
+from fastdeploy_pd.sim.latency import Latency
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a request must meet to count."""
+
+    ttft_x: float = 5.0  #: most time to first token, in units of the prompt's prefill in an empty cluster
+    tpot_ms: float = 100.0  #: most mean time per output token after the first
+
+
+def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
+    """Returns: one request's line of the report; times in seconds but for tpot_ms, None where it never came so far."""
+    offered = record.offered
+    ttft_s = tpot_ms = queue_s = None
+    meets_ttft = meets_tpot = False
+    if record.first_token_s is not None and record.started_s is not None and record.end_s is not None:
+        ttft_s = record.first_token_s - offered.arrival_s
+        queue_s = record.started_s - offered.arrival_s
+        tpot_ms = (record.end_s - record.first_token_s) / max(1, offered.num_output - 1) * 1e3
+        meets_ttft = ttft_s <= slo.ttft_x * latency.alone_s(offered.num_input)
+        meets_tpot = tpot_ms <= slo.tpot_ms
+    return {
+        "number": offered.number,
+        "arrival_s": offered.arrival_s,
+        "input_tokens": offered.num_input,
+        "output_tokens": offered.num_output,
+        "status": "refused" if record.is_refused else "finished",
+        "prefill_id": record.prefill_id,
+        "decode_id": record.decode_id,
+        "cached_tokens": record.num_cached,
+        "preemptions": record.num_preemptions,
+        "queue_s": queue_s,
+        "ttft_s": ttft_s,
+        "tpot_ms": tpot_ms,
+        "e2e_s": None if record.is_refused or record.end_s is None else record.end_s - offered.arrival_s,
+        "meets_ttft": meets_ttft,
+        "meets_tpot": meets_tpot,
+    }
+
+
+def report(records: Sequence[Record], instances: Iterable[Instance], latency: Latency, slo: Slo) -> dict[str, Any]:
+    """Returns: the whole report, `requests` included; shares are of all offered requests."""
+    rows = [row(r, latency, slo) for r in records]
+    span_s = max(r.end_s or 0.0 for r in records) - records[0].offered.arrival_s
+    num_met = sum(r["meets_ttft"] and r["meets_tpot"] for r in rows)
+    arrivals_s = records[-1].offered.arrival_s - records[0].offered.arrival_s
+    return {
+        "offered": len(rows),
+        "finished": sum(r["status"] == "finished" for r in rows),
+        "refused": sum(r["status"] == "refused" for r in rows),
+        "rate": (len(rows) - 1) / arrivals_s if arrivals_s else None,
+        "span_s": span_s,
+        "slo_attainment": num_met / len(rows),
+        "ttft_attainment": sum(r["meets_ttft"] for r in rows) / len(rows),
+        "tpot_attainment": sum(r["meets_tpot"] for r in rows) / len(rows),
+        "goodput": num_met / span_s if span_s else None,
+        **{name: summary(r[name] for r in rows) for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s")},
+        "instances": [_instance(i, span_s) for i in instances],
+        "requests": rows,
+    }
+
+
+def summary(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Returns: mean and percentiles (linear between neighbours) of what there is."""
+    there = sorted(v for v in values if v is not None)
+    names = [f"p{p}" for p in PERCENTILES]
+    if not there:
+        return dict.fromkeys(["mean", *names])
+    found: dict[str, float | None] = {"mean": sum(there) / len(there)}
+    for name, percent in zip(names, PERCENTILES, strict=True):
+        place = (len(there) - 1) * percent / 100
+        low = int(place)
+        high = min(low + 1, len(there) - 1)
+        found[name] = there[low] + (there[high] - there[low]) * (place - low)
+    return found
+
+
+def _instance(instance: Instance, span_s: float) -> dict[str, Any]:
+    scheduler = instance.scheduler
+    queries = scheduler.num_prefix_queries
+    return {
+        "id": instance.instance_id,
+        "busy": instance.busy_s / span_s if span_s else None,
+        "steps": instance.num_steps,
+        "tokens": instance.num_computed_tokens,
+        "prefix_hits": scheduler.num_prefix_hits / queries if queries else None,
+        "preemptions": scheduler.num_preemptions,
+        "max_held_blocks": instance.max_held_blocks / scheduler.pool.num_blocks,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns: the report for a person."""
+
+    def text(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    lines = [
+        f"offered {found['offered']}, finished {found['finished']}, refused {found['refused']} "
+        f"in {text(found['span_s'], 1)} s at {text(found['rate'])} requests/s",
+        f"SLO attainment {share(found['slo_attainment'])} (TTFT {share(found['ttft_attainment'])}, "
+        f"TPOT {share(found['tpot_attainment'])}), goodput {text(found['goodput'])} requests/s",
+        "",
+        f"{'':10}{'mean':>10}" + "".join(f"{f'p{p}':>10}" for p in PERCENTILES),
+    ]
+    for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s"):
+        lines.append(f"{name:10}" + "".join(f"{text(v):>10}" for v in found[name].values()))
+    lines += ["", "instance      busy    steps      tokens  prefix hits  preemptions  blocks held"]
+    for i in found["instances"]:
+        lines.append(
+            f"{i['id']:9}{share(i['busy']):>9}{i['steps']:>9}{i['tokens']:>12}{share(i['prefix_hits']):>13}"
+            f"{i['preemptions']:>13}{share(i['max_held_blocks']):>13}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""What is offered to a simulated cluster: requests of a recorded trace, or random ones.
+
+A request's prompt is known by its length and by what it shares with others. Where the trace says so (Mooncake: an id for each 512
+tokens, equal ids being equal beginnings), block hashes are made from its ids and no token is ever hashed; elsewhere the prompt's
+own tokens are hashed as they are on an instance.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, cast
+
+from fastdeploy_pd.core.blocks import HASH_BYTES
+from fastdeploy_pd.errors import ConfigError
+
+TRACE_BLOCK_TOKENS = 512  # that a hash id of a Mooncake trace stands for
+_TAILS = [n.to_bytes(2, "big") for n in range(TRACE_BLOCK_TOKENS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """One request as it is offered; times from the first one on."""
+
+    number: int  #: from 0, in order of arrival
+    arrival_s: float
+    num_input: int  #: prompt tokens, >= 1
+    num_output: int  #: output tokens, >= 1
+    hash_ids: tuple[int, ...] = ()  #: one for each 512 prompt tokens, each standing for all of the prompt up to its end
+    num_shared: int = 0  #: first tokens that all such requests have in common
+
+    def prompt(self) -> list[int]:
+        """Returns: [num_input] token ids, unlike any other request's but for the shared ones."""
+        prompt = [self.number + 1] * self.num_input
+        prompt[: self.num_shared] = [0] * self.num_shared
+        return prompt
+
+    def block_hashes(self, block_size: int) -> list[bytes]:
+        """Returns: hashes of the prompt's full blocks as far as the trace tells them; block_size must divide 512."""
+        hashes: list[bytes] = []
+        for hash_id in self.hash_ids:
+            hashes += _cut(hash_id, TRACE_BLOCK_TOKENS // block_size)
+        del hashes[self.num_input // block_size :]
+        return hashes
+
+
+@lru_cache(maxsize=1 << 16)
+def _cut(hash_id: int, num_blocks: int) -> tuple[bytes, ...]:
+    """Returns: [num_blocks] hashes of the blocks that a hash id's tokens are cut into."""
+    head = hash_id.to_bytes(HASH_BYTES - 2, "big")
+    return tuple([head + tail for tail in _TAILS[:num_blocks]])
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Random requests as `vllm bench serve` makes them (its flags' names)."""
+
+    num_prompts: int = 1000
+    random_input_len: int = 1024
+    random_output_len: int = 128
+    random_range_ratio: float = 0.0  #: lengths are uniform in [len * (1 - ratio), len * (1 + ratio)]
+    random_prefix_len: int = 0  #: tokens that every prompt begins with, besides random_input_len
+    burstiness: float = 1.0  #: shape of the gamma distribution between arrivals; 1 is Poisson
+
+    def offered(self, rate: float, rng: random.Random) -> list[Offered]:
+        """Returns: the requests, `rate` a second on average.
+
+        Raises: ConfigError: a value is out of range.
+        """
+        if not 0 <= self.random_range_ratio < 1:
+            raise ConfigError(f"--random-range-ratio is {self.random_range_ratio}; it must be from 0 to below 1")
+        for flag in ("num_prompts", "random_input_len", "random_output_len", "burstiness"):
+            if getattr(self, flag) <= 0:
+                raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be above 0")
+        if self.random_prefix_len < 0:
+            raise ConfigError(f"--random-prefix-len is {self.random_prefix_len}; it must be 0 or more")
+        requests, arrival_s = [], 0.0
+        for number in range(self.num_prompts):
+            num_input = self.random_prefix_len + self._length(self.random_input_len, rng)
+            num_output = self._length(self.random_output_len, rng)
+            requests.append(Offered(number, arrival_s, num_input, num_output, num_shared=self.random_prefix_len))
+            arrival_s += rng.gammavariate(self.burstiness, 1 / (rate * self.burstiness))
+        return requests
+
+    def _length(self, mean: int, rng: random.Random) -> int:
+        ratio = self.random_range_ratio
+        return max(1, rng.randint(int(mean * (1 - ratio)), int(mean * (1 + ratio))))
+
+
+def load(path: Path, max_requests: int | None = None) -> list[Offered]:
+    """Read a trace, gzipped or not: Mooncake's JSON lines, or Azure's CSV.
+
+    Returns: in order of arrival, the first at 0 s; at least two, not all at once.
+    Raises: ConfigError: it cannot be read, a line is wrong, or it has too few requests.
+    """
+    try:
+        with cast("IO[str]", gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+            is_csv = path.name.removesuffix(".gz").endswith(".csv")
+            requests = _azure(file, path) if is_csv else _mooncake(file, path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--trace {path} cannot be read: {error}") from error
+    requests.sort(key=lambda r: r.arrival_s)
+    requests = requests[:max_requests]
+    if len(requests) < 2 or requests[0].arrival_s == requests[-1].arrival_s:
+        raise ConfigError(f"--trace {path} has {len(requests)} requests; at least 2, not all at one time, are needed")
+    first_s = requests[0].arrival_s
+    return [replace(r, number=n, arrival_s=r.arrival_s - first_s) for n, r in enumerate(requests)]
+
+
+def _mooncake(file: IO[str], path: Path) -> list[Offered]:
+    """Lines {"timestamp": ms, "input_length", "output_length", "hash_ids": one for each 512 tokens}; Qin et al., FAST 2025."""
+    requests = []
+    for number, line in enumerate(file, 1):
+        try:
+            row = json.loads(line)
+            num_input, num_output, hash_ids = row["input_length"], row["output_length"], tuple(row["hash_ids"])
+            if num_input < 1 or min(hash_ids, default=0) < 0:
+                raise ValueError("input_length must be at least 1, hash_ids not negative")
+            if len(hash_ids) > -(-num_input // TRACE_BLOCK_TOKENS):
+                raise ValueError(f"{len(hash_ids)} hash_ids for {num_input} tokens, one for each {TRACE_BLOCK_TOKENS}")
+            requests.append(Offered(0, row["timestamp"] / 1e3, num_input, max(1, num_output), hash_ids))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
+    return requests
+
+
+def _azure(file: IO[str], path: Path) -> list[Offered]:
+    """Rows TIMESTAMP,ContextTokens,GeneratedTokens (Azure LLM inference traces, 2023); what prompts share is not told."""
+    requests = []
+    for number, row in enumerate(csv.DictReader(file), 2):
+        try:
+            arrival_s = (datetime.fromisoformat(row["TIMESTAMP"]) - datetime(2000, 1, 1)).total_seconds()
+            num_input, num_output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            requests.append(Offered(0, arrival_s, max(1, num_input), max(1, num_output)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
+    return requests
+
+
+def own_rate(requests: Sequence[Offered]) -> float:
+    """Returns: requests a second from the first arrival to the last."""
+    return (len(requests) - 1) / (requests[-1].arrival_s - requests[0].arrival_s)
+
+
+def at_rate(requests: Sequence[Offered], rate: float) -> list[Offered]:
+    """Returns: the same requests, sped up or slowed down to `rate` a second."""
+    factor = own_rate(requests) / rate
+    return [replace(r, arrival_s=r.arrival_s * factor) for r in requests]

@@ -1,0 +1,82 @@
+"""The command: the same flags, the same bytes; what is wrong is said with its flag."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdeploy_pd.entrypoints.cli import main
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim.main import parse_layout
+from fastdeploy_pd.sim.report import summary
+
+DATA = Path(__file__).parent / "data"
+TRACE = Path(__file__).parents[2] / "benchmarks" / "data" / "mooncake_conversation.jsonl.gz"
+FLAGS = ["simulate", "--latency", str(DATA), "--profile", "70b-h200-tp4"]
+
+
+def test_the_same_seed_is_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*FLAGS, "--trace", str(TRACE), "--max-requests", "120", "--layout", "2P2D1M", "--rate", "4"]
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / f"{number}.json"
+        assert main([*flags, "--seed", str(seed), "--per-request", "--json", str(out)]) == 0
+        found.append(out.read_bytes())
+    assert found[0] == found[1]
+    result = json.loads(found[0])
+    rows = result["requests"]
+    assert rows != json.loads(found[2])["requests"], "placement tosses coins"
+    assert [r["number"] for r in rows] == list(range(120))
+    assert result["rate"] == pytest.approx(4)
+    assert result["slo_attainment"] == sum(r["meets_ttft"] and r["meets_tpot"] for r in rows) / 120
+    assert {r["prefill_id"] for r in rows} == {"P0", "P1", None}
+    assert {r["decode_id"] for r in rows} == {"D2", "D3", "M4"}
+    assert "SLO attainment" in capsys.readouterr().out
+
+
+def test_tight_and_loose_objectives(tmp_path: Path) -> None:
+    found = []
+    for x, ms in ((0.5, 100), (5, 100), (1e9, 1e9)):
+        out = tmp_path / "out.json"
+        flags = [*FLAGS, "--trace", "synthetic", "--rate", "3", "--num-prompts", "80", "--layout", "1M"]
+        assert main([*flags, "--slo-ttft-x", str(x), "--slo-tpot-ms", str(ms), "--json", str(out)]) == 0
+        found.append(json.loads(out.read_text()))
+        assert "requests" not in found[-1]
+    assert [f["slo_attainment"] for f in found][::2] == [0.0, 1.0]
+    assert found[0]["ttft_attainment"] == 0.0 and found[0]["tpot_attainment"] == found[1]["tpot_attainment"]
+    assert found[2]["goodput"] == pytest.approx(80 / found[2]["span_s"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--trace", "synthetic", "--layout", "1M"], "--trace synthetic has no rate of its own; give --rate"),
+        (["--trace", str(TRACE), "--layout", "auto:8"], "--layout auto:8: it must be counts before P, D or M"),
+        (["--trace", str(TRACE), "--layout", "3P"], "at least one instance that decodes"),
+        (["--trace", str(TRACE), "--layout", "1M", "--rate", "0"], "--rate is 0.0; it must be above 0"),
+        (["--trace", "nowhere", "--layout", "1M"], "--trace nowhere cannot be read"),
+        (["--trace", str(TRACE), "--layout", "1M", "--profile", "sxm"], "--num-blocks must be given for --profile sxm"),
+    ],
+)
+def test_wrong_flags_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, *flags]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_layouts() -> None:
+    assert parse_layout("2P1d3M") == "PPDMMM"
+    for text in ("", "P", "2P 1D", "-1M", "2X"):
+        with pytest.raises(ConfigError):
+            parse_layout(text)
+
+
+def test_percentiles_are_numpys() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.0]
+    found = summary([*values, None])
+    assert found["mean"] == pytest.approx(np.mean(values))
+    for percent in (50, 90, 99):
+        assert found[f"p{percent}"] == pytest.approx(np.percentile(values, percent))
+    assert summary([]) == {"mean": None, "p50": None, "p90": None, "p99": None}
