@@ -64,7 +64,7 @@ class BlockPool:
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._hash_of: dict[int, bytes] = {}
+        self._hash_of: list[bytes | None] = [None] * num_blocks  # of the findable ones
         self._block_of: dict[bytes, int] = {}
 
     @property
@@ -74,7 +74,7 @@ class BlockPool:
 
     def counts(self) -> BlockCounts:
         """Returns: the numbers behind the metrics and the leak tests."""
-        return BlockCounts(free=len(self._free), held=self.num_blocks - len(self._free), cached=len(self._hash_of))
+        return BlockCounts(free=len(self._free), held=self.num_blocks - len(self._free), cached=len(self._block_of))
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Returns: blocks that num_tokens take."""
@@ -102,7 +102,7 @@ class BlockPool:
         """
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
-                if block_id not in self._hash_of:
+                if self._hash_of[block_id] is None:
                     raise ValueError(f"block {block_id} is free")
                 del self._free[block_id]
             self._ref_counts[block_id] += 1
@@ -119,7 +119,7 @@ class BlockPool:
             ref_counts[block_id] -= 1
             if ref_counts[block_id] == 0:
                 free[block_id] = None
-                if block_id not in hash_of:
+                if hash_of[block_id] is None:
                     free.move_to_end(block_id, last=False)
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
@@ -145,7 +145,7 @@ class BlockPool:
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
             if ref_counts[block_id] == 0:
                 raise ValueError(f"block {block_id} is free")
-            if block_hash not in block_of and block_id not in hash_of:
+            if hash_of[block_id] is None and block_hash not in block_of:
                 block_of[block_hash] = block_id
                 hash_of[block_id] = block_hash
 
@@ -153,10 +153,12 @@ class BlockPool:
         """Make the content of these blocks findable no more; whoever holds them keeps them."""
         hash_of, block_of = self._hash_of, self._block_of
         for block_id in block_ids:
-            if block_id in hash_of:
-                del block_of[hash_of.pop(block_id)]
+            block_hash = hash_of[block_id]
+            if block_hash is not None:
+                del block_of[block_hash]
+                hash_of[block_id] = None
 
     def forget_all(self) -> None:
         """Make no block findable any more."""
-        self._hash_of.clear()
+        self._hash_of = [None] * self.num_blocks
         self._block_of.clear()

@@ -161,15 +161,18 @@ class Cluster:
         served = Served(record, request, self._by_id[placement.decode_id])
         record.decode_id, record.prefill_id = placement.decode_id, placement.prefill_id
         self._served[request] = served
-        self._interrupt(served.decode, now_s)
         if placement.prefill_id is None:
+            self._interrupt(served.decode, now_s)
             request.advance(Phase.RESERVED, now_s)
             served.decode.scheduler.add(request)
             self._launch(served.decode, now_s)
         else:
             served.prefill = self._by_id[placement.prefill_id]
+            served.decode.catch_up(now_s)
             self._queued[served.decode].append(served)
             self._admit_queued(served.decode, now_s)
+            if served.decode.blocks_taken():
+                self._push_end(served.decode)
 
     def _outstanding_tokens(self, instance: Instance) -> int:
         """Returns: the load that placement balances, as `Engine.outstanding_tokens` reports it, but never late."""
@@ -269,7 +272,7 @@ class Cluster:
         request, order, prefill, decode = served.request, served.order, served.prefill, served.decode
         assert order is not None and prefill is not None
         order.advance(Phase.FINISHED, now_s)
-        self._interrupt(prefill, now_s)
+        prefill.catch_up(now_s)
         prefill.scheduler.pool.release(served.pinned)
         served.pinned = []
         self._interrupt(decode, now_s)

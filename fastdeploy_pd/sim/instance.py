@@ -82,19 +82,27 @@ class Instance:
         self._note_held()
         return True
 
+    def catch_up(self, now_s: float) -> None:
+        """Bring requests and blocks to where they are now: somebody is about to look at the blocks, or take some."""
+        if len(self._ends) > 1:
+            num_ended = min(bisect_left(self._ends, now_s), len(self._ends) - 1)
+            self._settle(num_ended + 1)
+            del self._ends[:num_ended]
+
     def interrupt(self, now_s: float) -> bool:
         """Let the instance decide anew after the step that is in flight now: something is about to be handed to it.
 
         Returns: whether `due_s` has changed.
         """
-        if len(self._ends) < 2:
-            return False
-        num_steps = min(bisect_left(self._ends, now_s) + 1, len(self._ends))
-        end_s = self._ends[num_steps - 1]
-        self._settle(num_steps)
-        self._ends, is_new = [end_s], end_s != self.due_s
-        self.due_s = end_s
-        return is_new
+        self.catch_up(now_s)
+        return self._cut()
+
+    def blocks_taken(self) -> bool:
+        """Let the instance decide anew if its next steps may lack the blocks that were just taken.
+
+        Returns: whether `due_s` has changed.
+        """
+        return not self._has_room(self._batch, len(self._ends)) and self._cut()
 
     def end(self) -> Batch:
         """End the step in flight. Returns: its batch; the caller appends the sampled tokens."""
@@ -117,12 +125,22 @@ class Instance:
             request = s.request
             num_left = request.sampling.max_tokens - len(request.output_token_ids)
             num_steps = min(num_steps, num_left, max_model_len - request.num_known_tokens)
-        if num_steps > 1:
-            pool = scheduler.pool
-            room = sum(len(s.request.local.block_table) for s in batch.sequences) + pool.num_free
-            if sum(pool.num_blocks_for(s.stop + num_steps) for s in batch.sequences) > room:
-                return 1
-        return num_steps
+        return num_steps if self._has_room(batch, num_steps) else 1
+
+    def _has_room(self, batch: Batch, num_steps: int) -> bool:
+        if num_steps < 2:
+            return True
+        pool = self.scheduler.pool
+        num_held = sum(len(s.request.local.block_table) for s in batch.sequences)
+        return sum(pool.num_blocks_for(s.stop + num_steps) for s in batch.sequences) <= num_held + pool.num_free
+
+    def _cut(self) -> bool:
+        if len(self._ends) < 2:
+            return False
+        del self._ends[1:]
+        is_new = self.due_s != self._ends[0]
+        self.due_s = self._ends[0]
+        return is_new
 
     def _settle(self, num_steps: int) -> None:
         """Bring requests and blocks to where they are while step num_steps (1: the launched one) is in flight."""
