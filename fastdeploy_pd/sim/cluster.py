@@ -177,7 +177,7 @@ class Cluster:
     def _outstanding_tokens(self, instance: Instance) -> int:
         """Returns: the load that placement balances, as `Engine.outstanding_tokens` reports it, but never late."""
         queued = sum(s.request.num_tokens for s in self._queued[instance])
-        return instance.scheduler.outstanding_tokens() + queued + self._num_ordered[instance]
+        return instance.outstanding_tokens() + queued + self._num_ordered[instance]
 
     def _admit_queued(self, decode: Instance, now_s: float) -> None:
         """Reserve blocks for queued requests, in order, as far as there is room, and order their prefills."""
@@ -217,22 +217,20 @@ class Cluster:
             if request is served.order:
                 self._send(served, sequence, start_s, now_s)
             if sequence.needs_sample:
+                request.output_token_ids.append(sampled_token(request))
                 self._on_token(served, request, now_s)
         self._admit_queued(instance, now_s)
         self._launch(instance, now_s)
 
     def _on_token(self, served: Served, request: Request, now_s: float) -> None:
-        token = sampled_token(request)
-        request.output_token_ids.append(token)
-        record = served.record
-        if record.first_token_s is None:
-            self._note_start(record, request, now_s)
-        if request is served.order:
-            self._hand_over(served, now_s)
-            return
-        if request.phase is Phase.PREFILLING:
+        if request.phase is Phase.PREFILLING:  # the first one, or the first after a preemption
+            if served.record.first_token_s is None:
+                self._note_start(served.record, request, now_s)
+            if request is served.order:
+                self._hand_over(served, now_s)
+                return
             request.advance(Phase.DECODING, now_s)
-        if request.finish_reason_after(token, self._max_tokens) is not None:
+        if request.finish_reason_after(request.output_token_ids[-1], self._max_tokens) is not None:
             served.decode.scheduler.remove(request)
             self._finish(served, now_s)
 

@@ -46,6 +46,7 @@ class Instance:
         self.num_steps = self.num_computed_tokens = self.max_held_blocks = 0
         self._max_leap = max_leap
         self._last_end_s = 0.0
+        self._outstanding_tokens: int | None = None  # None: it may have changed
         self._batch = Batch()
         self._ends: list[float] = []  # of the step in flight and of those which repeat it
         self.due_s: float | None = None  #: when to call `end`; None: nothing is in flight
@@ -55,8 +56,18 @@ class Instance:
         """Seconds in which a step was in flight, until the last one ended."""
         return self._last_end_s - self.idle_s
 
+    def outstanding_tokens(self) -> int:
+        """Returns: the scheduler's; it stays while steps repeat."""
+        if self._outstanding_tokens is None:
+            self._outstanding_tokens = self.scheduler.outstanding_tokens()
+        return self._outstanding_tokens
+
     def launch(self, now_s: float) -> bool:
-        """Schedule a step if none is in flight. Returns: whether one has begun; `due_s` says until when."""
+        """Schedule a step if none is in flight; called after everything that is handed to the scheduler.
+
+        Returns: whether one has begun; `due_s` says until when.
+        """
+        self._outstanding_tokens = None
         if self._ends:
             return False
         batch = self.scheduler.schedule(now_s)

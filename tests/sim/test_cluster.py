@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
+from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import Curve, Latency, read
@@ -106,6 +107,24 @@ def test_wrong_options_are_named(change: dict[str, Any], text: str) -> None:
     options = ClusterOptions(**{"kinds": "PD", "num_blocks": 10, "kv_bytes_per_token": 1, **change})
     with pytest.raises(ConfigError, match=text):
         Cluster(options, PLAIN, RoundRobin(), random.Random(0))
+
+
+class Watchful(FewestTokens):
+    """Sees to it that the loads it is told are those of the schedulers."""
+
+    cluster: Cluster
+
+    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+        told = [c.outstanding_tokens for c in candidates]
+        assert told == [i.scheduler.outstanding_tokens() for i in self.cluster.instances]
+        return super().place(num_tokens, candidates, rng)
+
+
+def test_placement_knows_the_loads() -> None:
+    policy = Watchful()
+    options = ClusterOptions("MMM", 3000, max_num_seqs=4)
+    policy.cluster = Cluster(options, read(DATA, "70b-h200-tp4"), policy, random.Random(0))
+    policy.cluster.run(at_rate(load(TRACE)[:100], 2.0))
 
 
 def replay(kinds: str, rate: float, policy: PlacementPolicy, model: str, **options: Any) -> dict[str, Any]:
