@@ -47,11 +47,13 @@ class ClusterOptions:
         if not {"D", "M"} & set(self.kinds):
             raise ConfigError("a layout needs at least one instance that decodes (D or M)")
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "link_bytes_per_s"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not self.link_latency_s >= 0:
+            raise ConfigError(f"link_latency_s is {self.link_latency_s}; it must be 0 or more")
         if TRACE_BLOCK_TOKENS % self.block_size:
             raise ConfigError(f"--block-size is {self.block_size}; it must divide {TRACE_BLOCK_TOKENS}")
-        if {"P"} & set(self.kinds) and self.kv_bytes_per_token <= 0:
+        if "P" in self.kinds and self.kv_bytes_per_token <= 0:
             raise ConfigError("--kv-bytes-per-token must be given for a layout with prefill instances")
 
 

@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.per_request:
         del found["requests"]
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json {args.json} cannot be written: {error}") from error
     return 0
 
 
@@ -71,7 +74,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
     for flag in ("rate", "max_requests", "slo_ttft_x", "slo_tpot_ms"):
         value = getattr(args, flag)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
     rng = random.Random(args.seed)
     step_times = latency.read(args.latency, args.profile, args.latency_model)

@@ -98,7 +98,7 @@ def _instance(instance: Instance, span_s: float) -> dict[str, Any]:
         "tokens": instance.num_computed_tokens,
         "prefix_hits": scheduler.num_prefix_hits / queries if queries else None,
         "preemptions": scheduler.num_preemptions,
-        "max_held_blocks": instance.max_held_blocks / scheduler.pool.num_blocks,
+        "max_held_share": instance.max_held_blocks / scheduler.pool.num_blocks,
     }
 
 
@@ -125,6 +125,6 @@ def table(found: dict[str, Any]) -> str:
     for i in found["instances"]:
         lines.append(
             f"{i['id']:9}{share(i['busy']):>9}{i['steps']:>9}{i['tokens']:>12}{share(i['prefix_hits']):>13}"
-            f"{i['preemptions']:>13}{share(i['max_held_blocks']):>13}"
+            f"{i['preemptions']:>13}{share(i['max_held_share']):>13}"
         )
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+from operator import index
 from pathlib import Path
 from typing import IO, cast
 
@@ -120,7 +121,8 @@ def _mooncake(file: IO[str], path: Path) -> list[Offered]:
     for number, line in enumerate(file, 1):
         try:
             row = json.loads(line)
-            num_input, num_output, hash_ids = row["input_length"], row["output_length"], tuple(row["hash_ids"])
+            num_input, num_output = index(row["input_length"]), index(row["output_length"])
+            hash_ids = tuple(map(index, row["hash_ids"]))
             if num_input < 1 or min(hash_ids, default=0) < 0:
                 raise ValueError("input_length must be at least 1, hash_ids not negative")
             if len(hash_ids) > -(-num_input // TRACE_BLOCK_TOKENS):

@@ -100,6 +100,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"kinds": "PP"}, "at least one instance that decodes"),
         ({"block_size": 48}, "--block-size is 48; it must divide 512"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be above 0"),
+        ({"link_latency_s": -1e-3}, "link_latency_s is -0.001; it must be 0 or more"),
         ({"kv_bytes_per_token": 0}, "--kv-bytes-per-token must be given"),
     ],
 )

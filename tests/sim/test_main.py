@@ -57,6 +57,10 @@ def test_tight_and_loose_objectives(tmp_path: Path) -> None:
         (["--trace", str(TRACE), "--layout", "auto:8"], "--layout auto:8: it must be counts before P, D or M"),
         (["--trace", str(TRACE), "--layout", "3P"], "at least one instance that decodes"),
         (["--trace", str(TRACE), "--layout", "1M", "--rate", "0"], "--rate is 0.0; it must be above 0"),
+        (
+            ["--trace", "synthetic", "--rate", "99", "--layout", "1M", "--json", "no/out"],
+            "--json no/out cannot be written",
+        ),
         (["--trace", "nowhere", "--layout", "1M"], "--trace nowhere cannot be read"),
         (["--trace", str(TRACE), "--layout", "1M", "--profile", "sxm"], "--num-blocks must be given for --profile sxm"),
     ],
