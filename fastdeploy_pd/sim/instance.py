@@ -154,11 +154,14 @@ class Instance:
         return is_new
 
     def _settle(self, num_steps: int) -> None:
-        """Bring requests and blocks to where they are while step num_steps (1: the launched one) is in flight."""
+        """Bring requests and blocks to where they are while step num_steps (1: the launched one) is in flight.
+
+        Blocks that fill on the way become findable when the step has ended: nobody else's prompt goes on like them.
+        """
         num_ended = num_steps - 1
         if num_ended == 0:
             return
-        scheduler, block_size = self.scheduler, self.scheduler.pool.block_size
+        pool, block_size = self.scheduler.pool, self.scheduler.pool.block_size
         full: list[tuple[int, Request]] = []  # (ended steps until the table was full, ...)
         for s in self._batch.sequences:
             request = s.request
@@ -171,9 +174,7 @@ class Instance:
             s.stop += num_ended
         full.sort(key=lambda f: f[0])  # blocks are taken step by step, within a step in the batch's order
         for _, request in full:
-            request.local.block_table += scheduler.pool.allocate(1)
-        for s in self._batch.sequences:
-            scheduler.make_findable(s.request, s.stop - 1)
+            request.local.block_table += pool.allocate(1)
         self.start_s = self._ends[num_ended - 1]
         self.num_steps += num_ended
         self.num_computed_tokens += num_ended * len(self._batch.sequences)
