@@ -1,0 +1,66 @@
+"""How long a prefill or a decode step takes on an instance, by two formulas fitted to measured times.
+
+A prompt of n tokens takes T(n) = a n^2 + b n + c seconds; what is left of one whose first m tokens have their KV (computed in earlier
+chunks, or found in the prefix cache) takes T(n) - T(m). A step that generates one token for each of B sequences with K tokens of KV
+between them takes D(B, K) = d K + e B + f. A step that does both takes the sum.
+Source: T is DistServe's and Tropical's; Tropical's D has no term in B, which halves the error on measured grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastdeploy_pd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """The coefficients of T and D, in seconds."""
+
+    prefill: tuple[float, float, float]  #: a, b, c
+    decode: tuple[float, float, float]  #: d (KV token), e (sequence), f
+
+    def prefill_s(self, num_tokens: int, num_computed: int = 0) -> float:
+        """Returns: seconds that the tokens from num_computed to num_tokens of a prompt take, alone and in one piece."""
+        a, b, c = self.prefill
+        return max(0.0, (a * (num_tokens + num_computed) + b) * (num_tokens - num_computed) + max(c, 0.0))
+
+    def decode_s(self, num_sequences: int, kv_tokens: int) -> float:
+        """Returns: seconds of a step that computes one token for each of num_sequences, kv_tokens being their tokens in sum."""
+        d, e, f = self.decode
+        return max(0.0, d * kv_tokens + e * num_sequences + f)
+
+
+def fit(prefills: Sequence[tuple[int, float]], decodes: Sequence[tuple[int, int, float]]) -> Predictor:
+    """Fit both formulas, each sample's relative error counting alike.
+
+    Args:
+        prefills: (tokens, seconds) of whole prompts, of at least three lengths.
+        decodes: (sequences, KV tokens in sum, seconds), at least three that are not proportional to each other.
+    Raises: ConfigError: the samples don't determine the coefficients.
+    """
+    prefill = _least_squares([((float(n) * n, float(n), 1.0), s) for n, s in prefills], "prefill")
+    decode = _least_squares([((float(kv), float(num), 1.0), s) for num, kv, s in decodes], "decode")
+    return Predictor(prefill, decode)
+
+
+def _least_squares(
+    samples: Sequence[tuple[tuple[float, float, float], float]], name: str
+) -> tuple[float, float, float]:
+    """Returns: the three coefficients that minimise the sum of squared relative errors (normal equations, scaled columns)."""
+    scale = [max((abs(x[i]) for x, _ in samples), default=0.0) or 1.0 for i in range(3)]
+    rows = [([x[i] / scale[i] / y for i in range(3)], 1.0) for x, y in samples if y > 0]
+    matrix = [[sum(x[i] * x[j] for x, _ in rows) for j in range(3)] + [sum(x[i] for x, _ in rows)] for i in range(3)]
+    largest = max((abs(v) for row in matrix for v in row), default=0.0)
+    for i in range(3):
+        pivot = max(range(i, 3), key=lambda r: abs(matrix[r][i]))
+        if abs(matrix[pivot][i]) <= 1e-12 * largest:
+            raise ConfigError(f"{len(samples)} {name} samples don't determine three coefficients")
+        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
+        for r in range(3):
+            if r != i:
+                factor = matrix[r][i] / matrix[i][i]
+                matrix[r] = [u - factor * v for u, v in zip(matrix[r], matrix[i], strict=True)]
+    a, b, c = (matrix[i][3] / matrix[i][i] / scale[i] for i in range(3))
+    return a, b, c
