@@ -15,6 +15,7 @@ from typing import Any
 from fastdeploy_pd.errors import IllegalTransition, InvalidRequest
 
 MAX_ATTEMPT = 10_000  # of a request; a front end gives up long before
+MAX_SLO_S = 1e6  # eleven days
 
 
 class Phase(enum.Enum):
@@ -108,6 +109,26 @@ class SamplingParams:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a request's user expects, in seconds; None: nothing said. Checked when made."""
+
+    ttft_s: float | None = None  #: from arrival to the first token
+    tpot_s: float | None = None  #: mean of each token after the first
+    deadline_s: float | None = None  #: from arrival to the end
+
+    def __post_init__(self) -> None:
+        """Raises: InvalidRequest: a field is not a number above 0."""
+        for name in ("ttft_s", "tpot_s", "deadline_s"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 < value < MAX_SLO_S):
+                raise InvalidRequest(
+                    f"slo.{name} is {value!r}; it must be above 0 and below {MAX_SLO_S:g}.",
+                    param=name,
+                    code="invalid_value",
+                )
+
+
 @dataclass(slots=True)
 class Timeline:
     """When a request first entered each phase, in seconds on this process's monotonic clock."""
@@ -156,6 +177,8 @@ class Request:
     attempt: int = 1  #: raised by the front end each time the request is placed again
     output_token_ids: list[int] = field(default_factory=list)  #: what the client has, then what is generated
     front_end_id: str = ""  #: who owns the request and receives its tokens
+    slo: Slo = field(default_factory=Slo)
+    arrival_s: float = 0.0  #: when its client sent it, on this process's clock; its age is what crosses processes
     phase: Phase = Phase.ARRIVED
     timeline: Timeline = field(default_factory=Timeline)
     local: Local = field(default_factory=Local)
@@ -216,19 +239,24 @@ class Request:
             return FinishReason.LENGTH
         return None
 
-    def to_wire(self) -> dict[str, Any]:
-        """Returns: plain values for MessagePack: everything but phase, timeline and local."""
+    def to_wire(self, now_s: float = 0.0) -> dict[str, Any]:
+        """Returns: plain values for MessagePack: everything but phase, timeline and local; the age in place of the arrival."""
         wire = {name: getattr(self, name) for name in _WIRE_FIELDS}
+        wire["slo"], wire["age_s"] = asdict(self.slo), now_s - wire.pop("arrival_s")
         wire["sampling"] = {**asdict(self.sampling), "logit_bias": [list(i) for i in self.sampling.logit_bias.items()]}
         for values, name in ((wire, "eos_token_ids"), (wire["sampling"], "stop"), (wire["sampling"], "stop_token_ids")):
             values[name] = list(values[name])  # what MessagePack gives back
         return wire
 
     @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> Request:
+    def from_wire(cls, wire: dict[str, Any], now_s: float = 0.0) -> Request:
         """Raises: InvalidRequest: a field is missing, unknown or out of range."""
         values = dict(wire)
         try:
+            age_s = values.pop("age_s", 0.0)
+            if not (type(age_s) in (int, float) and 0 <= age_s < MAX_SLO_S):
+                raise InvalidRequest(f"age_s is {age_s!r}; it must be from 0 to below {MAX_SLO_S:g}")
+            values["slo"], values["arrival_s"] = Slo(**values.get("slo", {})), now_s - age_s
             sampling = dict(values.pop("sampling"))
             sampling["logit_bias"] = {int(k): float(v) for k, v in sampling.get("logit_bias", ())}
             sampling["stop"] = tuple(sampling.get("stop", ()))

@@ -15,6 +15,7 @@ from fastdeploy_pd.request import (
     Phase,
     Request,
     SamplingParams,
+    Slo,
     print_transitions,
 )
 
@@ -47,15 +48,19 @@ def test_terminal_phases_are_final_and_all_are_reachable() -> None:
 
 def test_wire() -> None:
     sampling = SamplingParams(5, stop=("a", "b"), stop_token_ids=(3,), logit_bias={7: -1.5}, logprobs=2, seed=-4)
-    request = Request("r", [1, 2], sampling, (9,), "salt", 2, 3, [8], "front")
+    request = Request(
+        "r", [1, 2], sampling, (9,), "salt", 2, 3, [8], "front", slo=Slo(0.5, deadline_s=60.0), arrival_s=-2.5
+    )
     wire = request.to_wire()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(wire)) == wire
     again = Request.from_wire(wire)
-    assert (again.to_wire(), again.sampling) == (wire, sampling)
+    assert (again.to_wire(), again.sampling, again.slo) == (wire, sampling, Slo(0.5, None, 60.0))
+    assert Request.from_wire(request.to_wire(4.0), 100.0).arrival_s == 93.5  # 6.5 s old, on another process's clock
     changes = ({"nonsense": 1}, {"sampling": {"max_tokens": 0}}, {"sampling": 5}, {"attempt": "x"}, {"attempt": [1]}, {"attempt": 2**62},
                {"attempt": 0}, {"prompt_token_ids": ["a"]}, {"prompt_token_ids": [1.5]}, {"prompt_token_ids": [2**70]},
                {"prompt_token_ids": [-1]}, {"output_token_ids": [2**32]},
-               {"front_end_id": 5}, {"eos_token_ids": [None]}, {"sampling": {"temperature": "hot"}})  # fmt: skip
+               {"front_end_id": 5}, {"age_s": -1.0}, {"age_s": float("nan")}, {"slo": {"ttft_s": 0}}, {"slo": {"tpot_s": "fast"}}, {"slo": {"e2e_s": 1.0}},
+               {"slo": [1]}, {"eos_token_ids": [None]}, {"sampling": {"temperature": "hot"}})  # fmt: skip
     for damaged in ({}, *({**wire, **change} for change in changes)):
         with pytest.raises(InvalidRequest):
             Request.from_wire(damaged)

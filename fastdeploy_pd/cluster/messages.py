@@ -14,7 +14,7 @@ import msgspec
 
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class DecodeSide:
             outbox.send(sender_id, Unknown(request_id, attempt))
             return
         try:
-            request = Request.from_wire(message.request)
+            request = Request.from_wire(message.request, now_s)
             self._check_fits(request)
         except InvalidRequest as error:
             outbox.send(sender_id, Refused(request_id, attempt, error.message, error.code or "invalid", is_final=True))
@@ -339,7 +339,7 @@ class DecodeSide:
             PrefillOrder(
                 grant_id=grant.grant_id,
                 nonce=grant.nonce,
-                request=served.request.to_wire(),
+                request=served.request.to_wire(now_s),
                 first_block=grant.first_block,
                 block_ids=tuple(grant.block_ids),
                 decode_id=self.context.instance_id,

@@ -88,7 +88,6 @@ class Tracked:
     """One request and its current attempt."""
 
     request: Request
-    submitted_s: float
     unplaced_since_s: float | None
     placement: Placement | None = None
     decode_id: str = ""
@@ -186,8 +185,8 @@ class FrontEnd:
 
     def submit(self, request: Request, now_s: float) -> None:
         """Serve a request from now on. Its output_token_ids, if any, are what the client has already."""
-        request.front_end_id = self.front_end_id
-        tracked = Tracked(request, now_s, now_s)
+        request.front_end_id, request.arrival_s = self.front_end_id, now_s
+        tracked = Tracked(request, now_s)
         self.requests[request.request_id] = tracked
         self._place(tracked, now_s)
 
@@ -270,7 +269,8 @@ class FrontEnd:
         if placement is None:
             return
         view = self._views.get(placement.prefill_id or "")
-        self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(), view.instance.peer if view else None))
+        prefill = view.instance.peer if view else None
+        self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(now_s), prefill))
 
     def _place_after_loss(self, tracked: Tracked, reason: str, now_s: float) -> None:
         """Begin the next attempt, unless the request has been there too often when an instance died: it may be what kills them."""
@@ -306,7 +306,7 @@ class FrontEnd:
 
     def _tick_request(self, tracked: Tracked, now_s: float) -> None:
         options, request = self.options, tracked.request
-        if now_s - tracked.submitted_s >= options.deadline_s:
+        if now_s - request.arrival_s >= options.deadline_s:
             self._fail(tracked, DeadlineExceeded(f"The request did not end within {options.deadline_s:g} s."), now_s)
         elif tracked.placement is None:
             self._place(tracked, now_s)

@@ -220,7 +220,7 @@ class PrefillSide:
     def _accept(self, message: PrefillOrder, now_s: float) -> Order | None:
         scheduler = self.context.scheduler
         try:
-            request = Request.from_wire(message.request)
+            request = Request.from_wire(message.request, now_s)
             choice = self._selection.choose(message.decode_id, message.transfers, now_s)
             num_blocks = scheduler.pool.num_blocks_for(request.num_tokens)
             if len(message.block_ids) != num_blocks - message.first_block or num_blocks > scheduler.pool.num_blocks:
