@@ -77,6 +77,7 @@ class ClusterOptions:
     scheduler_password: str | None = field(repr=False)
     scheduler_topic: str
     scheduler_ttl: float
+    peer_timeout: float
     scheduler_tls: bool
     scheduler_tls_ca_file: str | None
     scheduler_tls_cert_file: str | None
@@ -423,6 +424,12 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
         type=_number(float, 1, 86400, "seconds from 1 to 86400"),
         default=900.0,
         help="seconds after which a request fails and results expire",
+    )
+    add(
+        "--peer-timeout",
+        type=_number(float, 1, 3600, "seconds from 1 to 3600"),
+        default=10.0,
+        help="seconds an instance's step counter may stand still before it counts as lost; a closed connection counts at once",
     )
     add("--scheduler-tls", action="store_true", help="connect to Redis with TLS")
     add("--scheduler-tls-ca-file", help="certificates that sign Redis' certificate")

@@ -8,6 +8,7 @@ Source: T is DistServe's and Tropical's; Tropical's D has no term in B, which ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,14 @@ class Predictor:
         """Returns: seconds that the tokens from num_computed to num_tokens of a prompt take, alone and in one piece."""
         a, b, c = self.prefill
         return max(0.0, (a * (num_tokens + num_computed) + b) * (num_tokens - num_computed) + max(c, 0.0))
+
+    def tokens_within(self, seconds: float, num_computed: int) -> int:
+        """Returns: how many tokens of a prompt, after its first num_computed, can be computed in so long; 0 or more."""
+        a, b, c = self.prefill
+        b, left_s = b + 2 * a * num_computed, seconds - max(c, 0.0)
+        if left_s <= 0 or b <= 0:
+            return 0
+        return int(2 * left_s / (b + math.sqrt(max(0.0, b * b + 4 * a * left_s))))
 
     def decode_s(self, num_sequences: int, kv_tokens: int) -> float:
         """Returns: seconds of a step that computes one token for each of num_sequences, kv_tokens being their tokens in sum."""

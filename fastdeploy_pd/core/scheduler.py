@@ -13,13 +13,18 @@ Source: the budget rule is Sarathi-Serve's (Agrawal et al., OSDI 2024); recomput
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
+from fastdeploy_pd.core.order import LATE_EVERY, make_policy, stream_slack_s
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
+
+LEAST_CHUNK = 256  # tokens: with fewer a chunk's own cost is too large a part
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,13 @@ class SchedulerOptions:
     max_model_len: int = 4096  #: most tokens a sequence may have
     enable_chunked_prefill: bool = True  #: a prompt may be computed in several steps
     enable_prefix_caching: bool = True
+    prefill_policy: str = "fcfs"  #: see `order`
+    guards_tpot: bool = False  #: chunks are cut so that running streams keep their SLO, where the predictor is known
+
+
+def is_prompt(request: Request) -> bool:
+    """Returns: whether more than its newest token is left to compute."""
+    return request.num_tokens - request.local.num_computed_tokens > 1
 
 
 class Scheduler:
@@ -54,6 +66,9 @@ class Scheduler:
         self._num_launched = 0  # steps
         self._num_ended = 0
         self._fenced: deque[tuple[int, list[int]]] = deque()  # (step that may write into them, block ids)
+        self.predictor: Predictor | None = None  #: None: not known (yet)
+        self._policy = make_policy(options.prefill_policy, lambda: self.predictor)
+        self._num_held_off = 0  # steps in a row in which prompts waited for streams
         self.num_preemptions = 0
         self.num_prefix_queries = 0  #: tokens looked up in the prefix cache
         self.num_prefix_hits = 0  #: of these, found
@@ -70,6 +85,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""
         request.local.samples_on_device = self._samples_on_device(request)
+        if self._policy is not None and not request.local.block_table:
+            request.local.num_matched_tokens = len(self.match_prefix(request)) * self.pool.block_size
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -101,29 +118,22 @@ class Scheduler:
         """Choose the next step's work and allocate its blocks.
 
         Args:
-            now_s: for the phase stamps.
+            now_s: for the phase stamps, and what is due when.
         Returns: the batch; empty if nothing can be computed now.
         """
-        sequences, budget, is_short = self._schedule_running(now_s)
+        others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
+        sequences, budget, is_short = self._schedule_running(others_wait, now_s)
         if is_short:
             return Batch([], self.pool.block_size)
-        is_blocked = False
-        for request in list(self.waiting) if budget and len(self.running) < self.options.max_num_seqs else ():
-            if budget == 0 or len(self.running) >= self.options.max_num_seqs:
-                break
-            # A request that got no room must not be overtaken by one that would take the blocks it waits for; one that
-            # holds its blocks already takes none, and may be the one whose end frees some.
-            if (is_blocked and not request.local.block_table) or not self._admit(request, budget, now_s):
-                is_blocked = True
-                continue
-            self.waiting.remove(request)
-            self.running[request] = None
-            if request.phase is Phase.RESERVED:
-                request.advance(Phase.PREFILLING, now_s)
-            start = request.local.num_computed_tokens
-            num_new = min(request.num_tokens - start, budget)
-            sequences.append(ScheduledSequence(request, start, start + num_new))
-            budget -= num_new
+        handed_over = [r for r in self.waiting if not is_prompt(r)]  # they generate from now on
+        streams = self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
+        sequences += streams
+        budget -= len(streams)
+        prompts = [*filter(is_prompt, self.running), *filter(is_prompt, self.waiting)]
+        if prompts and budget:
+            limit_s = self._prefill_limit_s(sequences, now_s) if self.options.guards_tpot else math.inf
+            ordered = prompts if self._policy is None else self._policy.order(prompts, now_s)
+            sequences += self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
         return Batch(sequences, self.pool.block_size)
 
     def launched(self, batch: Batch) -> None:
@@ -201,25 +211,24 @@ class Scheduler:
             new = request.token_ids(len(hashes) * block_size, num_blocks * block_size)
             extend_hashes(hashes, new, block_size, request.cache_salt)
 
-    def _schedule_running(self, now_s: float) -> tuple[list[ScheduledSequence], int, bool]:
-        """Returns: what the running requests compute, the budget that is left, and whether blocks lack that the end of the
-        steps in flight, or a preemption after it, would free.
+    def _schedule_running(self, others_wait: bool, now_s: float) -> tuple[list[ScheduledSequence], int, bool]:
+        """Give each running stream its next token.
+
+        Returns: what they compute, the budget that is left, and whether blocks lack that the end of the steps in flight, or a
+        preemption after it, would free.
         """
         sequences: list[ScheduledSequence] = []
         budget, block_size = self.options.max_num_batched_tokens, self.pool.block_size
-        others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
         num_preemptions = self.num_preemptions
         for request in list(self.running):
             if budget == 0:
                 break
             if request not in self.running:  # preempted on behalf of an earlier one
                 continue
-            local = request.local
-            start, num_left = local.num_computed_tokens, request.num_tokens - local.num_computed_tokens
-            if num_left <= budget and self._is_held_back(request, others_wait):
+            start, stop = request.local.num_computed_tokens, request.num_tokens
+            if is_prompt(request) or self._is_held_back(request, others_wait):
                 continue
-            stop = start + min(num_left, budget)
-            if stop > len(local.block_table) * block_size and not self._extend_table(request, stop, now_s):
+            if stop > len(request.local.block_table) * block_size and not self._extend_table(request, stop, now_s):
                 if self._is_in_flight:
                     return [], budget, True
                 continue
@@ -228,6 +237,61 @@ class Scheduler:
         if self.num_preemptions > num_preemptions:  # one may have been scheduled in this very step before
             sequences = [s for s in sequences if s.request in self.running]
         return sequences, budget, False
+
+    def _schedule_waiting(
+        self, prompts: Iterable[Request], budget: int, limit_s: float, others_wait: bool, now_s: float
+    ) -> list[ScheduledSequence]:
+        """Give what is left of a step to requests that have not begun or are partly computed, in the order given.
+
+        Args:
+            budget: tokens; limit_s: predicted seconds, infinite where the predictor is not asked.
+        """
+        sequences: list[ScheduledSequence] = []
+        is_blocked = False
+        for request in prompts:
+            if budget <= 0:
+                break
+            is_running = request in self.running
+            num_left = request.num_tokens - request.local.num_computed_tokens
+            if is_running and num_left <= budget and self._is_held_back(request, others_wait):
+                continue
+            if not is_running:
+                # A request that got no room must not be overtaken by one that would take the blocks it waits for; one that
+                # holds its blocks already takes none, and may be the one whose end frees some.
+                is_full = len(self.running) >= self.options.max_num_seqs
+                if is_full or (is_blocked and not request.local.block_table) or not self._admit(request, budget, now_s):
+                    is_blocked = True
+                    continue
+                self.waiting.remove(request)
+                self.running[request] = None
+                if request.phase is Phase.RESERVED:
+                    request.advance(Phase.PREFILLING, now_s)
+            start = request.local.num_computed_tokens
+            num_new = min(request.num_tokens - start, budget)
+            if self.predictor is not None and limit_s < math.inf and self.options.enable_chunked_prefill:
+                num_new = min(num_new, self.predictor.tokens_within(limit_s, start))
+                limit_s -= self.predictor.prefill_s(start + num_new, start)
+                if num_new < 1:
+                    break
+            sequences.append(ScheduledSequence(request, start, start + num_new))
+            budget -= num_new
+        return sequences
+
+    def _prefill_limit_s(self, streams: Sequence[ScheduledSequence], now_s: float) -> float:
+        """Returns: how long the prompts' part of a step may take so that the streams' SLOs hold; 0: no prompt now.
+
+        A chunk costs something by itself, so prompts wait until it is worth it; every LATE_EVERY-th step in any case.
+        """
+        if self.predictor is None or not streams:
+            return math.inf
+        step_s = self.predictor.decode_s(len(streams), sum(s.stop for s in streams))
+        limit_s = stream_slack_s((s.request for s in streams), step_s, now_s)
+        least_s = self.predictor.prefill_s(LEAST_CHUNK)
+        if limit_s < least_s:
+            self._num_held_off += 1
+            return 0.0 if self._num_held_off % LATE_EVERY else least_s
+        self._num_held_off = 0
+        return limit_s
 
     @property
     def _is_in_flight(self) -> bool:

@@ -38,8 +38,6 @@ log = logging.getLogger("fastdeploy_pd.engine")
 #: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
 DEFAULT_MEMORY_FRACTION = 0.25
 DEFAULT_GPU_FRACTION = 0.9
-#: a hung peer is noticed after this; a CPU step of a long prompt takes seconds on a busy machine
-CPU_PEER_TIMEOUT_S = 10.0
 Pool = KVPool | DevicePool
 #: full-length sequences a pool is made for, above max_num_seqs, when memory allows: prefixes stay cached
 SPARE_SEQUENCES = 8
@@ -176,7 +174,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         instance_id,
         scheduler,
         join_ends(backends, layout, crew),
-        EngineOptions(peer_timeout_s=CPU_PEER_TIMEOUT_S),
+        EngineOptions(peer_timeout_s=config.cluster.peer_timeout),
         observer=observer,
         new_id=lambda: uuid.uuid4().hex,
         new_nonce=lambda: secrets.randbits(63),

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
-from fastdeploy_pd.cluster.registry import HeartbeatThread, MemberRecord, RedisRegistry
+from fastdeploy_pd.cluster.registry import LEASE_S, HeartbeatThread, MemberRecord, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
 from fastdeploy_pd.engine.lifetime import die_with_parent
@@ -158,7 +158,9 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     heartbeat = None
     if config.cluster.scheduler_name != "local":
         shell._refresh_record()
-        heartbeat = HeartbeatThread(RedisRegistry(redis_options(config.cluster)), shell.record)
+        heartbeat = HeartbeatThread(
+            RedisRegistry(redis_options(config.cluster), max(LEASE_S, config.cluster.peer_timeout / 5)), shell.record
+        )
         heartbeat.start()
     announce(run_dir, built, links)
     log.info("%s serves %s with %d KV blocks", built.instance_id, config.model.model, built.layout.num_blocks)

@@ -39,7 +39,7 @@ def start(role: str) -> tuple[subprocess.Popen[bytes], Path]:
     flags = (
         f"--model demo --ops reference --splitwise-role {role} --scheduler-name splitwise --scheduler-host {REDIS} --scheduler-port 6379 "
         f"--scheduler-topic {TOPIC} --advertise-host {SELF} --host {SELF} --port 8000 --cache-transfer-protocol rdma --rdma-comm-ports 2336 "
-        f"--num-gpu-blocks-override 64 --max-model-len 1024 --max-num-batched-tokens 128 --ready-file {ready}"
+        f"--num-gpu-blocks-override 64 --max-model-len 1024 --max-num-batched-tokens 128 --peer-timeout 100 --ready-file {ready}"
     )
     env = {**os.environ, "FD_CLUSTER_SECRET": "a secret of thirty-two characters!!", "FD_SCHEDULER_PASSWORD": PASSWORD}
     env["PYTHONPATH"] = ":".join(sys.path)

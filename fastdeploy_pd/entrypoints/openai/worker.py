@@ -21,7 +21,7 @@ from fastdeploy_pd.cluster.links import AsyncLinks
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Peer
 from fastdeploy_pd.cluster.registry import MemberRecord, MemberWatcher, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
-from fastdeploy_pd.engine.build import CPU_PEER_TIMEOUT_S, redis_options
+from fastdeploy_pd.engine.build import redis_options
 from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.roles import Role
@@ -170,7 +170,7 @@ async def serve_api(
     front_end = FrontEnd(
         front_end_id,
         random.Random(front_end_id),
-        FrontEndOptions(deadline_s=config.cluster.scheduler_ttl, instance_timeout_s=CPU_PEER_TIMEOUT_S),
+        FrontEndOptions(deadline_s=config.cluster.scheduler_ttl, instance_timeout_s=config.cluster.peer_timeout),
     )
     links = AsyncLinks(front_end_id, secret=config.cluster.secret)
     metrics = FrontEndMetrics(options.model_names[0])
