@@ -22,6 +22,7 @@ from fastdeploy_pd.request import Phase, Request
 
 LATE_EVERY = 10  # steps
 RECOVERY_S = 1.0
+TPOT_AIM = 0.95  # of the SLO: predictions are not exact, and the last token has no later one to make up for it
 MAX_WAIT_S = 60.0  # what says nothing about its first token is due after so long
 
 
@@ -147,6 +148,7 @@ def stream_slack_s(streams: Iterable[Request], step_s: float, now_s: float) -> f
         if tpot_s is None or begun_s is None:
             continue
         num_tokens = len(request.output_token_ids) + request.local.num_pending_tokens
+        tpot_s *= TPOT_AIM
         slack_s = begun_s + tpot_s * num_tokens - now_s - step_s
         if slack_s >= (step_s - tpot_s) * RECOVERY_S / max(step_s, 1e-9):
             least_s = min(least_s, slack_s)

@@ -7,12 +7,28 @@ the same instance: among those within a blur of the minimum the choice is random
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.request import Slo
+
+NO_SLO = Slo()
 BLUR_TOKENS = 64  # differences below one block are noise: loads are reported every quarter second
 BLUR_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What waits and runs on an instance, for policies that predict."""
+
+    predictor: Predictor
+    prompts: Sequence[tuple[float, float]] = ()  #: (seconds from now until due, seconds left to compute), by due time
+    busy_s: float = 0.0  #: until the step in flight ends
+    num_streams: int = 0  #: requests that generate
+    stream_tokens: int = 0  #: their tokens in sum
+    num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +39,8 @@ class Candidate:
     can_prefill: bool  #: takes prefill orders
     can_decode: bool  #: takes requests
     outstanding_tokens: int = 0  #: reported, plus what this front end has placed there since the report
+    num_cached_tokens: int = 0  #: of the prompt in question, in its prefix cache
+    load: Load | None = None  #: None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +54,15 @@ class Placement:
 class PlacementPolicy(Protocol):
     """What a scheduling policy implements."""
 
-    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
-        """Choose instances for a request of num_tokens known tokens.
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: Slo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
+        """Choose instances for a request of num_tokens known tokens that arrived age_s ago.
 
         Returns: the placement, or None if no candidate can decode.
         """
@@ -47,7 +72,14 @@ class PlacementPolicy(Protocol):
 class FewestTokens:
     """Balances outstanding tokens over prefill, decode and mixed instances."""
 
-    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: Slo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
         """See `PlacementPolicy.place`. An instance that can do both serves alone; with no prefill instance, decode prefills."""
         decoder = pick((c for c in candidates if c.can_decode and not c.can_prefill), rng)
         prefiller = pick((c for c in candidates if c.can_prefill and not c.can_decode), rng)
@@ -84,7 +116,14 @@ class RoundRobin:
     def __init__(self) -> None:
         self._num_prefills = self._num_decodes = 0
 
-    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: Slo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
         """See `PlacementPolicy.place`. Prefill and mixed instances take turns with prompts; a mixed one keeps what it has begun."""
         decoders = [c for c in candidates if c.can_decode]
         if not decoders:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
-from fastdeploy_pd.core.order import LATE_EVERY, make_policy, stream_slack_s
+from fastdeploy_pd.core.order import LATE_EVERY, due_s, make_policy, num_left, prefill_left_s, stream_slack_s
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
@@ -81,6 +82,32 @@ class Scheduler:
     def outstanding_tokens(self) -> int:
         """Returns: tokens known but not yet computed plus one for each running stream; the load that placement balances."""
         return sum(max(1, r.num_tokens - r.local.num_computed_tokens) for r in (*self.waiting, *self.running))
+
+    def load(self, now_s: float, busy_s: float) -> Load:
+        """Returns: what there is to do, for placement; busy_s: until the step in flight ends.
+
+        Raises: ValueError: there is no predictor.
+        """
+        predictor, pool = self.predictor, self.pool
+        if predictor is None:
+            raise ValueError("the scheduler has no predictor")
+        jobs, num_streams, stream_tokens, num_promised = [], 0, 0, 0
+        for request in self.running:
+            if is_prompt(request):
+                jobs.append((due_s(request) - now_s, prefill_left_s(request, predictor)))
+            else:
+                num_streams += 1
+                stream_tokens += request.num_tokens
+        for request in self.waiting:
+            if is_prompt(request):
+                jobs.append((due_s(request) - now_s, prefill_left_s(request, predictor)))
+                num_promised += num_left(request)
+            else:
+                num_streams += 1
+                stream_tokens += request.num_tokens
+        jobs.sort()
+        num_free = pool.num_free * pool.block_size - num_promised
+        return Load(predictor, jobs, busy_s, num_streams, stream_tokens, num_free)
 
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""

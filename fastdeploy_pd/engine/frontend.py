@@ -252,7 +252,8 @@ class FrontEnd:
     def _place(self, tracked: Tracked, now_s: float) -> None:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
-        placement = self.policy.place(request.num_tokens, self._candidates(tracked.avoid), self._rng)
+        candidates, age_s = self._candidates(tracked.avoid), now_s - request.arrival_s
+        placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, age_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
             return

@@ -11,7 +11,7 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.core.batch import ScheduledSequence
@@ -19,7 +19,7 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.placement import Candidate, PlacementPolicy
 from fastdeploy_pd.core.scheduler import SchedulerOptions
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.request import Phase, Request, SamplingParams
+from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
 from fastdeploy_pd.sim.instance import MAX_LEAP, Instance, sampled_token
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
@@ -39,6 +39,12 @@ class ClusterOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     enable_prefix_caching: bool = True
+    prefill_policy: str = "fcfs"
+    ttft_x: float | None = (
+        None  #: each request's TTFT SLO, in units of the prompt's prefill in an empty cluster; None: it says none
+    )
+    tpot_s: float | None = None
+    is_predicted: bool = False  #: whether schedulers and placement know how long steps take
     link_bytes_per_s: float = 50e9  #: of a prefill instance's outgoing link
     link_latency_s: float = 1e-3  #: from the last byte sent, or computed, to decode's going on
 
@@ -110,11 +116,18 @@ class Cluster:
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self._max_tokens,
             enable_prefix_caching=options.enable_prefix_caching,
+            prefill_policy=options.prefill_policy,
+            guards_tpot=options.is_predicted,
         )
+        self._latency = latency
         self.instances = [
             Instance(n, kind, BlockPool(options.num_blocks, options.block_size), scheduling, latency, max_leap)
             for n, kind in enumerate(options.kinds)
         ]
+        if options.is_predicted:
+            predictor = latency.predictor()
+            for instance in self.instances:
+                instance.scheduler.predictor = predictor
         self._by_id = {i.instance_id: i for i in self.instances}
         self._policy, self._rng = policy, rng
         self._events: list[tuple[float, int, int]] = []  # (time, kind, number)
@@ -151,14 +164,15 @@ class Cluster:
         if offered.num_input >= self._max_tokens:
             record.is_refused, record.end_s = True, now_s
             return
-        candidates = [
-            Candidate(i.instance_id, i.can_prefill, i.can_decode, self._outstanding_tokens(i)) for i in self.instances
-        ]
-        placement = self._policy.place(offered.num_input, candidates, self._rng)
+        request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
+        ttft_x = self.options.ttft_x
+        ttft_s = None if ttft_x is None else ttft_x * self._latency.alone_s(offered.num_input)
+        request.slo, request.arrival_s = Slo(ttft_s, self.options.tpot_s), now_s
+        request.local.block_hashes = offered.block_hashes(self.options.block_size)
+        candidates = [self._candidate(i, request, now_s) for i in self.instances]
+        placement = self._policy.place(offered.num_input, candidates, self._rng, request.slo)
         if placement is None:
             raise ValueError("no instance decodes")
-        request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
-        request.local.block_hashes = offered.block_hashes(self.options.block_size)
         request.advance(Phase.PLACED, now_s)
         served = Served(record, request, self._by_id[placement.decode_id])
         record.decode_id, record.prefill_id = placement.decode_id, placement.prefill_id
@@ -175,6 +189,18 @@ class Cluster:
             self._admit_queued(served.decode, now_s)
             if served.decode.blocks_taken():
                 self._push_end(served.decode)
+
+    def _candidate(self, instance: Instance, request: Request, now_s: float) -> Candidate:
+        """Returns: an instance as front ends would see it if its reports were never late."""
+        tokens = self._outstanding_tokens(instance)
+        if not self.options.is_predicted:
+            return Candidate(instance.instance_id, instance.can_prefill, instance.can_decode, tokens)
+        num_cached = len(instance.scheduler.match_prefix(request)) * self.options.block_size
+        load = instance.load(now_s)
+        num_queued = sum(s.request.num_tokens for s in self._queued[instance])
+        if num_queued:
+            load = replace(load, num_free_tokens=load.num_free_tokens - num_queued)
+        return Candidate(instance.instance_id, instance.can_prefill, instance.can_decode, tokens, num_cached, load)
 
     def _outstanding_tokens(self, instance: Instance) -> int:
         """Returns: the load that placement balances, as `Engine.outstanding_tokens` reports it, but never late."""
@@ -199,6 +225,7 @@ class Cluster:
         request.advance(Phase.RESERVED, now_s)
         request.advance(Phase.PREFILLING, now_s)
         order = Request(request.request_id, request.prompt_token_ids, request.sampling)
+        order.slo, order.arrival_s = request.slo, request.arrival_s
         order.local.block_hashes = list(request.local.block_hashes)
         order.local.is_preemptible, order.local.ends_with_next_token = False, True
         order.advance(Phase.PLACED, now_s)

@@ -11,6 +11,7 @@ from bisect import bisect_left
 
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.request import Request
 from fastdeploy_pd.sim.latency import Latency
@@ -61,6 +62,11 @@ class Instance:
         if self._outstanding_tokens is None:
             self._outstanding_tokens = self.scheduler.outstanding_tokens()
         return self._outstanding_tokens
+
+    def load(self, now_s: float) -> Load:
+        """Returns: what placement may know of it. Raises: ValueError: its scheduler has no predictor."""
+        scheduler = self.scheduler
+        return scheduler.load(now_s, self._ends[0] - now_s if self._ends else 0.0)
 
     def launch(self, now_s: float) -> bool:
         """Schedule a step if none is in flight; called after everything that is handed to the scheduler.

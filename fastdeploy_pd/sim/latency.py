@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from fastdeploy_pd.core.predictor import Predictor, fit
 from fastdeploy_pd.errors import ConfigError
 
 MODELS = ("grid", "formula", "dynosim")
@@ -79,6 +80,17 @@ class Latency:
     def alone_s(self, num_tokens: int) -> float:
         """Returns: seconds of a prompt's prefill in an empty cluster."""
         return self.prefill_ms(num_tokens) / 1e3
+
+    def predictor(self) -> Predictor:
+        """Returns: the formulas that fit these times best; what an instance would have learnt."""
+        prefills = [(n, self.alone_s(n)) for n in (64 << i for i in range(12))]
+        decodes = [
+            (num, num * context, self.decode_curve(num)(num * context) / 1e3)
+            for num in (1, 4, 16, 64, 128)
+            for context in (256, 1024, 4096, 16384, 65536)
+            if num * context <= 2_000_000
+        ]
+        return fit(prefills, decodes)
 
     def step_s(self, chunks: Sequence[tuple[int, int, bool]], num_decodes: int, kv_tokens: int) -> float:
         """Seconds of one step.

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.core import order
+from fastdeploy_pd.core.multiplexing import Multiplexing
 from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.report import Slo, report, table
 
-POLICIES: dict[str, Callable[[], PlacementPolicy]] = {"fewest-tokens": FewestTokens, "round-robin": RoundRobin}
+POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
+    "fewest-tokens": FewestTokens,
+    "round-robin": RoundRobin,
+    "slo": Multiplexing,
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +41,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--slo-ttft-x", type=float, default=5.0, help="most TTFT, in units of the unloaded prefill time (default 5)")
     add("--slo-tpot-ms", type=float, default=100.0, help="most mean time per output token (default 100)")
     add("--placement", choices=sorted(POLICIES), default="fewest-tokens", help="(default fewest-tokens)")
+    add(
+        "--prefill-policy",
+        choices=order.POLICIES,
+        default="fcfs",
+        help="order of prompts on an instance (default fcfs)",
+    )
     add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
     add("--block-size", type=int, default=64, help="tokens a KV block (default 64)")
     add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
@@ -120,6 +132,10 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         enable_prefix_caching=not args.no_prefix_caching,
+        prefill_policy=args.prefill_policy,
+        ttft_x=args.slo_ttft_x,
+        tpot_s=args.slo_tpot_ms / 1e3,
+        is_predicted=args.placement == "slo" or args.prefill_policy == "slack",
         link_bytes_per_s=args.kv_gb_per_s * 1e9,
         link_latency_s=args.kv_latency_ms / 1e3,
     )

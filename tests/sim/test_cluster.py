@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy, RoundRobin
+from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import Curve, Latency, read
@@ -115,10 +115,17 @@ class Watchful(FewestTokens):
 
     cluster: Cluster
 
-    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: Slo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
         told = [c.outstanding_tokens for c in candidates]
         assert told == [i.scheduler.outstanding_tokens() for i in self.cluster.instances]
-        return super().place(num_tokens, candidates, rng)
+        return super().place(num_tokens, candidates, rng, slo, age_s)
 
 
 def test_placement_knows_the_loads() -> None:

@@ -1,0 +1,104 @@
+"""SLO-aware placement: who computes a prompt so that the most first tokens come on time and no running stream falls behind.
+
+For each instance that could take the prompt it is worked out, from the instance's predictor, what would become of everything that waits
+there (`order.late`) if this prompt, less what the instance has in its prefix cache, waited too, while its streams get the share of
+time that their SLO asks for. The instance with the fewest first tokens lost wins; among equals the one with the least time until this
+first token plus time spent on it, so a cached prefix is followed as long as its holder is not too busy.
+A prompt may be computed by a prefill instance, or by whoever generates from it (a mixed instance, or a decode instance whose streams
+have the time to spare).
+Source: the toggle of Tropical (DAC 2025) and the argmin of Mooncake's Conductor (FAST 2025), here in one cost, with cached prefixes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fastdeploy_pd.core.order import MAX_WAIT_S, late
+from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement
+from fastdeploy_pd.request import Slo
+
+MOST_SHARE = 0.9  # of an instance's time that streams may need before it takes no prompt
+SAFETY = 1.05  # predictions are that much too short
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an instance would make of a prompt; less is better, in the order of the fields."""
+
+    num_lost: int  #: first tokens that come late because of it, its own included
+    cost_s: float  #: until its first token, and spent on it
+
+    def __lt__(self, other: Estimate) -> bool:
+        return (self.num_lost, self.cost_s) < (other.num_lost, other.cost_s)
+
+
+class Multiplexing:
+    """See the module. Instances without a predictor are placed on by tokens, as by `FewestTokens`."""
+
+    def __init__(self) -> None:
+        self._by_tokens = FewestTokens()
+
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: Slo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
+        """See `PlacementPolicy.place`."""
+        if any(c.load is None for c in candidates):
+            return self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
+        due_s = min((x for x in (slo.ttft_s, slo.deadline_s) if x is not None), default=MAX_WAIT_S) - age_s
+        decoders = [c for c in candidates if c.can_decode]
+        if not decoders:
+            return None
+        shuffled = sorted(candidates, key=lambda c: c.instance_id)
+        rng.shuffle(shuffled)  # equals are chosen at random
+        decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
+        best: tuple[Estimate, Placement] | None = None
+        for c in shuffled:
+            if c.can_prefill and not c.can_decode:
+                placement = Placement(c.instance_id, decoder.instance_id)
+            elif c.can_decode:
+                placement = Placement(None, c.instance_id)
+            found = estimate(c, num_tokens, due_s, slo)
+            if best is None or found < best[0]:
+                best = found, placement
+        return best[1] if best else None
+
+
+def stream_share(candidate: Candidate, slo: Slo, num_tokens: int = 0) -> float:
+    """Returns: the share of an instance's time that its streams need to keep their SLO; with num_tokens, and one more stream."""
+    load = candidate.load
+    if load is None or slo.tpot_s is None:
+        return 0.0
+    num_streams = load.num_streams + (num_tokens > 0)
+    if not num_streams:
+        return 0.0
+    return load.predictor.decode_s(num_streams, load.stream_tokens + num_tokens) / slo.tpot_s
+
+
+def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> Estimate:
+    """Returns: what the instance would make of a prompt.
+
+    Args:
+        due_s: seconds from now until its first token is due.
+    """
+    load = candidate.load
+    assert load is not None
+    share = stream_share(candidate, slo)
+    stretch = SAFETY / (1 - min(share, MOST_SHARE))
+    own_s = load.predictor.prefill_s(num_tokens, min(candidate.num_cached_tokens, num_tokens - 1))
+    jobs = [(d, s * stretch) for d, s in load.prompts]
+    num_lost_before = sum(late(jobs, load.busy_s))
+    place = next((n for n, (d, _) in enumerate(jobs) if d > due_s), len(jobs))
+    jobs.insert(place, (due_s, own_s * stretch))
+    is_late = late(jobs, load.busy_s)
+    ahead_s = sum(s for (_, s), x in zip(jobs[:place], is_late[:place], strict=True) if not x)
+    if is_late[place]:
+        ahead_s = sum(s for _, s in jobs) - own_s * stretch
+    is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
+    return Estimate(sum(is_late) - num_lost_before + is_short, load.busy_s + ahead_s + 2 * own_s * stretch)
