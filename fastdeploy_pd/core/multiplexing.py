@@ -101,4 +101,5 @@ def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> E
     if is_late[place]:
         ahead_s = sum(s for _, s in jobs) - own_s * stretch
     is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
-    return Estimate(sum(is_late) - num_lost_before + is_short, load.busy_s + ahead_s + 2 * own_s * stretch)
+    spent_s = own_s * stretch * (1 if candidate.can_prefill else 2)  # a decode instance's streams feel it
+    return Estimate(sum(is_late) - num_lost_before + is_short, load.busy_s + ahead_s + own_s * stretch + spent_s)

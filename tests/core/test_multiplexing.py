@@ -1,0 +1,64 @@
+"""Placement by what would become of everybody's SLO."""
+
+from __future__ import annotations
+
+import random
+
+from fastdeploy_pd.core.multiplexing import Multiplexing, estimate, stream_share
+from fastdeploy_pd.core.placement import Candidate, Load, Placement
+from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.request import Slo
+
+PREDICTOR = Predictor((0.0, 1e-4, 0.0), (0.0, 0.0, 0.02))
+SLO = Slo(ttft_s=1.0, tpot_s=0.1)
+
+
+def candidate(name: str, roles: str = "M", cached: int = 0, **load: object) -> Candidate:
+    facts = Load(PREDICTOR, **{"num_free_tokens": 100_000, **load})  # type: ignore[arg-type]
+    return Candidate(name, roles in "PM", roles in "DM", 0, cached, facts)
+
+
+def place(*candidates: Candidate, num_tokens: int = 2000, slo: Slo = SLO, age_s: float = 0.0) -> set[Placement | None]:
+    return {Multiplexing().place(num_tokens, candidates, random.Random(s), slo, age_s) for s in range(20)}
+
+
+def test_equals_take_turns_and_who_cannot_serve_is_not_asked() -> None:
+    assert place(candidate("a"), candidate("b")) == {Placement(None, "a"), Placement(None, "b")}
+    assert place() == place(candidate("p", "P")) == {None}
+    assert place(candidate("p", "P"), candidate("d", "D", prompts=((9.0, 0.5),))) == {Placement("p", "d")}
+
+
+def test_a_cached_prefix_is_followed_until_its_holder_is_too_busy() -> None:
+    assert place(candidate("a", cached=1500), candidate("b")) == {Placement(None, "a")}
+    waits = ((0.5, 0.4),)
+    assert place(candidate("a", cached=1500, prompts=waits), candidate("b")) == {Placement(None, "b")}
+    # ... but not where the other one would make a first token late
+    assert place(candidate("a", cached=1500, prompts=waits), candidate("b", busy_s=0.95)) == {Placement(None, "a")}
+
+
+def test_nobody_is_made_late_if_it_can_be_helped() -> None:
+    tight = candidate("a", prompts=((0.25, 0.2),))
+    assert place(tight, candidate("b", prompts=((5.0, 0.5),)), slo=Slo(0.22, 0.1)) == {Placement(None, "b")}
+
+
+def test_a_decode_instance_with_time_to_spare_computes_prompts() -> None:
+    busy = candidate("p", "P", prompts=((0.95, 0.9),))
+    assert place(busy, candidate("d", "D", num_streams=5)) == {Placement(None, "d")}
+    assert stream_share(candidate("d", "D", num_streams=5), SLO) == 0.2
+    tight = Slo(ttft_s=1.0, tpot_s=0.021)  # its streams need 95 % of the time
+    assert place(busy, candidate("d", "D", num_streams=5), slo=tight) == {Placement("p", "d")}
+
+
+def test_no_room_counts_as_late() -> None:
+    assert place(candidate("a", num_free_tokens=1000), candidate("b", busy_s=0.5)) == {Placement(None, "b")}
+
+
+def test_age_is_counted() -> None:
+    new = estimate(candidate("a", busy_s=0.3), 2000, 1.0, SLO)
+    old = estimate(candidate("a", busy_s=0.3), 2000, 0.4, SLO)
+    assert (new.num_lost, old.num_lost) == (0, 1)
+
+
+def test_without_a_predictor_tokens_decide() -> None:
+    heavy = Candidate("a", True, True, 10_000)
+    assert place(heavy, candidate("b")) == {Placement(None, "b")}
