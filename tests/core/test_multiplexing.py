@@ -44,7 +44,7 @@ def test_nobody_is_made_late_if_it_can_be_helped() -> None:
 def test_a_decode_instance_with_time_to_spare_computes_prompts() -> None:
     busy = candidate("p", "P", prompts=((0.95, 0.9),))
     assert place(busy, candidate("d", "D", num_streams=5)) == {Placement(None, "d")}
-    assert stream_share(candidate("d", "D", num_streams=5), SLO) == 0.2
+    assert round(stream_share(candidate("d", "D", num_streams=5), SLO), 9) == 0.2
     tight = Slo(ttft_s=1.0, tpot_s=0.021)  # its streams need 95 % of the time
     assert place(busy, candidate("d", "D", num_streams=5), slo=tight) == {Placement("p", "d")}
 
