@@ -65,6 +65,14 @@ class SchedulingOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SloOptions:
+    """What is expected for requests that say nothing themselves."""
+
+    slo_ttft_ms: float | None
+    slo_tpot_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterOptions:
     """Role, coordinator and links."""
 
@@ -110,6 +118,7 @@ class InstanceConfig:
     scheduling: SchedulingOptions
     cluster: ClusterOptions
     server: ServerOptions
+    slo: SloOptions
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str], program: str = "api_server") -> InstanceConfig:
@@ -146,7 +155,7 @@ class InstanceConfig:
         return cls(
             *(
                 _pick(kind, args, env, secret)
-                for kind in (ModelOptions, CacheOptions, SchedulingOptions, ClusterOptions, ServerOptions)
+                for kind in (ModelOptions, CacheOptions, SchedulingOptions, ClusterOptions, ServerOptions, SloOptions)
             )
         )
 
@@ -317,6 +326,7 @@ def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
     _add_cache_flags(parser.add_argument)
     _add_cluster_flags(parser.add_argument)
     _add_server_flags(parser.add_argument)
+    _add_slo_flags(parser.add_argument)
     return parser
 
 
@@ -458,6 +468,16 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--data-parallel-size", type=_integer(1), help="only 1 in this version")
     for flag in ("--speculative-config", "--swap-space"):
         add(flag, help="not part of this version: refused")
+
+
+def _add_slo_flags(add: Callable[..., Any]) -> None:
+    milliseconds = _number(float, 0.001, 1e8, "milliseconds from 0.001 to 1e8")
+    add(
+        "--slo-ttft-ms",
+        type=milliseconds,
+        help="milliseconds to the first token that requests expect which say nothing of it (default: none)",
+    )
+    add("--slo-tpot-ms", type=milliseconds, help="the same for each token after the first (default: none)")
 
 
 def _choose_by_device(args: argparse.Namespace) -> None:

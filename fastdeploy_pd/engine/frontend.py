@@ -35,7 +35,7 @@ from fastdeploy_pd.errors import (
     NoCapacity,
     Overloaded,
 )
-from fastdeploy_pd.request import FinishReason, Phase, Request, TokenChunk
+from fastdeploy_pd.request import FinishReason, Phase, Request, Slo, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class FrontEndOptions:
     placement_timeout_s: float = 30.0  #: a request that no instance can take fails
     deadline_s: float = 900.0  #: every request has ended by then
     max_lost_instances: int = 6  #: a request that has seen so many die is suspected of killing them
+    slo_ttft_s: float | None = None  #: of requests that say nothing of it
+    slo_tpot_s: float | None = None
 
 
 @dataclass(slots=True)  # not frozen, like TokenChunk
@@ -186,6 +188,7 @@ class FrontEnd:
     def submit(self, request: Request, now_s: float) -> None:
         """Serve a request from now on. Its output_token_ids, if any, are what the client has already."""
         request.front_end_id, request.arrival_s = self.front_end_id, now_s
+        request.slo = self._slo_of(request)
         tracked = Tracked(request, now_s)
         self.requests[request.request_id] = tracked
         self._place(tracked, now_s)
@@ -236,6 +239,10 @@ class FrontEnd:
                 self.outbox.send(instance_id, Beat(self._counter))
 
     # inside
+
+    def _slo_of(self, request: Request) -> Slo:
+        slo, options = request.slo, self.options
+        return replace(slo, ttft_s=slo.ttft_s or options.slo_ttft_s, tpot_s=slo.tpot_s or options.slo_tpot_s)
 
     def _candidates(self, avoid: dict[str, str]) -> list[Candidate]:
         return [
@@ -307,8 +314,9 @@ class FrontEnd:
 
     def _tick_request(self, tracked: Tracked, now_s: float) -> None:
         options, request = self.options, tracked.request
-        if now_s - request.arrival_s >= options.deadline_s:
-            self._fail(tracked, DeadlineExceeded(f"The request did not end within {options.deadline_s:g} s."), now_s)
+        deadline_s = min(options.deadline_s, request.slo.deadline_s or options.deadline_s)
+        if now_s - request.arrival_s >= deadline_s:
+            self._fail(tracked, DeadlineExceeded(f"The request did not end within {deadline_s:g} s."), now_s)
         elif tracked.placement is None:
             self._place(tracked, now_s)
         elif request.phase is Phase.PLACED:

@@ -17,7 +17,7 @@ from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer, NoTokenizer
 from fastdeploy_pd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from fastdeploy_pd.model.checkpoint import ModelConfig, read_json
 from fastdeploy_pd.model.weights import model_directory
-from fastdeploy_pd.request import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
+from fastdeploy_pd.request import FinishReason, Request, SamplingParams, Slo, TokenChunk, TokenLogprobs
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -282,6 +282,7 @@ class Serving:
             cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
             output_token_ids=list(delivered),
+            slo=Slo(_seconds(body.ttft_ms), _seconds(body.tpot_ms), body.deadline),
         )
         is_stop_shown = bool(body.include_stop_str_in_output)
         return Choice(
@@ -359,6 +360,10 @@ class Serving:
                 )
             checked[int(name)] = bias
         return checked
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 def choice_seed(seed: int, index: int) -> int:

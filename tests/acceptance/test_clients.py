@@ -150,6 +150,27 @@ def test_redis_submission(redis_server: EmbeddedRedis, pair: LocalCluster) -> No
         client.result("nobody", 5)
 
 
+def test_a_deadline_ends_a_request_however_it_came(redis_server: EmbeddedRedis, pair: LocalCluster) -> None:
+    url, head = pair.instances[0].http_url + "/v1/completions", {"authorization": "Bearer k-1"}
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 3900, "ignore_eos": True}
+    began_s = time.monotonic()
+    whole = httpx.post(url, json={**body, "deadline": 0.4}, headers=head, timeout=60)
+    assert 0.4 <= time.monotonic() - began_s < 3
+    error = whole.json()["error"]
+    assert (whole.status_code, error["code"]) == (504, "timeout")
+    assert error["message"] == "The request did not end within 0.4 s."
+    stream = httpx.post(url, json={**body, "stream": True}, headers={**head, "x-deadline-s": "0.4"}, timeout=60)
+    events = [line[6:] for line in stream.text.splitlines() if line]
+    assert stream.status_code == 200 and len(events) > 1, "the deadline came before the first token"
+    assert json.loads(events[-1])["error"]["code"] == "timeout"
+    client = RedisClient(redis_server.url, "clients")
+    with pytest.raises(FastDeployPDError, match=r"did not end within 0\.4 s") as failed:
+        client.result(client.submit({**body, "deadline": 0.4}, "completions"), 30)
+    assert failed.value.code == "timeout"
+    with pytest.raises(FastDeployPDError, match="Invalid 'deadline'"):
+        client.result(client.submit({**body, "deadline": 0}, "completions"), 30)
+
+
 SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
 
 

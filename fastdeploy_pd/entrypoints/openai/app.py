@@ -20,7 +20,7 @@ from fastdeploy_pd.entrypoints.openai.completions import stream_completion, whol
 from fastdeploy_pd.entrypoints.openai.generation import EndObserver, Generation
 from fastdeploy_pd.entrypoints.openai.guard import Guard, refusal
 from fastdeploy_pd.entrypoints.openai.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES
-from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
+from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, SloHeaders
 from fastdeploy_pd.entrypoints.openai.stream import (
     EventStream,
     error_body,
@@ -28,13 +28,14 @@ from fastdeploy_pd.entrypoints.openai.stream import (
     read_body,
     unless_client_leaves,
 )
-from fastdeploy_pd.entrypoints.openai.validation import parse_body
+from fastdeploy_pd.entrypoints.openai.validation import parse_body, validate
 from fastdeploy_pd.entrypoints.serving import Choice, Serving, ServingOptions, new_id
 from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer
 from fastdeploy_pd.errors import FastDeployPDError
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LARGE_BODY_BYTES = 64 * 2**10
+SLO_HEADERS = SloHeaders.model_json_schema()["properties"]
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -63,12 +64,15 @@ class Api:
 
     async def generate(self, kind: type[ChatBody] | type[CompletionBody], request: Request) -> Any:
         """Answer one of the two generating endpoints."""
+        names = [name for name in SLO_HEADERS if name in request.headers]
+        # One that is given twice becomes a list, which is no number: neither is silently dropped.
+        slo = validate(SloHeaders, {name: ", ".join(request.headers.getlist(name)) for name in names})
         raw = await read_body(request.receive, MAX_BODY_BYTES, BODY_TIMEOUT_S)
         answer_id = new_id("chatcmpl" if kind is ChatBody else "cmpl")
         if len(raw) > LARGE_BODY_BYTES:  # other streams go on while this one is tokenised
-            body, choices = await asyncio.to_thread(self._prepare, kind, raw, answer_id)
+            body, choices = await asyncio.to_thread(self._prepare, kind, raw, slo, answer_id)
         else:
-            body, choices = self._prepare(kind, raw, answer_id)
+            body, choices = self._prepare(kind, raw, slo, answer_id)
         generation = Generation(self.client, self.serving, choices, self.clock, self.observer)
         created = int(self.clock.unix_s())
         headers = [(b"x-fastdeploy-pd-request-id", answer_id.encode())]
@@ -93,9 +97,10 @@ class Api:
         )
 
     def _prepare(
-        self, kind: type[ChatBody] | type[CompletionBody], raw: bytes, answer_id: str
+        self, kind: type[ChatBody] | type[CompletionBody], raw: bytes, slo: SloHeaders, answer_id: str
     ) -> tuple[ChatBody | CompletionBody, list[Choice]]:
         body = parse_body(kind, raw)
+        slo.complete(body)
         if not self.serving.has_text and body.return_token_ids is None:
             body.return_token_ids = True  # without a tokenizer they are all there is to answer
         return body, self.serving.choices(body, answer_id)
@@ -140,7 +145,9 @@ def _body_schema(kind: type[ChatBody] | type[CompletionBody]) -> dict[str, Any]:
             return {k: resolve(v) for k, v in value.items()}
         return [resolve(v) for v in value] if isinstance(value, list) else value
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": resolve(schema)}}}}
+    headers = [{"name": name, "in": "header", "schema": field} for name, field in SLO_HEADERS.items()]
+    content = {"application/json": {"schema": resolve(schema)}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": headers}
 
 
 def _add_generation(app: FastAPI, api: Api) -> None:

@@ -12,12 +12,15 @@ from pydantic_core import PydanticCustomError
 
 from fastdeploy_pd.entrypoints.openai import limits
 from fastdeploy_pd.entrypoints.openai.validation import parse_body
+from fastdeploy_pd.request import MAX_SLO_S
 
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Milliseconds = Annotated[float, Field(ge=0.001, lt=1e3 * MAX_SLO_S)]
+Seconds = Annotated[float, Field(ge=0.001, lt=MAX_SLO_S)]
 
 
 def _shape(value: Any) -> str | None:
@@ -83,11 +86,23 @@ class GenerationBody(BaseModel):
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Int32 | None = None
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+    deadline: Seconds | None = None
     return_token_ids: bool | None = None
     return_timings: bool | None = None
 
     @field_validator(
-        "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", mode="before"
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "ttft_ms",
+        "tpot_ms",
+        "deadline",
+        mode="before",
     )
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
@@ -107,6 +122,21 @@ class GenerationBody(BaseModel):
                 "stream_options", "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             )
         return self
+
+
+class SloHeaders(BaseModel):
+    """What a request may say in its HTTP head instead of its body, by the body's names."""
+
+    priority: Int32 | None = Field(None, alias="x-priority")
+    ttft_ms: Milliseconds | None = Field(None, alias="x-slo-ttft-ms")
+    tpot_ms: Milliseconds | None = Field(None, alias="x-slo-tpot-ms")
+    deadline: Seconds | None = Field(None, alias="x-deadline-s")
+
+    def complete(self, body: GenerationBody) -> None:
+        """Fill in what the body leaves open."""
+        for name in SloHeaders.model_fields:
+            if getattr(body, name) is None:
+                setattr(body, name, getattr(self, name))
 
 
 class TextPart(BaseModel):
@@ -194,4 +224,13 @@ class CompletionBody(GenerationBody):
     suffix: None = None
 
 
-__all__ = ["ChatBody", "ChatMessage", "CompletionBody", "GenerationBody", "StreamOptions", "TextPart", "parse_body"]
+__all__ = [
+    "ChatBody",
+    "ChatMessage",
+    "CompletionBody",
+    "GenerationBody",
+    "SloHeaders",
+    "StreamOptions",
+    "TextPart",
+    "parse_body",
+]

@@ -55,6 +55,11 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     value = parse_json(raw)
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body must be a JSON object, but is {_shown(value)}.")
+    return validate(kind, value)
+
+
+def validate(kind: type[Body], value: dict[str, Any]) -> Body:
+    """Returns: the value as a model. Raises: InvalidRequest: names the field, its value and what is allowed."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:

@@ -136,6 +136,17 @@ def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
     return _Server(config)
 
 
+def front_end_options(config: InstanceConfig) -> FrontEndOptions:
+    """Returns: limits and defaults, from the flags."""
+    slo = config.slo
+    return FrontEndOptions(
+        deadline_s=config.cluster.scheduler_ttl,
+        instance_timeout_s=config.cluster.peer_timeout,
+        slo_ttft_s=None if slo.slo_ttft_ms is None else slo.slo_ttft_ms / 1e3,
+        slo_tpot_s=None if slo.slo_tpot_ms is None else slo.slo_tpot_ms / 1e3,
+    )
+
+
 async def serve_api(
     config: InstanceConfig,
     run_dir: Path,
@@ -170,7 +181,7 @@ async def serve_api(
     front_end = FrontEnd(
         front_end_id,
         random.Random(front_end_id),
-        FrontEndOptions(deadline_s=config.cluster.scheduler_ttl, instance_timeout_s=config.cluster.peer_timeout),
+        front_end_options(config),
     )
     links = AsyncLinks(front_end_id, secret=config.cluster.secret)
     metrics = FrontEndMetrics(options.model_names[0])

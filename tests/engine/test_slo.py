@@ -1,0 +1,55 @@
+"""The front end's part in what requests expect: defaults, and the end of those that are late."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from fastdeploy_pd.cluster.messages import Abort, Peer, Reserve
+from fastdeploy_pd.engine.frontend import Failed, FrontEnd, FrontEndOptions, Instance
+from fastdeploy_pd.engine.outbox import Send
+from fastdeploy_pd.errors import DeadlineExceeded
+from fastdeploy_pd.request import Request, SamplingParams, Slo
+
+
+def front_end_of(*instance_ids: str, **options: Any) -> FrontEnd:
+    """A front end that sees mixed instances."""
+    front_end = FrontEnd("front", random.Random(1), FrontEndOptions(**options))
+    front_end.set_members([Instance(Peer(i, f"ipc://{i}"), True, True) for i in instance_ids], 0.0)
+    front_end.outbox.take()
+    return front_end
+
+
+def submit(front_end: FrontEnd, slo: Slo, now_s: float = 0.0, num_tokens: int = 100) -> Request:
+    request = Request("r", [1] * num_tokens, SamplingParams(), slo=slo)
+    front_end.submit(request, now_s)
+    return request
+
+
+def sent(front_end: FrontEnd) -> list[Any]:
+    return [a.message for a in front_end.outbox.take() if isinstance(a, Send)]
+
+
+def test_what_a_request_says_goes_before_the_defaults() -> None:
+    front_end = front_end_of("one", slo_ttft_s=0.5, slo_tpot_s=0.03)
+    assert submit(front_end, Slo()).slo == Slo(0.5, 0.03)
+    assert submit(front_end, Slo(ttft_s=2.0, deadline_s=9.0)).slo == Slo(2.0, 0.03, 9.0)
+    reserve = next(m for m in sent(front_end) if isinstance(m, Reserve))
+    assert Request.from_wire(reserve.request).slo == Slo(0.5, 0.03)
+
+
+@pytest.mark.parametrize("limit_s", [3.0, 20.0])
+def test_the_deadline_ends_a_request_everywhere(limit_s: float) -> None:
+    front_end = front_end_of("one", deadline_s=10.0, instance_timeout_s=1e3)
+    submit(front_end, Slo(deadline_s=limit_s), now_s=5.0)
+    ends_s = 5.0 + min(limit_s, 10.0)
+    front_end.tick(ends_s - 0.01)
+    assert front_end.take_events() == [] and not any(isinstance(m, Abort) for m in sent(front_end))
+    front_end.tick(ends_s)
+    (event,) = front_end.take_events()
+    assert isinstance(event, Failed) and isinstance(event.error, DeadlineExceeded)
+    assert f"did not end within {min(limit_s, 10.0):g} s" in event.error.message
+    assert Abort("r", 1) in sent(front_end)
+    assert not front_end.requests
