@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import ipaddress
+import os
 import re
 import socket
 import stat
@@ -62,6 +63,8 @@ class SchedulingOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
+    profile_path: str | None
+    profile_directory: str  #: of profiles of all models, for this user of this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class InstanceConfig:
 
     @classmethod
     def from_args(cls, argv: Sequence[str], env: Mapping[str, str], program: str = "api_server") -> InstanceConfig:
-        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET, FD_SCHEDULER_PASSWORD, KVCACHE_SOCKET_IFNAME).
+        """Read flags and environment (FD_LOG_DIR, FD_CLUSTER_SECRET, FD_SCHEDULER_PASSWORD, KVCACHE_SOCKET_IFNAME, XDG_CACHE_HOME).
 
         Args:
             program: what `--help` calls it.
@@ -142,6 +145,7 @@ class InstanceConfig:
             raise ConfigError(
                 f"--advertise-host is {args.advertise_host!r}, where nobody can be reached; it must be one of this machine's addresses"
             )
+        args.profile_directory = str(_cache_home(env) / "fastdeploy_pd" / "profiles")
         secret = read_secret(args.cluster_secret_file, env)
         if secret is None and args.scheduler_name != "local" and not is_loopback(args.advertise_host):
             raise ConfigError(
@@ -413,6 +417,11 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
         default=True,
         help="compute long prompts in several steps",
     )
+    add(
+        "--profile-path",
+        help="file with measured step times, which `fastdeploy-pd profile` writes and an instance starts from "
+        "(default: one a model and device, in $XDG_CACHE_HOME/fastdeploy_pd/profiles)",
+    )
 
 
 def _add_cluster_flags(add: Callable[..., Any]) -> None:
@@ -500,6 +509,12 @@ def _own_address(env: Mapping[str, str]) -> str:
             f"KVCACHE_SOCKET_IFNAME is {interface!r}, which is no network interface with an IPv4 address; there are: {names}"
         )
     return address
+
+
+def _cache_home(env: Mapping[str, str]) -> Path:
+    """Source: XDG Base Directory Specification; a path that is not absolute does not count."""
+    given = env.get("XDG_CACHE_HOME", "")
+    return Path(given) if given.startswith("/") else Path(os.path.expanduser("~")) / ".cache"
 
 
 def _check_ports(args: argparse.Namespace) -> None:

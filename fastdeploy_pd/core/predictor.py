@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from fastdeploy_pd.errors import ConfigError
+
+MANY_TOKENS = 2**31  # where a token costs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,10 @@ class Predictor:
         """Returns: how many tokens of a prompt, after its first num_computed, can be computed in so long; 0 or more."""
         a, b, c = self.prefill
         b, left_s = b + 2 * a * num_computed, seconds - max(c, 0.0)
-        if left_s <= 0 or b <= 0:
+        if left_s <= 0:
             return 0
-        return int(2 * left_s / (b + math.sqrt(max(0.0, b * b + 4 * a * left_s))))
+        per_token_s = (b + math.sqrt(max(0.0, b * b + 4 * a * left_s))) / 2
+        return int(left_s / per_token_s) if per_token_s > 0 else MANY_TOKENS
 
     def decode_s(self, num_sequences: int, kv_tokens: int) -> float:
         """Returns: seconds of a step that computes one token for each of num_sequences, kv_tokens being their tokens in sum."""
@@ -41,15 +45,21 @@ class Predictor:
         return max(0.0, d * kv_tokens + e * num_sequences + f)
 
 
-def fit(prefills: Sequence[tuple[int, float]], decodes: Sequence[tuple[int, int, float]]) -> Predictor:
-    """Fit both formulas, each sample's relative error counting alike.
+def fit(
+    prefills: Sequence[tuple[int, float]],
+    decodes: Sequence[tuple[int, int, float]],
+    chunks: Sequence[tuple[int, int, float]] = (),
+) -> Predictor:
+    """Fit both formulas, each sample's relative error counting alike; no coefficient is negative.
 
     Args:
-        prefills: (tokens, seconds) of whole prompts, of at least three lengths.
+        prefills: (tokens, seconds) of whole prompts, of at least three lengths (with the chunks').
         decodes: (sequences, KV tokens in sum, seconds), at least three that are not proportional to each other.
+        chunks: (tokens, tokens computed before, seconds) of prompts' later parts.
     Raises: ConfigError: the samples don't determine the coefficients.
     """
-    prefill = _least_squares([((float(n) * n, float(n), 1.0), s) for n, s in prefills], "prefill")
+    parts = [*((n, 0, s) for n, s in prefills), *chunks]
+    prefill = _least_squares([((float(n * n - m * m), float(n - m), 1.0), s) for n, m, s in parts], "prefill")
     decode = _least_squares([((float(kv), float(num), 1.0), s) for num, kv, s in decodes], "decode")
     return Predictor(prefill, decode)
 
@@ -57,19 +67,37 @@ def fit(prefills: Sequence[tuple[int, float]], decodes: Sequence[tuple[int, int,
 def _least_squares(
     samples: Sequence[tuple[tuple[float, float, float], float]], name: str
 ) -> tuple[float, float, float]:
-    """Returns: the three coefficients that minimise the sum of squared relative errors (normal equations, scaled columns)."""
+    """Returns: the three coefficients >= 0 that minimise the sum of squared relative errors (normal equations, scaled columns)."""
     scale = [max((abs(x[i]) for x, _ in samples), default=0.0) or 1.0 for i in range(3)]
-    rows = [([x[i] / scale[i] / y for i in range(3)], 1.0) for x, y in samples if y > 0]
-    matrix = [[sum(x[i] * x[j] for x, _ in rows) for j in range(3)] + [sum(x[i] for x, _ in rows)] for i in range(3)]
-    largest = max((abs(v) for row in matrix for v in row), default=0.0)
-    for i in range(3):
-        pivot = max(range(i, 3), key=lambda r: abs(matrix[r][i]))
+    rows = [[x[i] / scale[i] / y for i in range(3)] for x, y in samples if y > 0]
+    if _solve(rows, (0, 1, 2)) is None:
+        raise ConfigError(f"{len(samples)} {name} samples don't determine three coefficients")
+    best, least = (0.0, 0.0, 0.0), math.inf
+    # At most three of them: the best of all choices of which are zero is found by looking at each.
+    for used in (u for size in (3, 2, 1) for u in combinations(range(3), size)):
+        found = _solve(rows, used)
+        if found is None or min(found) < 0:
+            continue
+        error = sum((sum(row[i] * v for i, v in zip(used, found, strict=True)) - 1) ** 2 for row in rows)
+        if error < least:
+            by_index = dict(zip(used, found, strict=True))
+            a, b, c = (by_index.get(i, 0.0) / scale[i] for i in range(3))
+            best, least = (a, b, c), error
+    return best
+
+
+def _solve(rows: Sequence[Sequence[float]], used: Sequence[int]) -> list[float] | None:
+    """Returns: what the columns used are multiplied with so that each row comes closest to 1; None if that is not determined."""
+    size = range(len(used))
+    matrix = [[sum(x[i] * x[j] for x in rows) for j in used] + [sum(x[i] for x in rows)] for i in used]
+    largest = max(abs(v) for row in matrix for v in row)
+    for i in size:
+        pivot = max(range(i, len(used)), key=lambda r: abs(matrix[r][i]))
         if abs(matrix[pivot][i]) <= 1e-12 * largest:
-            raise ConfigError(f"{len(samples)} {name} samples don't determine three coefficients")
+            return None
         matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
-        for r in range(3):
+        for r in size:
             if r != i:
                 factor = matrix[r][i] / matrix[i][i]
                 matrix[r] = [u - factor * v for u, v in zip(matrix[r], matrix[i], strict=True)]
-    a, b, c = (matrix[i][3] / matrix[i][i] / scale[i] for i in range(3))
-    return a, b, c
+    return [matrix[i][-1] / matrix[i][i] for i in size]

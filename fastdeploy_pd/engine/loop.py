@@ -32,6 +32,7 @@ from fastdeploy_pd.cluster.messages import (
     Reserve,
 )
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineContext, Runner, Step, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
 from fastdeploy_pd.engine.outbox import Action, Connect
@@ -85,6 +86,7 @@ class Engine:
         self.decode = DecodeSide(context)
         self.counter = 0
         self.is_draining = False
+        self.predictor: Predictor | None = None  #: of this instance's steps; None: nothing is known
         self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
@@ -95,6 +97,10 @@ class Engine:
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
         self._caller_liveness = Liveness(context.options.front_end_timeout_s)
+
+    def start_from(self, predictor: Predictor | None) -> None:
+        """Take what was measured before."""
+        self.predictor = self.context.scheduler.predictor = predictor
 
     # in
 

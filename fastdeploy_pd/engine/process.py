@@ -21,6 +21,7 @@ from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
+from fastdeploy_pd.engine.profile import load_predictor
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 
@@ -151,6 +152,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     secret = config.cluster.secret
     metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
     built = build_engine(config, metrics, secret)
+    built.engine.start_from(load_predictor(config, built.fingerprint))
     links = Links(built.instance_id, bind_endpoints(config, run_dir), secret=secret)
     shell = EngineShell(config, built, links, metrics)
     signal.signal(signal.SIGTERM, lambda *_: shell.request_stop(is_gentle=True))

@@ -17,7 +17,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{up,serve,doctor,simulate,version}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{up,serve,profile,doctor,simulate,version}"
+    )
     up = commands.add_parser(
         "up",
         help="start a small cluster on this machine and talk to it",
@@ -42,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
         "serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False
     )
     serve.add_argument("flags", nargs=argparse.REMAINDER)
+    commands.add_parser(
+        "profile", help="measure a model's step times on this machine; flags as of serve", add_help=False
+    )
     _add_doctor(
         commands.add_parser(
             "doctor",
@@ -84,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         from fastdeploy_pd.entrypoints.openai.api_server import main as serve
 
         return serve(argv[1:], "fastdeploy-pd serve")
+    if argv[:1] == ["profile"]:
+        from fastdeploy_pd.engine.profiler import main as profile
+
+        return profile(argv[1:])
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -141,6 +141,13 @@ class Gpu:
         return bytes(raw).hex()
 
     @property
+    def name(self) -> str:
+        """The kind of GPU, e.g. NVIDIA H200."""
+        text = ctypes.create_string_buffer(256)
+        self._driver.call("cuDeviceGetName", text, c_int(256), self._device)
+        return text.value.decode()
+
+    @property
     def pci_address(self) -> str:
         """As sysfs writes it: 0000:1b:00.0."""
         text = ctypes.create_string_buffer(32)

@@ -42,3 +42,32 @@ def test_chunks_add_up_but_for_what_each_costs_by_itself() -> None:
 def test_too_few_samples_are_an_error(prefills: list[tuple[int, float]]) -> None:
     with pytest.raises(ConfigError, match="prefill samples"):
         fit(prefills, [(1, 10, 1.0), (2, 30, 1.0), (5, 9, 2.0)])
+
+
+def test_later_parts_of_prompts_count() -> None:
+    rng = random.Random(3)
+    parts = [(m + 2_000, m) for m in (rng.randrange(1, 60_000) for _ in range(40))]
+    chunks = [(n, m, TRUE.prefill_s(n, m)) for n, m in parts]
+    found = fit([(100, TRUE.prefill_s(100))], samples(0.0, rng)[1], chunks)
+    assert found.prefill == pytest.approx(TRUE.prefill, rel=1e-5)
+
+
+def test_no_coefficient_is_negative() -> None:
+    falling = [(n, 1.0 / n) for n in (10, 20, 40, 80)]
+    assert min(fit(falling, [(1, 10, 1.0), (2, 30, 0.5), (5, 9, 0.2)]).prefill) == 0
+    slower_than_its_square = [(n, 1e-3 * n - 2e-9 * n * n + 0.1) for n in (100, 1_000, 10_000, 50_000)]
+    found = fit(slower_than_its_square, samples(0.0, random.Random(4))[1])
+    assert found.prefill[0] == 0
+    for n, seconds in slower_than_its_square:
+        assert found.prefill_s(n) == pytest.approx(seconds, rel=0.1)
+
+
+@pytest.mark.parametrize("prefill", [TRUE.prefill, (0, 1e-4, 0.02), (1e-9, 0, 0.02), (1e-9, 0, 0)])
+def test_the_tokens_of_a_time_take_this_time(prefill: tuple[float, float, float]) -> None:
+    predictor = Predictor(prefill, TRUE.decode)
+    for num_computed in (0, 5_000):
+        num = predictor.tokens_within(1.5, num_computed)
+        assert num > 0
+        assert predictor.prefill_s(num_computed + num, num_computed) == pytest.approx(1.5, rel=1e-3)
+    assert Predictor((0, 0, 0.02), TRUE.decode).tokens_within(1.5, 0) > 10**9
+    assert predictor.tokens_within(0.0, 0) == 0

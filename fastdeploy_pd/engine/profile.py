@@ -1,0 +1,117 @@
+"""Measured step times of a model on a device: the file that `fastdeploy-pd profile` writes and an instance starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.model.ops.environment import CPU_INFO, default_num_threads
+from rdma_comm.cuda.driver import Gpu
+
+log = logging.getLogger("fastdeploy_pd.engine")
+
+VERSION = 1  #: of the file's form
+
+
+class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What step times depend on."""
+
+    fingerprint: str  #: of the model
+    device: str  #: the kind of GPU, or of CPU and how many threads compute
+    dtype: str
+    ops: str
+    tensor_parallel_size: int
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured, and the predictor fitted to it."""
+
+    version: int
+    conditions: Conditions
+    predictor: Predictor
+    prefills: list[tuple[int, int, float]]  #: (tokens, tokens computed before, seconds) of parts of prompts
+    decodes: list[tuple[int, int, float]]  #: (sequences, KV tokens in sum, seconds)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all. Raises: ConfigError: that is not possible there; names the path."""
+        data = msgspec.json.format(msgspec.json.encode(self), indent=1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+            try:
+                with os.fdopen(number, "wb") as file:
+                    file.write(data + b"\n")
+                os.replace(part, path)
+            except OSError:
+                os.unlink(part)
+                raise
+        except OSError as error:
+            raise ConfigError(
+                f"--profile-path: the profile cannot be written to {path}: {error.strerror or error}"
+            ) from error
+
+
+def conditions_of(config: InstanceConfig, fingerprint: str) -> Conditions:
+    """Returns: those of an instance on this machine."""
+    model = config.model
+    if model.device == "cpu":
+        found = re.search(r"model name\s*:\s*(.+)", CPU_INFO.read_text())
+        kind = found[1].strip() if found else "cpu"
+        device = f"{kind}, {default_num_threads(model.tensor_parallel_size)} threads"
+    else:
+        device = Gpu().name
+    return Conditions(fingerprint, device, model.dtype, model.ops, model.tensor_parallel_size)
+
+
+def profile_path(config: InstanceConfig, conditions: Conditions) -> Path:
+    """Returns: --profile-path, or the place for these conditions."""
+    if config.scheduling.profile_path is not None:
+        return Path(config.scheduling.profile_path)
+    name = hashlib.sha256(msgspec.json.encode(conditions)).hexdigest()[:16]
+    return Path(config.scheduling.profile_directory) / f"{name}.json"
+
+
+def load_predictor(config: InstanceConfig, fingerprint: str) -> Predictor | None:
+    """Returns: the stored predictor for this instance; None if there is none, or it is no use, of which the log then says why."""
+    conditions = conditions_of(config, fingerprint)
+    path = profile_path(config, conditions)
+    try:
+        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        reason = _why_not(profile, conditions)
+    except FileNotFoundError:
+        if config.scheduling.profile_path is None:
+            return None
+        reason = "there is no such file"
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        log.warning(
+            "step times are learned from nothing: the profile %s is not used: %s. `fastdeploy-pd profile` with this instance's "
+            "flags writes a new one",
+            path, reason,
+        )  # fmt: skip
+        return None
+    log.info("step times: %s", path)
+    return profile.predictor
+
+
+def _why_not(profile: Profile, conditions: Conditions) -> str:
+    if profile.version != VERSION:
+        return f"its version is {profile.version}; it must be {VERSION}"
+    for name in Conditions.__struct_fields__:
+        theirs, ours = getattr(profile.conditions, name), getattr(conditions, name)
+        if theirs != ours:
+            return f"{name} is {theirs!r} there and {ours!r} here"
+    if not all(math.isfinite(x) and x >= 0 for x in (*profile.predictor.prefill, *profile.predictor.decode)):
+        return "a coefficient of its predictor is negative or no finite number"
+    return ""
