@@ -71,6 +71,7 @@ class SchedulingOptions:
 class SloOptions:
     """What is expected for requests that say nothing themselves."""
 
+    slo_ttft_x: float | None
     slo_ttft_ms: float | None
     slo_tpot_ms: float | None
 
@@ -480,6 +481,12 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_slo_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--slo-ttft-x",
+        type=_number(float, 0.1, 1e6, "a number from 0.1 to 1e6"),
+        help="time to the first token that requests expect which say nothing of it, as a multiple of the prompt's predicted prefill on "
+        "an idle instance; has no effect until an instance knows what its steps take: then it goes before --slo-ttft-ms (default: none)",
+    )
     milliseconds = _number(float, 0.001, 1e8, "milliseconds from 0.001 to 1e8")
     add(
         "--slo-ttft-ms",

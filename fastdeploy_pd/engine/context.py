@@ -102,6 +102,7 @@ class EngineOptions:
     query_s: float = 2.0  #: an accepted order that says nothing is asked after
     arrival_s: float = 30.0  #: a hand-over whose bytes don't come is given up
     beat_s: float = 0.25
+    publish_s: float = 2.0  #: a beat says what steps take
     peer_timeout_s: float = 3.0  #: a prefill instance whose step counter stands still is lost
     front_end_timeout_s: float = 7.0  #: a silent front end's requests are aborted
     record_s: float = 60.0  #: ended requests and grants are remembered so long, for repeated messages

@@ -26,6 +26,7 @@ from fastdeploy_pd.cluster.messages import (
     Unknown,
 )
 from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.outbox import Outbox
 from fastdeploy_pd.errors import (
     ContextLengthExceeded,
@@ -35,7 +36,7 @@ from fastdeploy_pd.errors import (
     NoCapacity,
     Overloaded,
 )
-from fastdeploy_pd.request import FinishReason, Phase, Request, Slo, TokenChunk
+from fastdeploy_pd.request import MAX_SLO_S, FinishReason, Phase, Request, Slo, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ class FrontEndOptions:
     max_lost_instances: int = 6  #: a request that has seen so many die is suspected of killing them
     slo_ttft_s: float | None = None  #: of requests that say nothing of it
     slo_tpot_s: float | None = None
+    slo_ttft_x: float | None = (
+        None  #: goes before slo_ttft_s where it is known what a prompt takes: so many times as long
+    )
 
 
 @dataclass(slots=True)  # not frozen, like TokenChunk
@@ -110,6 +114,7 @@ class _View:
     added_tokens: int = 0
     is_lost: bool = False
     is_draining: bool = False
+    predictor: Predictor | None = None
     connected_s: float = 0.0
 
 
@@ -150,6 +155,11 @@ class FrontEnd:
     def live_instances(self) -> list[Instance]:
         """Returns: members that are reachable."""
         return [v.instance for v in self._views.values() if not v.is_lost]
+
+    def predictor_of(self, instance_id: str) -> Predictor | None:
+        """Returns: what steps take on an instance, as it said last; None if it is not here, or has said nothing."""
+        view = self._views.get(instance_id)
+        return None if view is None or view.is_lost else view.predictor
 
     # membership
 
@@ -242,7 +252,17 @@ class FrontEnd:
 
     def _slo_of(self, request: Request) -> Slo:
         slo, options = request.slo, self.options
-        return replace(slo, ttft_s=slo.ttft_s or options.slo_ttft_s, tpot_s=slo.tpot_s or options.slo_tpot_s)
+        ttft_s = slo.ttft_s or self._default_ttft_s(len(request.prompt_token_ids))
+        return replace(slo, ttft_s=ttft_s, tpot_s=slo.tpot_s or options.slo_tpot_s)
+
+    def _default_ttft_s(self, num_tokens: int) -> float | None:
+        """Returns: the multiple of what a prompt takes on the fastest instance when it is idle, or the fixed time."""
+        factor = self.options.slo_ttft_x
+        known = [p for i, v in self._views.items() if v.instance.can_prefill and (p := self.predictor_of(i))]
+        seconds = [p.prefill_s(num_tokens) for p in known if p.knows_prefill]
+        if factor is None or not seconds or min(seconds) <= 0:
+            return self.options.slo_ttft_s
+        return min(factor * min(seconds), MAX_SLO_S - 1)
 
     def _candidates(self, avoid: dict[str, str]) -> list[Candidate]:
         return [
@@ -411,6 +431,7 @@ class FrontEnd:
         view.is_lost = False
         view.is_draining = view.is_draining or beat.is_draining
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
+        view.predictor = Predictor.from_wire(beat.extra) or view.predictor
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
 
     def _tell_abort(self, tracked: Tracked) -> None:

@@ -32,6 +32,7 @@ from fastdeploy_pd.cluster.messages import (
     Reserve,
 )
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.online import Observation, OnlinePredictor
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineContext, Runner, Step, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
@@ -53,6 +54,7 @@ class StepReport:
 
     num_tokens: int = 0
     step_s: float = 0.0  #: since it was launched or, if that was later, since the one before it ended
+    observation: Observation | None = None  #: how far that is from its prediction, if there was one
 
 
 @dataclass(slots=True)
@@ -86,21 +88,28 @@ class Engine:
         self.decode = DecodeSide(context)
         self.counter = 0
         self.is_draining = False
-        self.predictor: Predictor | None = None  #: of this instance's steps; None: nothing is known
+        self._online = OnlinePredictor()
         self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
         self._longest_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
+        self._next_publish_s = 0.0
         self._served_peers: set[str] = set()  # prefill instances we have connected to
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
         self._caller_liveness = Liveness(context.options.front_end_timeout_s)
 
     def start_from(self, predictor: Predictor | None) -> None:
-        """Take what was measured before."""
-        self.predictor = self.context.scheduler.predictor = predictor
+        """Take what was measured before for what is known of the time that steps take; None: nothing."""
+        self._online = OnlinePredictor(predictor)
+        self._tell_scheduler()
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """Of this instance's steps, as learned so far; None: nothing is known. Of what it does not do one half may stay unknown."""
+        return self._online.current
 
     # in
 
@@ -220,19 +229,27 @@ class Engine:
             return None
         oldest = self._in_flight[0]
         outputs: Sequence[StepOutput]
+        has_failed = False
         try:
             if not oldest.step.poll():
                 return None
             outputs = oldest.step.outputs()
         except FastDeployPDError as error:
-            outputs = [NoOutput(error)] * len(oldest.batch.sequences)
+            outputs, has_failed = [NoOutput(error)] * len(oldest.batch.sequences), True
         self._in_flight.popleft()
         now_s = self.clock.now_s()
         self._handle(oldest.batch, outputs, now_s)
         step_s = now_s - max(oldest.launched_s, self._last_end_s)
         self._last_end_s = now_s
         self._longest_step_s = max(self._longest_step_s, step_s)
-        return StepReport(oldest.batch.num_tokens, step_s)
+        observation = None if has_failed else self._online.observe(oldest.batch.sequences, step_s)
+        self._tell_scheduler()
+        return StepReport(oldest.batch.num_tokens, step_s, observation)
+
+    def _tell_scheduler(self) -> None:
+        predictor = self._online.current
+        # It asks for prompts' times: without them nothing is better than zeros.
+        self.context.scheduler.predictor = predictor if predictor is not None and predictor.knows_prefill else None
 
     def _handle(self, batch: Batch, outputs: Sequence[StepOutput], now_s: float) -> None:
         scheduler = self.context.scheduler
@@ -323,6 +340,9 @@ class Engine:
         if now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self.context.options.beat_s
             beat = Beat(self.counter, self.outstanding_tokens(), self._longest_step_s, self.is_draining)
+            if self.predictor is not None and now_s >= self._next_publish_s:
+                self._next_publish_s = now_s + self.context.options.publish_s
+                beat.extra.update(self.predictor.to_wire())
             self._longest_step_s *= LONGEST_STEP_MEMORY
             for peer_id in self._served_peers | self._callers:
                 self.context.outbox.send(peer_id, beat)

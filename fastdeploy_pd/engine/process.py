@@ -102,6 +102,8 @@ class EngineShell:
             gc.freeze()
         if report.num_tokens:
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
+        if report.observation is not None:
+            self.metrics.observe_prediction(report.observation.kind, report.observation.relative_error)
 
     def _wait_s(self) -> float:
         engine = self.engine

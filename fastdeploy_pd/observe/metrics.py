@@ -34,6 +34,7 @@ MAX_LOGGED = 1024  # pairs whose slower way was logged
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -83,6 +84,14 @@ class EngineMetrics:
         self._step_s = Histogram(
             _name("step_seconds"), "Duration of a step.", labels, registry=registry, buckets=STAGE_BUCKETS_S
         ).labels(*given)
+        errors = Histogram(
+            _name("predictor_relative_error"),
+            "Difference between a step's duration and its prediction, in durations.",
+            [*labels, "kind"],
+            registry=registry,
+            buckets=ERROR_BUCKETS,
+        )
+        self._errors = {kind: errors.labels(*given, kind) for kind in ("prefill", "decode")}
         self._stage = Histogram(
             _name("handover_stage_seconds"),
             "Duration of a hand-over's stages.",
@@ -124,6 +133,10 @@ class EngineMetrics:
             if value != self._last[name]:
                 counter.inc(value - self._last[name])
                 self._last[name] = value
+
+    def observe_prediction(self, kind: str, relative_error: float) -> None:
+        """Record how far a step's prediction was off; `kind` is what most of the step was."""
+        self._errors[kind].observe(relative_error)
 
     def handover(self, stages: Mapping[str, float], num_bytes: int, backend: str) -> None:
         """Record a verified hand-over."""

@@ -8,14 +8,17 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fastdeploy_pd.config import DEMO_MODEL, InstanceConfig
 from fastdeploy_pd.engine.profile import conditions_of, load_predictor, profile_path
 from fastdeploy_pd.engine.profiler import decode_groups, geometric, prefill_parts
+from fastdeploy_pd.launch.local import LocalCluster
 from fastdeploy_pd.model.checkpoint import fingerprint
 
 FLAGS = ["--ops", "torch", "--max-model-len", "600", "--max-num-batched-tokens", "256", "--max-num-seqs", "4"]
@@ -149,3 +152,19 @@ def test_what_is_timed_fits(longest: int, budget: int) -> None:
 def test_geometric() -> None:
     assert geometric(16, 256, 5) == [16, 32, 64, 128, 256]
     assert (geometric(1, 3, 5), geometric(7, 7, 4), geometric(8, 7, 4)) == ([1, 2, 3], [7], [])
+
+
+def test_an_instance_starts_from_it(cache: Path, path: Path) -> None:
+    env = {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    with LocalCluster(None, flags=[*FLAGS, "--slo-ttft-x", "5"], env=env) as cluster:
+        instance = cluster.start(["mixed"])[0]
+        body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "ignore_eos": True}
+        answer = httpx.post(f"{instance.http_url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200
+        assert f"step times: {path}" in (instance.directory / "output.log").read_text()
+        counts: list[float] = []
+        deadline_s = time.monotonic() + 10
+        while sum(counts) < 16 and time.monotonic() < deadline_s:  # a step is measured after its tokens are sent
+            lines = httpx.get(f"{instance.http_url}/metrics").text.splitlines()
+            counts = [float(line.rsplit(" ", 1)[1]) for line in lines if "predictor_relative_error_count" in line]
+    assert sorted(counts) == [1, 15], "the first step of each kind has a prediction already"

@@ -22,6 +22,7 @@ from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.build import BuiltEngine
 from fastdeploy_pd.engine.context import EngineContext
@@ -29,7 +30,7 @@ from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.process import EngineShell
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.model.runner import FinishedStep, StepOutput
-from fastdeploy_pd.observe.metrics import EngineMetrics
+from fastdeploy_pd.observe.metrics import EngineMetrics, render
 from fastdeploy_pd.request import Request, SamplingParams
 from fastdeploy_pd.transfer.layout import KVPool
 from tests.engine.simulated_cluster import OnLayer
@@ -144,3 +145,22 @@ def test_a_signal_may_come_while_something_is_measured(shell: EngineShell, monke
         signal.signal(signal.SIGALRM, before)
     record = shell.record()
     assert has_come and record is not None and record.is_draining
+
+
+def test_errors_of_predictions_are_shown(shell: EngineShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    shell.metrics = EngineMetrics("m", "mixed")
+    shell.engine.start_from(Predictor((0, 0, STEP_S), (0, 0, STEP_S / 2)))
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=3), front_end_id="front")
+    shell.engine.receive("front", Reserve(request.to_wire(), None))
+    while shell.engine.has_work:
+        shell._turn()
+    name = "fastdeploy_pd:predictor_relative_error"
+    lines = dict(line.rsplit(" ", 1) for line in render()[0].decode().splitlines() if line.startswith(name))
+    found = {
+        (kind, what): float(lines[f'{name}_{what}{{kind="{kind}",model_name="m",role="mixed"}}'])
+        for kind in ("prefill", "decode")
+        for what in ("count", "sum")
+    }
+    assert (found["prefill", "count"], found["decode", "count"]) == (1, 2)
+    assert found["prefill", "sum"] < 0.2 < 0.7 < found["decode", "sum"] <= 1.0

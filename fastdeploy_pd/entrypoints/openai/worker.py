@@ -142,6 +142,7 @@ def front_end_options(config: InstanceConfig) -> FrontEndOptions:
     return FrontEndOptions(
         deadline_s=config.cluster.scheduler_ttl,
         instance_timeout_s=config.cluster.peer_timeout,
+        slo_ttft_x=slo.slo_ttft_x,
         slo_ttft_s=None if slo.slo_ttft_ms is None else slo.slo_ttft_ms / 1e3,
         slo_tpot_s=None if slo.slo_tpot_ms is None else slo.slo_tpot_ms / 1e3,
     )

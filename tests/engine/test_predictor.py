@@ -1,0 +1,163 @@
+"""What an engine learns of its steps, over the loop that overlaps them, and who hears of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+
+from fastdeploy_pd.clock import VirtualClock
+from fastdeploy_pd.cluster.messages import Beat, Reserve
+from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.engine.context import EngineContext
+from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.outbox import Send
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.model.runner import StepOutput
+from fastdeploy_pd.request import Request, SamplingParams, Slo
+from tests.core.test_online import TRUE, step_s
+from tests.engine.simulated_cluster import OnLayer
+from tests.engine.test_slo import front_end_of, submit
+
+TURN_S = 0.0005
+
+
+@dataclass
+class Step:
+    """Ends at a point in time."""
+
+    clock: VirtualClock
+    end_s: float
+    results: list[StepOutput]
+    fault: FastDeployPDError | None = None
+
+    def poll(self) -> bool:
+        if self.fault is not None:
+            raise self.fault
+        return self.clock.now_s() >= self.end_s
+
+    def outputs(self) -> list[StepOutput]:
+        return self.results
+
+
+class Device:
+    """Takes what TRUE says for each step, one after the other."""
+
+    def __init__(self, clock: VirtualClock, depth: int) -> None:
+        self.clock, self.depth = clock, depth
+        self.free_s = 0.0
+        self.num_steps = 0
+        self.fault: FastDeployPDError | None = None
+
+    def samples_on_device(self, request: Request) -> bool:
+        return True
+
+    def launch(self, batch: Batch, on_layer: OnLayer = None) -> Step:
+        parts = [(s.start, s.stop) for s in batch.sequences if s.num_tokens > 1]
+        seconds = step_s(TRUE, (parts, [s.stop for s in batch.sequences if s.num_tokens == 1]))
+        self.free_s = max(self.free_s, self.clock.now_s()) + seconds
+        self.num_steps += 1
+        results = [StepOutput(5 if s.needs_sample else None) for s in batch.sequences]
+        return Step(self.clock, self.free_s, results, self.fault)
+
+
+class OneEngine:
+    """A mixed instance whose clock goes on by TURN_S a turn."""
+
+    def __init__(self, depth: int) -> None:
+        self.clock = VirtualClock(1.0)
+        self.device = Device(self.clock, depth)
+        options = SchedulerOptions(16, 2048, 32_768)
+        self.scheduler = Scheduler(BlockPool(4096, 64), options, self.device.samples_on_device)
+        ids = iter(range(10**9))
+        context = EngineContext("one", self.scheduler, {}, new_id=lambda: str(next(ids)), new_nonce=lambda: next(ids))
+        self.engine = Engine(Role.MIXED, context, self.device, self.clock)
+        self.names: list[str] = []
+        self.beats: deque[tuple[float, Beat]] = deque()
+
+    def submit(self, name: str, num_tokens: int, max_tokens: int) -> None:
+        self.names.append(name)
+        prompt = [len(self.names)] * num_tokens  # no two share a prefix
+        request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        self.engine.receive("front", Reserve(request.to_wire(), None))
+
+    def run(self) -> None:
+        while self.engine.has_work:
+            self.engine.receive("front", Beat(int(1e6 * self.clock.now_s())))
+            self.engine.step()
+            sends = [a.message for a in self.engine.take_actions() if isinstance(a, Send)]
+            self.beats += [(self.clock.now_s(), m) for m in sends if isinstance(m, Beat)]
+            self.clock.advance_to(self.clock.now_s() + TURN_S)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_it_learns_the_device_it_runs_on(depth: int) -> None:
+    one = OneEngine(depth)
+    assert one.engine.predictor is None
+    lengths = [300, 1000, 2000, 5000, 9000, 20_000, 64, 128]
+    for number, length in enumerate(lengths * 2):
+        one.submit(str(number), length, 1)
+        one.run()
+    assert one.engine.predictor is not None and not one.engine.predictor.knows_decode
+    assert one.scheduler.predictor == one.engine.predictor
+    for number, length in enumerate(lengths):
+        one.submit(f"stream-{number}", length, 150)
+    one.run()
+    found = one.engine.predictor
+    for n, m in ((2048, 0), (500, 0), (2048, 16_000)):
+        assert found.prefill_s(n, m) == pytest.approx(TRUE.prefill_s(n, m), rel=0.1)
+    for size, kv in ((8, 40_000), (1, 9_000), (4, 4_000)):
+        assert found.decode_s(size, kv) == pytest.approx(TRUE.decode_s(size, kv), rel=0.15)
+
+
+def test_beats_tell_front_ends() -> None:
+    one = OneEngine(2)
+    front_end = front_end_of("one", "two", slo_ttft_x=4.0, slo_ttft_s=0.7, instance_timeout_s=1e6)
+    assert front_end.predictor_of("one") is None and front_end.predictor_of("nobody") is None
+    assert submit(front_end, Slo(), 0.0, 1000).slo.ttft_s == 0.7
+    for number in range(40):
+        one.submit(str(number), 100 + 100 * number, 1)
+        one.run()
+    one.submit("stream", 100, 600)
+    one.run()
+    beats = [(s, b) for s, b in one.beats if b.extra]
+    assert len(one.beats) > 7 * len(beats) > 0
+    assert all(b - a >= 2.0 for (a, _), (b, _) in pairwise(beats))
+    for now_s, beat in one.beats:
+        front_end.receive("one", beat, now_s)
+    found = front_end.predictor_of("one")
+    assert found == Predictor.from_wire(beats[-1][1].extra) and found is not None
+    assert found.prefill_s(1000) == pytest.approx(TRUE.prefill_s(1000), rel=0.05)
+    assert submit(front_end, Slo(), 1e3, 1000).slo.ttft_s == pytest.approx(4 * found.prefill_s(1000))
+    assert submit(front_end, Slo(ttft_s=9.0), 1e3, 1000).slo.ttft_s == 9.0
+    faster = Predictor((0, 1e-5, 0.001), (0, 0, 0))
+    front_end.receive("two", Beat(1, extra=faster.to_wire()), 1e3)
+    assert submit(front_end, Slo(), 1e3, 1000).slo.ttft_s == pytest.approx(4 * 0.011)
+    front_end.receive("two", Beat(2, extra={**faster.to_wire(), "decode_f": float("nan")}), 1e3)
+    assert front_end.predictor_of("two") == faster
+    front_end.peer_lost("two", 1e3)
+    assert front_end.predictor_of("two") is None
+
+
+def test_a_step_that_fails_teaches_nothing() -> None:
+    one = OneEngine(1)
+    one.engine.start_from(TRUE)
+    one.device.fault = FastDeployPDError("out of memory")
+    for number in range(20):
+        one.submit(str(number), 1000, 2)
+        one.run()
+    assert one.device.num_steps >= 20
+    assert one.engine.predictor == TRUE == one.scheduler.predictor
+
+
+def test_who_knows_no_prompts_tells_the_scheduler_nothing() -> None:
+    one = OneEngine(1)
+    decode_alone = Predictor((0, 0, 0), TRUE.decode)
+    one.engine.start_from(decode_alone)
+    assert (one.engine.predictor, one.scheduler.predictor) == (decode_alone, None)
