@@ -53,6 +53,8 @@ def test_every_key_is_documented() -> None:
         keys.requests,
         keys.out("REQUEST"),
         keys.cancel("REQUEST"),
+        keys.prefixes("ID"),
+        keys.prefix_changes("ID"),
     ):
         assert f"`{key}`" in text
 

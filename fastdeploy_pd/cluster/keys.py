@@ -10,6 +10,8 @@ All keys of a topic share the hash tag {fd:TOPIC}: one slot, so that scripts sta
 | {fd:T}:requests        | stream        | none, bounded  | clients                | front ends   |
 | {fd:T}:out:REQUEST     | stream        | scheduler-ttl  | claiming front end     | its client   |
 | {fd:T}:cancel:REQUEST  | string        | scheduler-ttl  | its client             | front ends   |
+| {fd:T}:prefixes:ID     | string        | 60 s, renewed  | engine ID              | front ends   |
+| {fd:T}:prefix_changes:ID | stream      | 60 s, bounded  | engine ID              | front ends   |
 """
 
 from __future__ import annotations
@@ -60,3 +62,11 @@ class Keys:
     def cancel(self, request_id: str) -> str:
         """Exists when the client wants the request no more."""
         return f"{{fd:{self.topic}}}:cancel:{request_id}"
+
+    def prefixes(self, instance_id: str) -> str:
+        """Snapshot of the blocks that an instance can find."""
+        return f"{{fd:{self.topic}}}:prefixes:{instance_id}"
+
+    def prefix_changes(self, instance_id: str) -> str:
+        """What has changed since; entry N-0 is increment N."""
+        return f"{{fd:{self.topic}}}:prefix_changes:{instance_id}"

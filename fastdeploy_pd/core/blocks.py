@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from fastdeploy_pd.core.prefix_index import HeldBlocks
 from fastdeploy_pd.errors import OutOfBlocks
 
 HASH_BYTES = 16  # 128 bits: no two prefixes of a cluster's life collide (birthday bound 2^64)
@@ -39,9 +40,11 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int
         block_size: tokens a block.
         salt: start of the chain.
     """
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else root_hash(salt)
-        hashes.append(chain_hash(parent, token_ids[start : start + block_size]))
+    parent = hashes[-1] if hashes else root_hash(salt)
+    tokens = array("I", token_ids)
+    for start in range(0, len(tokens) - block_size + 1, block_size):
+        parent = chain_hash(parent, tokens[start : start + block_size])
+        hashes.append(parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._hash_of: list[bytes | None] = [None] * num_blocks  # of the findable ones
         self._block_of: dict[bytes, int] = {}
+        self.listener: HeldBlocks | None = None  #: is told what can be found
 
     @property
     def num_free(self) -> int:
@@ -148,6 +152,8 @@ class BlockPool:
             if hash_of[block_id] is None and block_hash not in block_of:
                 block_of[block_hash] = block_id
                 hash_of[block_id] = block_hash
+                if self.listener is not None:
+                    self.listener.found(block_hash)
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """Make the content of these blocks findable no more; whoever holds them keeps them."""
@@ -157,8 +163,9 @@ class BlockPool:
             if block_hash is not None:
                 del block_of[block_hash]
                 hash_of[block_id] = None
+                if self.listener is not None:
+                    self.listener.gone(block_hash)
 
     def forget_all(self) -> None:
         """Make no block findable any more."""
-        self._hash_of = [None] * self.num_blocks
-        self._block_of.clear()
+        self.forget(list(self._block_of.values()))

@@ -22,6 +22,7 @@ from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.engine.profile import load_predictor
+from fastdeploy_pd.engine.publish import start_publisher
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.observe.metrics import EngineMetrics, enable_multiprocess
 
@@ -167,12 +168,14 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
         )
         heartbeat.start()
     announce(run_dir, built, links)
+    publisher = start_publisher(config, built)
     log.info("%s serves %s with %d KV blocks", built.instance_id, config.model.model, built.layout.num_blocks)
     try:
         shell.run()
     finally:
         if heartbeat is not None:
             heartbeat.stop()
+        publisher.stop()
         links.close()
         for transfer in built.engine.context.transfers.values():
             transfer.close()
