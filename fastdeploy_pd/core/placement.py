@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fastdeploy_pd.core.predictor import Predictor
@@ -39,7 +39,7 @@ class Candidate:
     can_prefill: bool  #: takes prefill orders
     can_decode: bool  #: takes requests
     outstanding_tokens: int = 0  #: reported, plus what this front end has placed there since the report
-    num_cached_tokens: int = 0  #: of the prompt in question, in its prefix cache
+    num_cached_tokens: int = 0  #: of this request's tokens, how many its prefix cache holds, as far as is known
     load: Load | None = None  #: None: not known
 
 
@@ -80,7 +80,14 @@ class FewestTokens:
         slo: Slo = NO_SLO,
         age_s: float = 0.0,
     ) -> Placement | None:
-        """See `PlacementPolicy.place`. An instance that can do both serves alone; with no prefill instance, decode prefills."""
+        """See `PlacementPolicy.place`. An instance that can do both serves alone; with no prefill instance, decode prefills.
+
+        To a load the tokens are added that would have to be computed there, and would not where most are cached.
+        """
+        most = max((c.num_cached_tokens for c in candidates), default=0)
+        candidates = [
+            replace(c, outstanding_tokens=c.outstanding_tokens + most - c.num_cached_tokens) for c in candidates
+        ]
         decoder = pick((c for c in candidates if c.can_decode and not c.can_prefill), rng)
         prefiller = pick((c for c in candidates if c.can_prefill and not c.can_decode), rng)
         both = pick((c for c in candidates if c.can_prefill and c.can_decode), rng)

@@ -122,6 +122,8 @@ class ClusterClient:
         """
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         try:
+            while self.front_end.look_up(request):
+                await asyncio.sleep(0)
             self.front_end.submit(request, self._clock.now_s())
             self._flush()
             while True:

@@ -8,7 +8,7 @@ happens to instances and messages. Like the engine it is a function of (state, m
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fastdeploy_pd.cluster.liveness import Liveness
@@ -25,8 +25,10 @@ from fastdeploy_pd.cluster.messages import (
     Tokens,
     Unknown,
 )
+from fastdeploy_pd.core.blocks import extend_hashes
 from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy
 from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.engine.outbox import Outbox
 from fastdeploy_pd.errors import (
     ContextLengthExceeded,
@@ -38,6 +40,8 @@ from fastdeploy_pd.errors import (
 )
 from fastdeploy_pd.request import MAX_SLO_S, FinishReason, Phase, Request, Slo, TokenChunk
 
+MAX_HASHED_BLOCKS = 256  # at a time; well under a millisecond
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -48,6 +52,7 @@ class Instance:
     can_decode: bool
     outstanding_tokens: int = 0
     is_draining: bool = False
+    block_size: int = 0  #: tokens a block of its prefix cache; 0: unknown, it is not looked up there
 
     @property
     def instance_id(self) -> str:
@@ -132,6 +137,7 @@ class FrontEnd:
         self.options = options or FrontEndOptions()
         self.policy = policy or FewestTokens()
         self.outbox = Outbox()
+        self.prefixes = PrefixIndex()  #: what the instances' prefix caches hold; may be stale, or empty
         self.requests: dict[str, Tracked] = {}
         self.num_retries: dict[str, int] = {}  # by reason
         self._rng = rng
@@ -203,6 +209,23 @@ class FrontEnd:
         self.requests[request.request_id] = tracked
         self._place(tracked, now_s)
 
+    def look_up(self, request: Request) -> bool:
+        """Hash some more of a request's blocks, as long as an instance holds all that are hashed.
+
+        A long prompt is hashed piece by piece before it is submitted, so that other requests need not wait for all of it.
+        Returns: whether there is more to hash.
+        """
+        block_size, instance_ids = self._prefix_caches()
+        hashes, num_blocks = request.local.block_hashes, (request.num_tokens - 1) // max(1, block_size)
+        if not instance_ids or request.sampling.prompt_logprobs is not None or len(hashes) >= num_blocks:
+            return False
+        if hashes and max(self.prefixes.match(hashes, instance_ids).values(), default=0) < len(hashes):
+            return False
+        stop = min(num_blocks, len(hashes) + min(MAX_HASHED_BLOCKS, max(4, len(hashes))))
+        new = request.token_ids(len(hashes) * block_size, stop * block_size)
+        extend_hashes(hashes, new, block_size, request.cache_salt)
+        return True
+
     def abort(self, request_id: str, now_s: float) -> None:
         """The client doesn't want it any more. Does nothing if it has ended."""
         tracked = self.requests.pop(request_id, None)
@@ -264,13 +287,29 @@ class FrontEnd:
             return self.options.slo_ttft_s
         return min(factor * min(seconds), MAX_SLO_S - 1)
 
-    def _candidates(self, avoid: dict[str, str]) -> list[Candidate]:
+    def _prefix_caches(self) -> tuple[int, list[str]]:
+        """Returns: the block size that most instances have, and those of them whose prefix caches are known."""
+        sizes = [v.instance.block_size for v in self._views.values() if v.instance.block_size]
+        size = max(sizes, key=sizes.count, default=0)
+        known = [i for i in self.prefixes.instance_ids() if i in self._views]
+        return size, [i for i in known if size and self._views[i].instance.block_size == size]
+
+    def _cached_tokens(self, request: Request) -> dict[str, int]:
+        """Returns: how many of a request's first tokens each instance has in its prefix cache, as far as is known."""
+        while self.look_up(request):
+            pass
+        block_size, instance_ids = self._prefix_caches()
+        matches = self.prefixes.match(request.local.block_hashes, instance_ids)
+        return {i: num_blocks * block_size for i, num_blocks in matches.items()}
+
+    def _candidates(self, avoid: dict[str, str], cached: Mapping[str, int] | None = None) -> list[Candidate]:
         return [
             Candidate(
                 instance_id,
                 view.instance.can_prefill,
                 view.instance.can_decode,
                 view.reported_tokens + view.added_tokens,
+                (cached or {}).get(instance_id, 0),
             )
             for instance_id, view in self._views.items()
             if not view.is_lost and not view.is_draining and instance_id not in avoid
@@ -279,15 +318,16 @@ class FrontEnd:
     def _place(self, tracked: Tracked, now_s: float) -> None:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
-        candidates, age_s = self._candidates(tracked.avoid), now_s - request.arrival_s
-        placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, age_s)
+        cached = self._cached_tokens(request)
+        candidates = self._candidates(tracked.avoid, cached)
+        placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
             return
         tracked.placement, tracked.decode_id, tracked.unplaced_since_s = placement, placement.decode_id, None
         request.advance(Phase.PLACED, now_s)
         for instance_id in {placement.prefill_id or placement.decode_id, placement.decode_id}:
-            self._views[instance_id].added_tokens += request.num_tokens
+            self._views[instance_id].added_tokens += request.num_tokens - cached.get(instance_id, 0)
         tracked.heard_s = now_s
         self._send_reserve(tracked, now_s)
 

@@ -56,3 +56,13 @@ def test_everybody_in_turn() -> None:
     assert turns(p1, both, d1, d2) == [
         Placement("p1", "d1"), Placement(None, "m"), Placement("p1", "d2"), Placement(None, "m")
     ]  # fmt: skip
+
+
+def test_a_holder_of_the_prefix_wins_when_loads_are_alike() -> None:
+    prefill = Candidate("p", True, False)
+    idle, holder = Candidate("d1", False, True, 0), Candidate("d2", False, True, 100, num_cached_tokens=2000)
+    assert {place(prefill, idle, holder, seed=s) for s in range(30)} == {Placement("p", "d2")}
+    busy = Candidate("d2", False, True, 2500, num_cached_tokens=2000)
+    assert {place(prefill, idle, busy, seed=s) for s in range(30)} == {Placement("p", "d1")}
+    both = Candidate("m", True, True, 0, num_cached_tokens=2000)
+    assert {place(prefill, idle, both, seed=s) for s in range(30)} == {Placement(None, "m")}

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.links import AsyncLinks
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Peer
+from fastdeploy_pd.cluster.prefixes import PrefixFollower, Repeater
 from fastdeploy_pd.cluster.registry import MemberRecord, MemberWatcher, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.build import redis_options
@@ -48,10 +49,17 @@ def fitting_instances(records: tuple[MemberRecord, ...], fingerprint: str) -> li
             Role(r.role).can_decode,
             r.outstanding_tokens,
             r.is_draining,
+            block_size_of(r),
         )
         for r in records
         if r.fingerprint == fingerprint and r.protocol_version == PROTOCOL_VERSION
     ]
+
+
+def block_size_of(record: MemberRecord) -> int:
+    """Returns: tokens a block of a member's KV pool; 0 if it does not say."""
+    size = record.kv_layout.get("block_size", 0)
+    return size if isinstance(size, int) and size > 0 else 0
 
 
 class Membership:
@@ -63,6 +71,7 @@ class Membership:
         self._client = client
         self._fingerprint = fingerprint
         self._watcher: MemberWatcher | None = None
+        self._follower: Repeater | None = None
         self._strangers: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -82,19 +91,30 @@ class Membership:
         if self._config.cluster.scheduler_name == "local":
             self._task = loop.create_task(self._follow_own_engine())
             return
-        registry = RedisRegistry(redis_options(self._config.cluster))
+        options = redis_options(self._config.cluster)
+        registry = RedisRegistry(options)
 
         def on_change(records: tuple[MemberRecord, ...]) -> None:
             self._warn_of_strangers(records)
             loop.call_soon_threadsafe(self._client.set_members, fitting_instances(records, self._fingerprint))
 
-        self._watcher = MemberWatcher(registry, on_change)
+        self._watcher = watcher = MemberWatcher(registry, on_change)
         self._watcher.start()
+        index = self._client.front_end.prefixes
+        follower = PrefixFollower(
+            options,
+            index,
+            lambda: [r.instance_id for r in watcher.snapshot() if r.fingerprint == self._fingerprint],
+        )
+        self._follower = Repeater("prefix-follower", follower.follow, follower.close)
+        self._follower.start()
 
     async def stop(self) -> None:
         """Stop watching."""
         if self._task is not None:
             self._task.cancel()
+        if self._follower is not None:
+            await asyncio.to_thread(self._follower.stop)
         if self._watcher is not None:
             await asyncio.to_thread(self._watcher.stop)
 

@@ -1,0 +1,40 @@
+"""What one instance has computed serves requests that arrive at another one."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
+
+PROMPT = [1 + n % 300 for n in range(900)]
+
+
+def ask(instance: LocalInstance, prompt: list[int]) -> tuple[list[int], int]:
+    """Greedy token ids, and how many of the prompt's tokens came from a prefix cache."""
+    body = {"model": "demo", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(instance.http_url + "/v1/completions", json={**body, "return_token_ids": True}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    return found["choices"][0]["token_ids"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def metric(instance: LocalInstance, name: str) -> float:
+    """Sum of a metric's values."""
+    lines = httpx.get(instance.http_url + "/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"fastdeploy_pd:{name}"))
+
+
+def test_requests_go_where_their_prefix_is(redis_server: EmbeddedRedis) -> None:
+    flags = ["--max-model-len", "2048", "--max-num-seqs", "4"]
+    with LocalCluster(redis_server.url, "prefix-placement", flags, {"OMP_NUM_THREADS": "1"}) as cluster:
+        instances = cluster.start(["mixed", "mixed", "mixed"])
+        first, num_cached = ask(instances[0], PROMPT)
+        assert num_cached == 0
+        time.sleep(1.0)  # five times the interval at which instances publish
+        for number, instance in enumerate(instances * 3):
+            assert ask(instance, [*PROMPT, 5 + number])[1] == 896, "it was placed where the prefix is not"
+        assert ask(instances[1], PROMPT)[0] == first
+        assert sum(metric(i, "prefix_cache_hits_total") > 0 for i in instances) == 1
