@@ -58,6 +58,13 @@ class ModelNotFound(InvalidRequest):
     default_code = "model_not_found"
 
 
+class Conflict(InvalidRequest):
+    """The present state of the instance or its topic does not allow this."""
+
+    status = 409
+    default_code = "conflict"
+
+
 class RequestAborted(FastDeployPDError):
     """The request was aborted."""
 

@@ -8,13 +8,14 @@ is said in each class. `links.py` puts them on the wire (MessagePack, with PROTO
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
 PROTOCOL_VERSION = 3
+RoleName = Literal["prefill", "decode", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,32 @@ class HandOver:
     stage_s: tuple[tuple[str, float], ...] = ()
 
 
+# an API process, for its admin endpoints, or the topic's elastic leader -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Change your role, or drain; with neither, only say how you stand. Resent until Standing comes; idempotent."""
+
+    command_id: str
+    role: RoleName | None = None
+    drain_s: float | None = (
+        None  #: leave the topic and end when nothing is served any more, at most so many seconds later
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Answer to Command, once it is obeyed."""
+
+    command_id: str
+    role: RoleName
+    role_age_s: float  #: since it has this role
+    num_requests: int  #: attempts that it serves
+    num_orders: int  #: prefill orders that are not over
+    drain_left_s: float | None = None  #: not None: it drains, for so long at most
+
+
 # everyone -> everyone connected
 
 
@@ -184,6 +211,7 @@ class Beat:
     longest_step_s: float = 0.0
     is_draining: bool = False
     extra: dict[str, float] = field(default_factory=dict)
+    role: RoleName | None = None  #: of an engine, as it is now: the member record may come later
 
 
 Message = (
@@ -202,5 +230,7 @@ Message = (
     | OrderAccepted
     | OrderEnded
     | HandOver
+    | Command
+    | Standing
     | Beat
 )

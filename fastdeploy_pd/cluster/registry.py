@@ -132,14 +132,18 @@ class HeartbeatThread(threading.Thread):
         """
         super().__init__(name="heartbeat", daemon=True)
         self._registry, self._source, self._interval_s = registry, source, interval_s
-        self._stop_event = threading.Event()
+        self._stop_event, self._wake_event = threading.Event(), threading.Event()
         self._outage = Outage(log, "heartbeat")
         self._last: MemberRecord | None = None
 
     def run(self) -> None:
         """Beat until stopped."""
         wait_s = 0.0
-        while not self._stop_event.wait(wait_s):
+        while True:
+            self._wake_event.wait(wait_s)
+            self._wake_event.clear()
+            if self._stop_event.is_set():
+                return
             record = self._source()
             if record is None:
                 wait_s = self._interval_s
@@ -155,9 +159,14 @@ class HeartbeatThread(threading.Thread):
                 wait_s = min(MAX_BACKOFF_S, max(self._interval_s, wait_s * 1.5)) * random.uniform(0.7, 1.3)
                 self._outage.failed(error.message)
 
+    def wake(self) -> None:
+        """Beat now: the record has changed. From any thread, but from no signal handler: it takes a lock."""
+        self._wake_event.set()
+
     def stop(self) -> None:
         """Leave and end. Idempotent."""
         self._stop_event.set()
+        self._wake_event.set()
         if self.is_alive():
             self.join(3.0)
         if self._last is not None:

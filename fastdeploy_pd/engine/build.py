@@ -180,7 +180,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         new_nonce=lambda: secrets.randbits(63),
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
-    runner.warm_up(scheduler.pool, engine.role.can_decode)
+    runner.warm_up(scheduler.pool)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
 
 

@@ -9,15 +9,18 @@ from typing import Protocol
 
 from fastdeploy_pd.clock import Clock
 from fastdeploy_pd.cluster.links import AsyncLinks, PeerLost, PeerUp
+from fastdeploy_pd.cluster.messages import Command, Peer, Standing
 from fastdeploy_pd.engine.client_api import HealthReport
 from fastdeploy_pd.engine.frontend import Failed, FrontEnd, Instance
 from fastdeploy_pd.engine.outbox import Connect
-from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.errors import FastDeployPDError, NoCapacity
 from fastdeploy_pd.request import Request, TokenChunk
 
 log = logging.getLogger("fastdeploy_pd.front_end")
 
 TICK_S = 0.02
+COMMAND_RESEND_S = 0.5
+COMMAND_TIMEOUT_S = 20.0  # a step of a long prompt on a busy CPU takes seconds
 
 
 class FrontEndObserver(Protocol):
@@ -80,6 +83,7 @@ class ClusterClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._members: set[str] = set()
         self._connected: dict[str, str] = {}  # peer id -> address
+        self._commands: dict[tuple[str, str], asyncio.Future[Standing]] = {}  # by peer id and command id
         self.detail: dict[str, object] = {}
 
     async def start(self) -> None:
@@ -136,6 +140,23 @@ class ClusterClient:
             self.front_end.abort(request.request_id, self._clock.now_s())
             self._flush()
 
+    async def command(self, peer: Peer, command: Command) -> Standing:
+        """Have an engine obey. Returns: how it stands then. Raises: NoCapacity: it does not answer."""
+        answer: asyncio.Future[Standing] = asyncio.get_running_loop().create_future()
+        key = peer.instance_id, command.command_id
+        self._commands[key] = answer
+        deadline_s = self._clock.now_s() + COMMAND_TIMEOUT_S
+        try:
+            while not answer.done() and self._clock.now_s() < deadline_s:
+                self._links.connect(peer.instance_id, peer.address)
+                self._links.send(peer.instance_id, command)
+                await asyncio.wait({answer}, timeout=COMMAND_RESEND_S)
+            if answer.done():
+                return answer.result()
+            raise NoCapacity(f"The engine {peer.instance_id} has not answered for {COMMAND_TIMEOUT_S:g} s.")
+        finally:
+            del self._commands[key]
+
     async def _receive(self) -> None:
         while True:
             for sender_id, item in await self._links.receive_async():
@@ -143,10 +164,24 @@ class ClusterClient:
                 if isinstance(item, PeerLost):
                     self._connected.pop(sender_id, None)
                     log.info("the link to %s has ended", sender_id)
+                    for peer_id, command_id in self._commands:
+                        if peer_id == sender_id:
+                            self._answer(peer_id, command_id, NoCapacity(f"The engine {peer_id} has ended."))
                     self.front_end.peer_lost(sender_id, now_s)
+                elif isinstance(item, Standing):
+                    self._answer(sender_id, item.command_id, item)
                 elif not isinstance(item, PeerUp):
                     self.front_end.receive(sender_id, item, now_s)
             self._flush()
+
+    def _answer(self, peer_id: str, command_id: str, answer: Standing | NoCapacity) -> None:
+        waiting = self._commands.get((peer_id, command_id))
+        if waiting is None or waiting.done():
+            return
+        if isinstance(answer, Standing):
+            waiting.set_result(answer)
+        else:
+            waiting.set_exception(answer)
 
     async def _tick(self) -> None:
         while True:

@@ -30,6 +30,7 @@ from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, Pla
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.engine.outbox import Outbox
+from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -470,6 +471,9 @@ class FrontEnd:
             return
         view.is_lost = False
         view.is_draining = view.is_draining or beat.is_draining
+        if beat.role is not None:
+            role = Role(beat.role)
+            view.instance = replace(view.instance, can_prefill=role.can_prefill, can_decode=role.can_decode)
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
         view.predictor = Predictor.from_wire(beat.extra) or view.predictor
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)

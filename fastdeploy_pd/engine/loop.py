@@ -20,6 +20,7 @@ from fastdeploy_pd.cluster.messages import (
     Abort,
     Beat,
     CancelOrder,
+    Command,
     HandOver,
     HandOverAck,
     Message,
@@ -30,6 +31,7 @@ from fastdeploy_pd.cluster.messages import (
     Query,
     Refused,
     Reserve,
+    Standing,
 )
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.online import Observation, OnlinePredictor
@@ -80,14 +82,14 @@ class Engine:
     """Serves requests on one instance, in whatever role."""
 
     def __init__(self, role: Role, context: EngineContext, runner: Runner, clock: Clock) -> None:
-        self.role = role
+        self.role, self.role_since_s = role, clock.now_s()
         self.context = context
         self.runner = runner
         self.clock = clock
         self.prefill = PrefillSide(context)
         self.decode = DecodeSide(context)
         self.counter = 0
-        self.is_draining = False
+        self.is_draining, self.stop_at_s = False, float("inf")
         self._online = OnlinePredictor()
         self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
         self._in_flight: deque[InFlight] = deque()
@@ -142,6 +144,8 @@ class Engine:
                 self.decode.on_order_ended(message, now_s)
             case HandOver():
                 self.decode.on_hand_over(sender_id, message, now_s)
+            case Command():
+                self._on_command(sender_id, message, now_s)
             case _:
                 pass  # Reserved, Tokens, ... are for front ends; a peer that mixes us up does no harm
 
@@ -155,6 +159,17 @@ class Engine:
         self.decode.on_peer_lost(peer_id, now_s)
         self.decode.on_front_end_lost(peer_id, now_s)
         self.prefill.on_peer_lost(peer_id, now_s)
+
+    def set_role(self, role: Role) -> None:
+        """Take new work of this role alone from now on; what was accepted before is served to its end. Idempotent."""
+        if role is not self.role:
+            self.role, self.role_since_s = role, self.clock.now_s()
+            self._next_tick_s = self._next_beat_s = 0.0  # everybody connected hears of it in the next step
+
+    def drain(self, timeout_s: float) -> None:
+        """Take nothing new; `is_drained` when what is served has ended, and to be stopped at `stop_at_s` at the latest."""
+        self.is_draining, self.stop_at_s = True, self.clock.now_s() + timeout_s
+        self._next_tick_s = self._next_beat_s = 0.0
 
     # out
 
@@ -321,6 +336,21 @@ class Engine:
             return
         self.prefill.on_order(message, now_s)
 
+    def _on_command(self, sender_id: str, message: Command, now_s: float) -> None:
+        if message.role is not None:
+            self.set_role(Role(message.role))
+        if message.drain_s is not None:
+            self.drain(message.drain_s)
+        standing = Standing(
+            message.command_id,
+            self.role.value,
+            now_s - self.role_since_s,
+            len(list(self.decode.active())),
+            self.prefill.num_active,
+            max(0.0, self.stop_at_s - now_s) if self.is_draining else None,
+        )
+        self.context.outbox.send(sender_id, standing)
+
     def _hear(self, sender_id: str, now_s: float) -> None:
         if sender_id not in self._callers:
             self._callers.add(sender_id)
@@ -339,7 +369,13 @@ class Engine:
             self.peer_lost(peer_id)
         if now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self.context.options.beat_s
-            beat = Beat(self.counter, self.outstanding_tokens(), self._longest_step_s, self.is_draining)
+            beat = Beat(
+                self.counter,
+                self.outstanding_tokens(),
+                self._longest_step_s,
+                self.is_draining,
+                role=self.role.value,
+            )
             if self.predictor is not None and now_s >= self._next_publish_s:
                 self._next_publish_s = now_s + self.context.options.publish_s
                 beat.extra.update(self.predictor.to_wire())

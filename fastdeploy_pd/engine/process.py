@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
@@ -45,10 +46,11 @@ class EngineShell:
         self.engine = built.engine
         self.links = links
         self.metrics = metrics
-        self.stop_at_s: float | None = None
+        self.on_change: Callable[[], None] = lambda: None  #: called when role or draining has changed
         self._clock = built.engine.clock
         self._last_counter, self._last_turn_s = -1, self._clock.now_s()
         self._record: MemberRecord | None = None
+        self._told = (built.engine.role, False)
         self._record_s = 0.0
 
     def request_stop(self, is_gentle: bool) -> None:
@@ -56,8 +58,7 @@ class EngineShell:
 
         Called between any two instructions of the loop, by a signal: it takes no lock, such as that of the metrics.
         """
-        self.engine.is_draining = True
-        self.stop_at_s = self._clock.now_s() + (DRAIN_S if is_gentle else 0.0)
+        self.engine.drain(DRAIN_S if is_gentle else 0.0)
         self._refresh_record()
 
     def record(self) -> MemberRecord | None:
@@ -74,9 +75,7 @@ class EngineShell:
             self._turn()
 
     def _is_over(self) -> bool:
-        if self.stop_at_s is None:
-            return False
-        return self.engine.is_drained or self._clock.now_s() >= self.stop_at_s
+        return self.engine.is_drained or self._clock.now_s() >= self.engine.stop_at_s
 
     def _turn(self) -> None:
         engine = self.engine
@@ -95,6 +94,11 @@ class EngineShell:
         now_s = self._clock.now_s()
         if engine.counter != self._last_counter:
             self._last_counter, self._last_turn_s = engine.counter, now_s
+        if (engine.role, engine.is_draining) != self._told:
+            self._told = (engine.role, engine.is_draining)
+            log.info("%s is %s%s now", self.built.instance_id, engine.role, ", draining," if engine.is_draining else "")
+            self._refresh_record()
+            self.on_change()
         if now_s - self._record_s > RECORD_S:
             self._refresh_record()
             self._observe_state()
@@ -166,6 +170,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
         heartbeat = HeartbeatThread(
             RedisRegistry(redis_options(config.cluster), max(LEASE_S, config.cluster.peer_timeout / 5)), shell.record
         )
+        shell.on_change = heartbeat.wake
         heartbeat.start()
     announce(run_dir, built, links)
     publisher = start_publisher(config, built)
@@ -173,6 +178,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     try:
         shell.run()
     finally:
+        (run_dir / "engine.json").unlink(missing_ok=True)
         if heartbeat is not None:
             heartbeat.stop()
         publisher.stop()

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from fastdeploy_pd import __version__
+from fastdeploy_pd.entrypoints import operate
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
@@ -18,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{up,serve,profile,doctor,simulate,version}"
+        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,version}"
     )
     up = commands.add_parser(
         "up",
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "profile", help="measure a model's step times on this machine; flags as of serve", add_help=False
     )
+    operate.add_commands(commands)
     _add_doctor(
         commands.add_parser(
             "doctor",
@@ -107,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "simulate":
             return simulate(args)
+        if args.command in ("role", "drain"):
+            return operate.run(args)
         if is_up:
             from fastdeploy_pd.launch.up import run
         else:

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,31 @@ def test_watcher_and_heartbeat(own_server: EmbeddedRedis) -> None:
     heartbeat.stop()
     until(lambda: seen[-1] == ())
     assert time.monotonic() - start_s < 1.5, "who says that it leaves is gone at once"
+    watcher.stop()
+
+
+def test_a_changed_role_is_known_at_once(redis_server: EmbeddedRedis) -> None:
+    where, told_s = options(redis_server), []
+    present = [record()]
+
+    def on_change(members: tuple[MemberRecord, ...]) -> None:
+        if [m.role for m in members] == ["decode"]:
+            told_s.append(time.monotonic())
+
+    watcher = MemberWatcher(RedisRegistry(where), on_change, poll_s=2)
+    heartbeat = HeartbeatThread(RedisRegistry(where), lambda: present[0], interval_s=30)
+    watcher.start()
+    until(lambda: watcher.is_connected)
+    heartbeat.start()
+    until(lambda: len(watcher.snapshot()) == 1)
+    present[0] = replace(record(), role="decode")
+    start_s = time.monotonic()
+    heartbeat.wake()
+    until(lambda: bool(told_s))
+    assert told_s[0] - start_s < 0.5
+    start_s = time.monotonic()
+    heartbeat.stop()
+    assert time.monotonic() - start_s < 2, "it did not wait for its next beat"
     watcher.stop()
 
 

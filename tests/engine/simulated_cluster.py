@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from fastdeploy_pd.clock import VirtualClock
-from fastdeploy_pd.cluster.messages import Message, Peer
+from fastdeploy_pd.cluster.messages import Command, Message, Peer
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
@@ -222,6 +222,8 @@ class Faults:
     repeat: float = 0.0
     late: float = 0.0  #: share of messages that take up to 3 s
     kill_every_s: float = 0.0  #: 0 never
+    flip_every_s: float = 0.0  #: an instance's role changes; 0 never
+    drain_every_s: float = 0.0  #: an instance drains and ends, a new one of its role starts; 0 never
     corrupt: float = 0.0  #: share of blocks written with a wrong byte
     until_s: float = 60.0  #: faults stop; then everything must finish
 
@@ -230,11 +232,17 @@ class Faults:
 class Node:
     """One engine process."""
 
-    instance: Instance
+    peer: Peer
     engine: Engine
     pool: KVPool
     runner: SimulatedRunner
     is_up: bool = True
+
+    @property
+    def instance(self) -> Instance:
+        """What its member record says now."""
+        role = self.engine.role
+        return Instance(self.peer, role.can_prefill, role.can_decode, is_draining=self.engine.is_draining)
 
     def check_fences(self) -> None:
         """Whatever has just happened: nobody else may be given a block that a step in flight writes into."""
@@ -279,7 +287,7 @@ class SimulatedCluster:
         self.layout = KVLayout(NUM_LAYERS, num_blocks, 1, BLOCK_SIZE, TOKEN_BYTES // 8, "float32")
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = 0
-        self.num_kills = 0
+        self.num_kills = self.num_flips = self.num_drains = 0
         self.nodes: dict[str, Node] = {}
         self.dead: list[Node] = []
         self.clients: dict[str, Client] = {}
@@ -295,8 +303,13 @@ class SimulatedCluster:
             self.start(role)
         for name in self.front_ends:
             self.at(self.rng.uniform(0, STEP_S), lambda name=name: self.run_front_end(name))
-        if faults.kill_every_s:
-            self.at(self.rng.expovariate(1 / faults.kill_every_s), self.kill_one)
+        for every_s, act in (
+            (faults.kill_every_s, self.kill_one),
+            (faults.flip_every_s, self.flip_one),
+            (faults.drain_every_s, self.drain_one),
+        ):
+            if every_s:
+                self.at(self.rng.expovariate(1 / every_s), lambda every_s=every_s, act=act: self.again(every_s, act))
 
     # time
 
@@ -338,27 +351,50 @@ class SimulatedCluster:
             new_nonce=lambda: self.rng.getrandbits(63),
         )
         engine = Engine(role, context, runner, self.clock)
-        instance = Instance(Peer(instance_id, f"sim://{instance_id}"), role.can_prefill, role.can_decode)
-        self.nodes[instance_id] = Node(instance, engine, pool, runner)
+        self.nodes[instance_id] = Node(Peer(instance_id, f"sim://{instance_id}"), engine, pool, runner)
         self.at(self.rng.uniform(0, STEP_S), lambda: self.run_engine(instance_id))
         self.publish()
 
     def publish(self) -> None:
         """Every front end sees the new members a little later."""
         for front_end in self.front_ends.values():
-            self.at(
-                self.rng.uniform(0, 0.2),
-                lambda f=front_end: f.set_members([n.instance for n in self.nodes.values()], self.clock.now_s()),
-            )
+            self.at(self.rng.uniform(0, 0.2), lambda f=front_end: self.read_members(f))
 
-    def kill_one(self) -> None:
-        """Kill a random instance; a new one of its role starts soon after."""
+    def read_members(self, front_end: FrontEnd) -> None:
+        """The snapshot may be older than what a beat has told meanwhile."""
+        members = [n.instance for n in self.nodes.values()]
+        self.at(STEP_S, lambda: front_end.set_members(members, self.clock.now_s()))
+
+    def again(self, every_s: float, act: Callable[[str], None]) -> None:
+        """Do something to a random instance every so often, until faults stop."""
         if self.clock.now_s() > self.faults.until_s:
             return
-        self.at(self.rng.expovariate(1 / self.faults.kill_every_s), self.kill_one)
-        if not self.nodes:
-            return
-        instance_id = self.rng.choice(sorted(self.nodes))
+        self.at(self.rng.expovariate(1 / every_s), lambda: self.again(every_s, act))
+        if self.nodes:
+            act(self.rng.choice(sorted(self.nodes)))
+
+    def others(self, instance_id: str) -> list[Role]:
+        """Roles of the other instances that don't drain."""
+        return [n.engine.role for i, n in self.nodes.items() if i != instance_id and not n.engine.is_draining]
+
+    def flip_one(self, instance_id: str) -> None:
+        """Give an instance another role, unless nobody else could decode then."""
+        role = self.rng.choice(list(Role))
+        if role.can_decode or any(r.can_decode for r in self.others(instance_id)):
+            engine = self.nodes[instance_id].engine
+            self.num_flips += role is not engine.role
+            engine.receive("an operator", Command("c", role.value))
+            self.publish()
+
+    def drain_one(self, instance_id: str) -> None:
+        """Drain an instance, unless nobody else could decode then."""
+        if any(r.can_decode for r in self.others(instance_id)):
+            self.num_drains += 1
+            self.nodes[instance_id].engine.receive("an operator", Command("c", None, 1e6))
+            self.publish()
+
+    def kill_one(self, instance_id: str) -> None:
+        """Kill an instance; a new one of its role starts soon after."""
         node = self.nodes.pop(instance_id)
         node.is_up = False
         node.engine.context.transfers["loopback"].close()
@@ -385,6 +421,11 @@ class SimulatedCluster:
         node.engine.step()
         node.check_fences()
         self.carry(instance_id, node.engine.take_actions())
+        if node.engine.is_drained:
+            assert node.engine.context.scheduler.pool.counts().held == 0, "a drained instance holds blocks"
+            self.kill_one(instance_id)
+            self.num_kills -= 1
+            return
         self.at(STEP_S * self.rng.uniform(0.5, 2), lambda: self.run_engine(instance_id))
 
     def run_front_end(self, name: str) -> None:

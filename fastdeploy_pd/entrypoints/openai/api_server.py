@@ -100,6 +100,10 @@ class EngineSupervisor:
             status = process.wait()
             if self._is_stopping:
                 return
+            if status == 0:
+                log.info("the engine has drained; stopping the instance")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             self._num_restarts += 1
             if self._num_restarts > MAX_ENGINE_RESTARTS:
                 log.error("the engine ended %d times; giving up", self._num_restarts)

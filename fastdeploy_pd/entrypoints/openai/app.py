@@ -14,7 +14,9 @@ from starlette.types import ASGIApp
 
 from fastdeploy_pd import __version__
 from fastdeploy_pd.clock import WallClock
+from fastdeploy_pd.engine.admin import InstanceAdmin
 from fastdeploy_pd.engine.client_api import EngineClient
+from fastdeploy_pd.entrypoints.openai.admin import add_admin
 from fastdeploy_pd.entrypoints.openai.chat import stream_chat, whole_chat
 from fastdeploy_pd.entrypoints.openai.completions import stream_completion, whole_completion
 from fastdeploy_pd.entrypoints.openai.generation import EndObserver, Generation
@@ -52,7 +54,7 @@ ERROR_SCHEMA = {
         }
     },
 }
-ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 414, 415, 429, 431, 500, 503, 504)
+ERROR_STATUSES = (400, 401, 403, 404, 405, 408, 409, 413, 414, 415, 429, 431, 500, 503, 504)
 
 
 class Api:
@@ -112,18 +114,22 @@ def create_app(
     options: ServingOptions,
     metrics: Callable[[], tuple[bytes, str]] | None = None,
     observer: EndObserver | None = None,
+    admin: InstanceAdmin | None = None,
 ) -> ASGIApp:
     """Returns: the ASGI application of one API process.
 
     Args:
         metrics: makes the body and content type of /metrics.
         observer: told of every request's end.
+        admin: changes the instance; None: there are no admin endpoints.
     """
     app = FastAPI(title="fastdeploy-pd", version=__version__, docs_url=None, redoc_url=None)
     api = Api(client, Serving(tokenizer, options), observer)
     _add_generation(app, api)
     _add_models(app, options)
     _add_state(app, client, metrics)
+    if admin is not None:
+        add_admin(app, admin, _responses())
     _add_errors(app)
     return Guard(app, options.api_keys)
 

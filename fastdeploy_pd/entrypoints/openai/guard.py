@@ -8,6 +8,7 @@ import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastdeploy_pd.config import is_loopback
 from fastdeploy_pd.entrypoints.openai.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MAX_URL_BYTES
 from fastdeploy_pd.entrypoints.openai.stream import DIRECT_SEND, error_body, error_headers
 from fastdeploy_pd.errors import AuthenticationFailed, FastDeployPDError, InvalidRequest
@@ -16,6 +17,7 @@ log = logging.getLogger("fastdeploy_pd.api")
 
 #: What answers without a key: probes alone. /metrics needs one too (a scraper without it uses --metrics-port, on a network of its own).
 OPEN_PATHS = frozenset({"/health", "/healthcheck", "/live"})
+ADMIN_PREFIX = "/v1/admin/"
 
 
 def refusal(status: int, message: str, code: str | None = None) -> InvalidRequest:
@@ -86,7 +88,22 @@ class Guard:
         raw_path = (scope.get("raw_path") or b"").lower()
         if b"%2f" in raw_path and not raw_path.startswith(b"/v1/models/"):
             return refusal(404, "there is no such path here")  # proxies and we may differ about what it means
-        return self._authenticate(scope["path"], headers) or self._check_body(scope, dict(headers))
+        error = self._authenticate(scope["path"], headers) or self._check_admin(scope, dict(headers))
+        return error or self._check_body(scope, dict(headers))
+
+    def _check_admin(self, scope: Scope, headers: dict[bytes, bytes]) -> FastDeployPDError | None:
+        """Without a key to ask for, only programs on this machine may change what an instance does; no page in a browser may."""
+        if self._digests or not scope["path"].startswith(ADMIN_PREFIX):
+            return None
+        host = (scope.get("client") or ("",))[0]
+        if is_loopback(host) and b"origin" not in headers:
+            return None
+        caller = f"from {host}" if b"origin" not in headers else "from a web page"
+        return refusal(
+            403,
+            f"{ADMIN_PREFIX} answers clients on this machine alone, not one {caller}; start the instance with --api-key to use it with a key",
+            "forbidden",
+        )
 
     def _check_body(self, scope: Scope, headers: dict[bytes, bytes]) -> FastDeployPDError | None:
         if scope["method"] != "POST":

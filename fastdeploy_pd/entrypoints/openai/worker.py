@@ -22,6 +22,7 @@ from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Peer
 from fastdeploy_pd.cluster.prefixes import PrefixFollower, Repeater
 from fastdeploy_pd.cluster.registry import MemberRecord, MemberWatcher, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine.admin import InstanceAdmin
 from fastdeploy_pd.engine.build import redis_options
 from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
@@ -31,6 +32,7 @@ from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
 from fastdeploy_pd.entrypoints.tokenizer import NoTokenizer, Tokenizer
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost
 from fastdeploy_pd.model.weights import model_directory
 from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, render
 
@@ -74,6 +76,17 @@ class Membership:
         self._follower: Repeater | None = None
         self._strangers: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        is_alone = config.cluster.scheduler_name == "local"
+        self._registry = None if is_alone else RedisRegistry(redis_options(config.cluster))
+
+    async def read(self) -> list[Instance] | None:
+        """Returns: the members as Redis has them now; None: it is away, or the instance is alone."""
+        if self._registry is None:
+            return None
+        try:
+            return fitting_instances(await asyncio.to_thread(self._registry.members), self._fingerprint)
+        except (CoordinatorLost, ConfigError):
+            return None
 
     def _warn_of_strangers(self, records: tuple[MemberRecord, ...]) -> None:
         strangers = {r.instance_id for r in records if r.fingerprint != self._fingerprint}
@@ -88,17 +101,16 @@ class Membership:
     def start(self) -> None:
         """Begin to watch; call it in the event loop."""
         loop = asyncio.get_running_loop()
-        if self._config.cluster.scheduler_name == "local":
+        if self._registry is None:
             self._task = loop.create_task(self._follow_own_engine())
             return
         options = redis_options(self._config.cluster)
-        registry = RedisRegistry(options)
 
         def on_change(records: tuple[MemberRecord, ...]) -> None:
             self._warn_of_strangers(records)
             loop.call_soon_threadsafe(self._client.set_members, fitting_instances(records, self._fingerprint))
 
-        self._watcher = watcher = MemberWatcher(registry, on_change)
+        self._watcher = watcher = MemberWatcher(self._registry, on_change)
         self._watcher.start()
         index = self._client.front_end.prefixes
         follower = PrefixFollower(
@@ -208,7 +220,8 @@ async def serve_api(
     metrics = FrontEndMetrics(options.model_names[0])
     client = ClusterClient(front_end, links, WallClock(), metrics)
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
-    app = create_app(client, tokenizer, options, metrics=render, observer=metrics)
+    admin = InstanceAdmin(client, run_dir, membership.read, config.cluster.scheduler_name == "local")
+    app = create_app(client, tokenizer, options, metrics=render, observer=metrics, admin=admin)
     consumer = None
     if config.cluster.scheduler_name != "local":
         serving = Serving(tokenizer, options)

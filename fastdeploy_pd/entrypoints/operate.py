@@ -1,0 +1,134 @@
+"""`fastdeploy-pd role` and `fastdeploy-pd drain`: the admin endpoints of a running instance, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from typing import Any
+
+from fastdeploy_pd.config import ROLES
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError, LinkLost
+
+POLL_S = 0.2
+TIMEOUT_S = 30.0
+ADDRESS = re.compile(r"[^/\s:]+:\d+|\[[0-9A-Fa-f:.]+\]:\d+")
+
+
+def add_commands(commands: Any) -> None:
+    """Add both to the parsers of the `fastdeploy-pd` command."""
+    role = commands.add_parser(
+        "role",
+        help="show or flip the role of a running instance",
+        description="Flips an instance between prefill, decode and mixed without dropping a request. See docs/elastic_roles.md.",
+    )
+    _add_instance(role)
+    role.add_argument("role", nargs="?", choices=ROLES, help="the role to flip to (default: only show the present one)")
+    role.add_argument("--force", action="store_true", help="also if nobody is left to do what the instance does now")
+    drain = commands.add_parser(
+        "drain",
+        help="have an instance leave its topic, finish what it serves and end",
+        description="Shows what is left until the instance is gone. See docs/elastic_roles.md.",
+    )
+    _add_instance(drain)
+    drain.add_argument("--timeout-s", type=float, help="seconds after which it ends all the same (default 30)")
+
+
+def _add_instance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("instance", metavar="INSTANCE", help="its id (or how it begins), URL or host:port")
+    parser.add_argument(
+        "--redis-url",
+        default="redis://127.0.0.1:6379",
+        help="the cluster's Redis, where ids are looked up (default %(default)s)",
+    )
+    parser.add_argument("--scheduler-topic", default="default", help="the cluster's topic (default %(default)s)")
+    parser.add_argument("--api-key", help="the instance's key, if it has one (or FD_API_KEY, which `ps` does not show)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns: exit status 0. Raises: FastDeployPDError: there is no such instance, or what it answers."""
+    url = find_url(args.instance, args.redis_url, args.scheduler_topic)
+    key = args.api_key or os.environ.get("FD_API_KEY", "")
+    if args.command == "drain":
+        return _drain(url, key, args.timeout_s)
+    body = {"role": args.role, "force": args.force} if args.role else None
+    answer = call(url + "/v1/admin/role", key, body)
+    left = answer["left_of_old_role"]
+    _say(f"{answer['instance_id']} at {url} is {answer['role']}; left of its old role: {_list(left)}")
+    return 0
+
+
+def find_url(instance: str, redis_url: str, topic: str) -> str:
+    """Returns: the base URL of an instance. Raises: ConfigError: none or several fit; CoordinatorLost."""
+    if "://" in instance:
+        return instance.rstrip("/").removesuffix("/v1")
+    if ADDRESS.fullmatch(instance):
+        return f"http://{instance}"
+    from fastdeploy_pd.cluster.redis_connection import RedisOptions
+    from fastdeploy_pd.cluster.registry import RedisRegistry
+
+    options = RedisOptions.from_url(redis_url, topic)
+    password = options.password or os.environ.get("FD_SCHEDULER_PASSWORD") or None
+    registry = RedisRegistry(dataclasses.replace(options, password=password))
+    try:
+        members = registry.members()
+    finally:
+        registry.close()
+    found = [m for m in members if m.instance_id == instance] or [
+        m for m in members if m.instance_id.startswith(instance)
+    ]
+    if len(found) == 1:
+        return found[0].http_address
+    ids = ", ".join(m.instance_id for m in found or members) or "nobody"
+    what = "fits several members" if found else "is neither a member"
+    rest = "" if found else ", nor a URL, nor host:port"
+    raise ConfigError(f"INSTANCE is {instance!r}, which {what} of topic {topic!r}{rest}; there are: {ids}")
+
+
+def call(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns: the answer to a GET, or to a POST if there is a body. Raises: FastDeployPDError: what the instance says, or that it cannot be reached."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT_S) as answer:
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:
+        try:
+            text = json.loads(error.read())["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            text = error.reason
+        raise FastDeployPDError(f"{url} answers {error.code}: {text}") from error
+    except OSError as error:
+        raise LinkLost(f"{url} cannot be reached: {error}") from error
+
+
+def _drain(url: str, key: str, timeout_s: float | None) -> int:
+    """Ask, and show what is left until the instance is gone."""
+    address, last = url + "/v1/admin/drain", ""
+    answer = call(address, key, {} if timeout_s is None else {"timeout_s": timeout_s})
+    while True:
+        text = f"{answer['instance_id']} drains; left: {_list(answer['left'])}"
+        if text != last:
+            _say(text)
+        last = text
+        threading.Event().wait(POLL_S)
+        try:
+            answer = call(address, key)
+        except FastDeployPDError:
+            _say(f"{answer['instance_id']} has left")
+            return 0
+
+
+def _list(left: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in left.items())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
