@@ -81,6 +81,8 @@ class ClusterOptions:
     """Role, coordinator and links."""
 
     splitwise_role: str
+    elastic: str
+    elastic_cooldown: float
     scheduler_name: str
     scheduler_host: str
     scheduler_port: int
@@ -156,6 +158,10 @@ class InstanceConfig:
         if args.scheduler_name == "local" and args.splitwise_role != "mixed":
             raise ConfigError(
                 f"--splitwise-role {args.splitwise_role} needs --scheduler-name splitwise: with `local` an instance is alone, so it must be mixed"
+            )
+        if args.scheduler_name == "local" and args.elastic != "off":
+            raise ConfigError(
+                f"--elastic {args.elastic} needs --scheduler-name splitwise: with `local` an instance is alone, so it must be mixed"
             )
         return cls(
             *(
@@ -427,6 +433,18 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
 
 def _add_cluster_flags(add: Callable[..., Any]) -> None:
     add("--splitwise-role", choices=ROLES, default="mixed", help="what the instance is for")
+    add(
+        "--elastic",
+        choices=("off", "auto"),
+        default="off",
+        help="auto: the topic's leader flips this instance between prefill and decode when one side is under pressure",
+    )
+    add(
+        "--elastic-cooldown",
+        type=_number(float, 1, 86400, "seconds from 1 to 86400"),
+        default=30.0,
+        help="with --elastic auto: least seconds between two flips in the topic",
+    )
     add(
         "--scheduler-name",
         choices=("splitwise", "local"),

@@ -50,6 +50,7 @@ def test_every_key_is_documented() -> None:
         keys.members,
         keys.member("ID"),
         keys.changes,
+        keys.leader,
         keys.requests,
         keys.out("REQUEST"),
         keys.cancel("REQUEST"),

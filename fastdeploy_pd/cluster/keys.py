@@ -7,6 +7,7 @@ All keys of a topic share the hash tag {fd:TOPIC}: one slot, so that scripts sta
 | {fd:T}:members         | set           | none           | engines (heartbeat)    | front ends   |
 | {fd:T}:member:ID       | string (JSON) | 2 s, renewed   | engine ID              | front ends   |
 | {fd:T}:changes         | pub/sub       | -              | engines                | front ends   |
+| {fd:T}:leader          | string        | 3 s, renewed   | the engine that leads  | engines      |
 | {fd:T}:requests        | stream        | none, bounded  | clients                | front ends   |
 | {fd:T}:out:REQUEST     | stream        | scheduler-ttl  | claiming front end     | its client   |
 | {fd:T}:cancel:REQUEST  | string        | scheduler-ttl  | its client             | front ends   |
@@ -49,6 +50,11 @@ class Keys:
     def changes(self) -> str:
         """Channel: a member came, went or changed its state. Only a hint; polling finds the same."""
         return f"{{fd:{self.topic}}}:changes"
+
+    @property
+    def leader(self) -> str:
+        """Id of the engine that decides on flips of roles (--elastic auto); its TTL is the lease."""
+        return f"{{fd:{self.topic}}}:leader"
 
     @property
     def requests(self) -> str:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from fastdeploy_pd.clock import Clock
 from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, MAX_PAYLOAD_BYTES, MAX_QUEUED, Claimed, OutputEntry
-from fastdeploy_pd.cluster.registry import LEASE_S, MemberRecord
+from fastdeploy_pd.cluster.registry import LEADER_LEASE_S, LEASE_S, MemberRecord
 from fastdeploy_pd.errors import InvalidRequest, QueueFull
 
 
 class MemoryRegistry:
     """See registry.Registry."""
 
-    def __init__(self, clock: Clock, lease_s: float = LEASE_S) -> None:
-        self._clock, self._lease_s = clock, lease_s
+    def __init__(self, clock: Clock, lease_s: float = LEASE_S, leader_lease_s: float = LEADER_LEASE_S) -> None:
+        self._clock, self._lease_s, self._leader_lease_s = clock, lease_s, leader_lease_s
+        self._leader, self._leads_until_s = "", 0.0
         self._members: dict[str, tuple[MemberRecord, float]] = {}
 
     def heartbeat(self, record: MemberRecord, is_change: bool = False) -> bool:
@@ -33,6 +34,14 @@ class MemoryRegistry:
         now_s = self._clock.now_s()
         self._members = {i: m for i, m in self._members.items() if m[1] > now_s}
         return tuple(self._members[i][0] for i in sorted(self._members))
+
+    def lead(self, instance_id: str) -> bool:
+        """See Registry."""
+        now_s = self._clock.now_s()
+        if self._leader != instance_id and now_s < self._leads_until_s:
+            return False
+        self._leader, self._leads_until_s = instance_id, now_s + self._leader_lease_s
+        return True
 
 
 @dataclass(slots=True)

@@ -24,9 +24,23 @@ from fastdeploy_pd.errors import ConfigError, CoordinatorLost
 log = logging.getLogger("fastdeploy_pd.registry")
 
 LEASE_S = 2.0
+LEADER_LEASE_S = 3.0
 HEARTBEAT_S = 0.5
 POLL_S = 0.25
 MAX_BACKOFF_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLoad:
+    """What --elastic auto looks at."""
+
+    prefill_s: float = 0.0  #: predicted seconds of the prompts that were taken and not computed
+    num_decodes: int = 0  #: streams that are generated
+    num_seats: int = 1  #: most sequences in a step
+    num_queued: int = 0  #: requests that wait for KV blocks
+    kv_usage: float = 0.0  #: share of KV blocks that requests hold, 0 to 1
+    flip_age_s: float | None = None  #: since its last flip; None: there was none
+    is_elastic: bool = False  #: the leader may flip it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,7 @@ class MemberRecord:
     num_requests: int = 0
     free_blocks: int = 0
     is_draining: bool = False
+    load: MemberLoad = field(default_factory=MemberLoad)
 
     def to_json(self) -> str:
         """Returns: the record as stored."""
@@ -80,14 +95,18 @@ class Registry(Protocol):
         """Returns: members whose lease holds, by id. Raises: CoordinatorLost."""
         ...
 
+    def lead(self, instance_id: str) -> bool:
+        """Take or renew the leader's lease. Returns: whether it is this member's now. Raises: CoordinatorLost."""
+        ...
+
 
 class RedisRegistry:
     """The registry in Redis."""
 
-    def __init__(self, options: RedisOptions, lease_s: float = LEASE_S) -> None:
+    def __init__(self, options: RedisOptions, lease_s: float = LEASE_S, leader_lease_s: float = LEADER_LEASE_S) -> None:
         self.options = options
         self.connection = RedisConnection(options)
-        self._lease_ms = int(lease_s * 1000)
+        self._lease_ms, self._leader_lease_ms = int(lease_s * 1000), int(leader_lease_s * 1000)
 
     def heartbeat(self, record: MemberRecord, is_change: bool = False) -> bool:
         """See Registry."""
@@ -114,6 +133,10 @@ class RedisRegistry:
             self.connection.run(lambda c: c.srem(keys.members, *lapsed))
         records = (MemberRecord.from_json(v) for v in values if v is not None)
         return tuple(r for r in records if r is not None)
+
+    def lead(self, instance_id: str) -> bool:
+        """See Registry."""
+        return bool(self.connection.script("lead", [self.connection.keys.leader], [instance_id, self._leader_lease_ms]))
 
     def close(self) -> None:
         """Close the connection."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
-from fastdeploy_pd.cluster.registry import MemberRecord
+from fastdeploy_pd.cluster.registry import MemberLoad, MemberRecord
 from fastdeploy_pd.config import ClusterOptions, InstanceConfig
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout, shard, whole
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
 from fastdeploy_pd.engine.crew import Crew, RemoteEnd
+from fastdeploy_pd.engine.elastic import PrefillRate
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
@@ -53,6 +54,7 @@ class BuiltEngine:
     fingerprint: str
     layout: KVLayout
     max_model_len: int
+    rate: PrefillRate = field(default_factory=PrefillRate)
 
     def member_record(self, config: InstanceConfig, http_address: str, links_address: str) -> MemberRecord:
         """Returns: how the instance is announced, with its present load."""
@@ -73,6 +75,22 @@ class BuiltEngine:
             num_requests=len(engine.context.scheduler.running) + len(engine.context.scheduler.waiting),
             free_blocks=pool.num_free,
             is_draining=engine.is_draining,
+            load=self.load(config.cluster.elastic != "off"),
+        )
+
+    def load(self, is_elastic: bool) -> MemberLoad:
+        """Returns: what --elastic auto looks at, as it is now."""
+        engine, scheduler = self.engine, self.engine.context.scheduler
+        left = [r.num_tokens - r.local.num_computed_tokens for r in (*scheduler.waiting, *scheduler.running)]
+        counts = scheduler.pool.counts()
+        return MemberLoad(
+            prefill_s=self.rate.seconds(sum(n for n in left if n > 1)),
+            num_decodes=sum(1 for n in left if n <= 1),
+            num_seats=scheduler.options.max_num_seqs,
+            num_queued=len(engine.decode.queued),
+            kv_usage=counts.held / (counts.held + counts.free),
+            flip_age_s=engine.clock.now_s() - engine.flipped_s if engine.flipped_s is not None else None,
+            is_elastic=is_elastic,
         )
 
 

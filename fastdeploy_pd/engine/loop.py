@@ -83,6 +83,7 @@ class Engine:
 
     def __init__(self, role: Role, context: EngineContext, runner: Runner, clock: Clock) -> None:
         self.role, self.role_since_s = role, clock.now_s()
+        self.flipped_s: float | None = None
         self.context = context
         self.runner = runner
         self.clock = clock
@@ -164,6 +165,7 @@ class Engine:
         """Take new work of this role alone from now on; what was accepted before is served to its end. Idempotent."""
         if role is not self.role:
             self.role, self.role_since_s = role, self.clock.now_s()
+            self.flipped_s = self.role_since_s
             self._next_tick_s = self._next_beat_s = 0.0  # everybody connected hears of it in the next step
 
     def drain(self, timeout_s: float) -> None:

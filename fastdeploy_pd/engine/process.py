@@ -14,11 +14,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
 from fastdeploy_pd.cluster.links import Links, PeerLost, PeerUp
+from fastdeploy_pd.cluster.messages import Command, Peer
 from fastdeploy_pd.cluster.registry import LEASE_S, HeartbeatThread, MemberRecord, RedisRegistry
 from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
+from fastdeploy_pd.engine.elastic import ElasticThread
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
@@ -51,6 +55,7 @@ class EngineShell:
         self._last_counter, self._last_turn_s = -1, self._clock.now_s()
         self._record: MemberRecord | None = None
         self._told = (built.engine.role, False)
+        self._commands: SimpleQueue[tuple[Peer, Command]] = SimpleQueue()
         self._record_s = 0.0
 
     def request_stop(self, is_gentle: bool) -> None:
@@ -60,6 +65,10 @@ class EngineShell:
         """
         self.engine.drain(DRAIN_S if is_gentle else 0.0)
         self._refresh_record()
+
+    def tell(self, peer: Peer, command: Command) -> None:
+        """Have the loop send a command, or obey it. From any thread."""
+        self._commands.put((peer, command))
 
     def record(self) -> MemberRecord | None:
         """The member record as of the last turn, for the heartbeat thread; None when loop or device stand still: no lease for the hung."""
@@ -85,6 +94,13 @@ class EngineShell:
                 engine.peer_lost(sender_id)
             elif not isinstance(item, PeerUp):
                 engine.receive(sender_id, item)
+        while not self._commands.empty():
+            peer, command = self._commands.get_nowait()
+            if peer.instance_id == self.built.instance_id:
+                engine.receive(peer.instance_id, command)
+            else:
+                engine.context.outbox.connect(peer)
+                engine.context.outbox.send(peer.instance_id, command)
         report = engine.step()
         for action in engine.take_actions():
             if isinstance(action, Connect):
@@ -106,6 +122,7 @@ class EngineShell:
             gc.collect(1)
             gc.freeze()
         if report.num_tokens:
+            self.built.rate.observe(report.num_tokens, report.step_s)
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
         if report.observation is not None:
             self.metrics.observe_prediction(report.observation.kind, report.observation.relative_error)
@@ -164,7 +181,12 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     shell = EngineShell(config, built, links, metrics)
     signal.signal(signal.SIGTERM, lambda *_: shell.request_stop(is_gentle=True))
     signal.signal(signal.SIGINT, lambda *_: shell.request_stop(is_gentle=False))
-    heartbeat = None
+    heartbeat = elastic = None
+    if config.cluster.elastic != "off":
+        options = ElasticOptions(config.cluster.elastic_cooldown)
+        registry = RedisRegistry(redis_options(config.cluster))
+        elastic = ElasticThread(registry, shell.record, shell.tell, options, built.engine.clock)
+        elastic.start()
     if config.cluster.scheduler_name != "local":
         shell._refresh_record()
         heartbeat = HeartbeatThread(
@@ -179,9 +201,9 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
         shell.run()
     finally:
         (run_dir / "engine.json").unlink(missing_ok=True)
-        if heartbeat is not None:
-            heartbeat.stop()
-        publisher.stop()
+        for thread in (elastic, heartbeat, publisher):
+            if thread is not None:
+                thread.stop()
         links.close()
         for transfer in built.engine.context.transfers.values():
             transfer.close()

@@ -38,8 +38,8 @@ def options(server: EmbeddedRedis, **changes: object) -> RedisOptions:
 @pytest.fixture(params=["memory", "redis"])
 def registry(request: pytest.FixtureRequest, redis_server: EmbeddedRedis) -> Registry:
     if request.param == "memory":
-        return MemoryRegistry(WallClock(), LEASE_S)
-    return RedisRegistry(options(redis_server), LEASE_S)
+        return MemoryRegistry(WallClock(), LEASE_S, LEASE_S)
+    return RedisRegistry(options(redis_server), LEASE_S, LEASE_S)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -83,6 +83,15 @@ def test_a_silent_member_is_gone_after_its_lease(registry: Registry) -> None:
     registry.heartbeat(record())
     until(lambda: registry.members() == (), LEASE_S + 1)
     assert registry.heartbeat(record()), "it is new again"
+
+
+def test_one_leads_and_another_when_it_is_dead(registry: Registry) -> None:
+    assert registry.lead("a") and not registry.lead("b")
+    for _ in range(3):
+        time.sleep(LEASE_S * 0.6)
+        assert registry.lead("a") and not registry.lead("b")
+    until(lambda: registry.lead("b"), LEASE_S + 1)
+    assert not registry.lead("a")
 
 
 # queue

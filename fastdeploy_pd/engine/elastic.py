@@ -1,0 +1,141 @@
+"""`--elastic auto`: one engine of the topic, the leader, watches the members' loads and has an instance flip its role when that helps.
+
+The leader holds a lease in Redis; when it dies another takes the lease once that has lapsed. Two that believe themselves leaders for a
+moment at worst ask for two flips: each is idempotent, and the age of the first, in its record, holds back whoever reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+
+from fastdeploy_pd.clock import Clock
+from fastdeploy_pd.cluster.messages import Command, Peer
+from fastdeploy_pd.cluster.registry import MemberRecord, Registry
+from fastdeploy_pd.core.elastic import Demand, ElasticOptions, InstanceLoad, decide
+from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost
+
+log = logging.getLogger("fastdeploy_pd.elastic")
+
+LOOK_S = 0.5  #: the leader looks at the members, and the others whether there is one
+MIN_RATE_TOKENS = 64  #: a step of fewer tokens says little about prompts
+FIRST_TOKENS_PER_S = 2000.0  #: until a prompt was measured
+
+
+class PrefillRate:
+    """How fast an instance computes prompts, from its steps."""
+
+    def __init__(self) -> None:
+        self._tokens_per_s = FIRST_TOKENS_PER_S
+
+    def observe(self, num_tokens: int, step_s: float) -> None:
+        """A step has ended."""
+        if num_tokens >= MIN_RATE_TOKENS and step_s > 0:
+            self._tokens_per_s += 0.2 * (num_tokens / step_s - self._tokens_per_s)
+
+    def seconds(self, num_tokens: int) -> float:
+        """Returns: what so many tokens of prompts will take."""
+        return num_tokens / self._tokens_per_s
+
+
+def load_of(record: MemberRecord) -> InstanceLoad:
+    """Returns: a member as the decision sees it."""
+    role, load = Role(record.role), record.load
+    return InstanceLoad(
+        record.instance_id,
+        role.can_prefill,
+        role.can_decode,
+        load.prefill_s,
+        load.num_decodes,
+        load.num_seats,
+        load.num_queued,
+        load.kv_usage,
+        load.flip_age_s,
+        load.is_elastic,
+    )
+
+
+class Elastic:
+    """The leader's part: a function of (members, time)."""
+
+    def __init__(self, options: ElasticOptions) -> None:
+        self.options = options
+        self._demand = Demand()
+        self._looked_s: float | None = None
+        self._flipped_s = float("-inf")  # a command may be lost, or its record late
+
+    def forget(self) -> None:
+        """Somebody else leads: averages begin anew."""
+        self._demand, self._looked_s = Demand(), None
+
+    def look(self, members: Sequence[MemberRecord], now_s: float) -> tuple[Peer, Command] | None:
+        """Returns: whom to tell what, if a flip helps."""
+        present = {m.instance_id: m for m in members if not m.is_draining}
+        loads = [load_of(m) for m in present.values()]
+        passed_s = now_s - self._looked_s if self._looked_s is not None else 0.0
+        self._demand, self._looked_s = self._demand.averaged(loads, passed_s, self.options), now_s
+        if now_s - self._flipped_s < self.options.cooldown_s:
+            return None
+        flip = decide(self._demand, loads, self.options)
+        if flip is None:
+            return None
+        self._flipped_s = now_s
+        log.info(
+            "%s should %s: prefill would keep %.1f instances busy, decode %.1f",
+            flip.instance_id,
+            flip.role,
+            self._demand.prefill,
+            self._demand.decode,
+        )
+        peer = Peer(flip.instance_id, present[flip.instance_id].links_address)
+        return peer, Command(uuid.uuid4().hex, flip.role)
+
+
+class ElasticThread(threading.Thread):
+    """Leads while the lease is ours."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        source: Callable[[], MemberRecord | None],
+        tell: Callable[[Peer, Command], None],
+        options: ElasticOptions,
+        clock: Clock,
+    ) -> None:
+        """
+        Args:
+            source: our own record; None while the engine stands still: it must not lead.
+            tell: have the engine's loop send a command.
+        """
+        super().__init__(name="elastic", daemon=True)
+        self._registry, self._source, self._tell, self._clock = registry, source, tell, clock
+        self._elastic = Elastic(options)
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        """Look until stopped. While Redis is away nobody leads."""
+        while not self._stop_event.wait(LOOK_S):
+            own = self._source()
+            try:
+                if own is None or own.is_draining or not self._registry.lead(own.instance_id):
+                    self._elastic.forget()
+                    continue
+                command = self._elastic.look(self._fitting(own), self._clock.now_s())
+            except (CoordinatorLost, ConfigError):
+                continue  # the heartbeat says so in the log
+            if command is not None:
+                self._tell(*command)
+
+    def stop(self) -> None:
+        """End. Idempotent."""
+        self._stop_event.set()
+        if self.is_alive():
+            self.join(3.0)
+
+    def _fitting(self, own: MemberRecord) -> list[MemberRecord]:
+        """Members of another model or version are nobody's help."""
+        kind = own.fingerprint, own.protocol_version
+        return [m for m in self._registry.members() if (m.fingerprint, m.protocol_version) == kind]
