@@ -63,6 +63,8 @@ class SchedulingOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
+    prefill_policy: str
+    placement: str
     profile_path: str | None
     profile_directory: str  #: of profiles of all models, for this user of this machine
 
@@ -499,6 +501,16 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_slo_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--prefill-policy",
+        default="slack",
+        help="order of prompts: fcfs, sjf, ljf, edf, slack, or an entry point's name",
+    )
+    add(
+        "--placement",
+        default="fewest-tokens",
+        help="choice of instances: fewest-tokens, round-robin, slo, or an entry point's name",
+    )
     add(
         "--slo-ttft-x",
         type=_number(float, 0.1, 1e6, "a number from 0.1 to 1e6"),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
 PROTOCOL_VERSION = 3
@@ -210,6 +211,7 @@ class Beat:
     outstanding_tokens: int = 0
     longest_step_s: float = 0.0
     is_draining: bool = False
+    load: Load | None = None  #: of an instance that knows what its steps take
     extra: dict[str, float] = field(default_factory=dict)
     role: RoleName | None = None  #: of an engine, as it is now: the member record may come later
 

@@ -60,6 +60,8 @@ class Multiplexing:
         decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
         best: tuple[Estimate, Placement] | None = None
         for c in shuffled:
+            if c.load is None or not c.load.predictor.knows_prefill:
+                continue  # it has computed no prompt yet, or is not there for that
             if c.can_prefill and not c.can_decode:
                 placement = Placement(c.instance_id, decoder.instance_id)
             elif c.can_decode:
@@ -67,7 +69,7 @@ class Multiplexing:
             found = estimate(c, num_tokens, due_s, slo)
             if best is None or found < best[0]:
                 best = found, placement
-        return best[1] if best else None
+        return best[1] if best else self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
 
 
 def stream_share(candidate: Candidate, slo: Slo, num_tokens: int = 0) -> float:

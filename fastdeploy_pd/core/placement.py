@@ -6,6 +6,7 @@ the same instance: among those within a blur of the minimum the choice is random
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,32 @@ class Load:
     """What waits and runs on an instance, for policies that predict."""
 
     predictor: Predictor
-    prompts: Sequence[tuple[float, float]] = ()  #: (seconds from now until due, seconds left to compute), by due time
+    prompts: tuple[tuple[float, float], ...] = ()  #: (seconds from now until due, seconds left to compute), by due time
     busy_s: float = 0.0  #: until the step in flight ends
     num_streams: int = 0  #: requests that generate
     stream_tokens: int = 0  #: their tokens in sum
     num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
+
+    @property
+    def is_sane(self) -> bool:
+        """Whether every number in it is finite."""
+        numbers = (*self.predictor.prefill, *self.predictor.decode, self.busy_s)
+        return all(math.isfinite(x) for x in numbers) and all(math.isfinite(d + s) for d, s in self.prompts)
+
+    def after(self, elapsed_s: float, added: Sequence[tuple[float, float, int]] = ()) -> Load:
+        """What it will be a little later, with what was placed there since.
+
+        Args:
+            added: (seconds until due, seconds it takes, tokens) of each; due after elapsed_s.
+        """
+        prompts = [(d - elapsed_s, s) for d, s in self.prompts] + [(d, s) for d, s, _ in added]
+        num_tokens = sum(n for _, _, n in added)
+        return replace(
+            self,
+            prompts=tuple(sorted(prompts)),
+            busy_s=max(0.0, self.busy_s - elapsed_s),
+            num_free_tokens=self.num_free_tokens - num_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

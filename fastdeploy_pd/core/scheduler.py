@@ -20,11 +20,20 @@ from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
-from fastdeploy_pd.core.order import LATE_EVERY, due_s, make_policy, num_left, prefill_left_s, stream_slack_s
+from fastdeploy_pd.core.order import (
+    LATE_EVERY,
+    PrefillPolicy,
+    due_s,
+    make_policy,
+    num_left,
+    prefill_left_s,
+    stream_slack_s,
+)
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
+MAX_PROMPTS = 256  # that placement is told of: those that are due first
 LEAST_CHUNK = 256  # tokens: with fewer a chunk's own cost is too large a part
 
 
@@ -54,9 +63,11 @@ class Scheduler:
         pool: BlockPool,
         options: SchedulerOptions,
         samples_on_device: Callable[[Request], bool] = lambda request: False,
+        make_policy: Callable[[str, Callable[[], Predictor | None]], PrefillPolicy | None] = make_policy,
     ) -> None:
         """
         Args:
+            make_policy: gives the prefill policy of a name; it may ask for the present predictor.
             samples_on_device: whether a request can be computed on while its newest token is pending.
         """
         self.pool = pool
@@ -83,14 +94,9 @@ class Scheduler:
         """Returns: tokens known but not yet computed plus one for each running stream; the load that placement balances."""
         return sum(max(1, r.num_tokens - r.local.num_computed_tokens) for r in (*self.waiting, *self.running))
 
-    def load(self, now_s: float, busy_s: float) -> Load:
-        """Returns: what there is to do, for placement; busy_s: until the step in flight ends.
-
-        Raises: ValueError: there is no predictor.
-        """
-        predictor, pool = self.predictor, self.pool
-        if predictor is None:
-            raise ValueError("the scheduler has no predictor")
+    def load(self, predictor: Predictor, now_s: float, busy_s: float) -> Load:
+        """Returns: what there is to do, for placement; busy_s: until the step in flight ends."""
+        pool = self.pool
         jobs, num_streams, stream_tokens, num_promised = [], 0, 0, 0
         for request in self.running:
             if is_prompt(request):
@@ -107,7 +113,7 @@ class Scheduler:
                 stream_tokens += request.num_tokens
         jobs.sort()
         num_free = pool.num_free * pool.block_size - num_promised
-        return Load(predictor, jobs, busy_s, num_streams, stream_tokens, num_free)
+        return Load(predictor, tuple(jobs[:MAX_PROMPTS]), busy_s, num_streams, stream_tokens, num_free)
 
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
@@ -15,11 +15,12 @@ from fastdeploy_pd.cluster.registry import MemberLoad, MemberRecord
 from fastdeploy_pd.config import ClusterOptions, InstanceConfig
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout, shard, whole
-from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.core.order import prefill_left_s
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
 from fastdeploy_pd.engine.crew import Crew, RemoteEnd
-from fastdeploy_pd.engine.elastic import PrefillRate
 from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.policies import prefill_policy
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
@@ -39,6 +40,7 @@ log = logging.getLogger("fastdeploy_pd.engine")
 #: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
 DEFAULT_MEMORY_FRACTION = 0.25
 DEFAULT_GPU_FRACTION = 0.9
+USUAL_TOKENS_PER_S = 2000.0  #: of prompts, until steps were measured
 Pool = KVPool | DevicePool
 #: full-length sequences a pool is made for, above max_num_seqs, when memory allows: prefixes stay cached
 SPARE_SEQUENCES = 8
@@ -54,7 +56,6 @@ class BuiltEngine:
     fingerprint: str
     layout: KVLayout
     max_model_len: int
-    rate: PrefillRate = field(default_factory=PrefillRate)
 
     def member_record(self, config: InstanceConfig, http_address: str, links_address: str) -> MemberRecord:
         """Returns: how the instance is announced, with its present load."""
@@ -81,11 +82,16 @@ class BuiltEngine:
     def load(self, is_elastic: bool) -> MemberLoad:
         """Returns: what --elastic auto looks at, as it is now."""
         engine, scheduler = self.engine, self.engine.context.scheduler
-        left = [r.num_tokens - r.local.num_computed_tokens for r in (*scheduler.waiting, *scheduler.running)]
+        requests = (*scheduler.waiting, *scheduler.running)
+        prompts = [r for r in requests if is_prompt(r)]
+        predictor = scheduler.predictor
+        num_left = sum(r.num_tokens - r.local.num_computed_tokens for r in prompts)
         counts = scheduler.pool.counts()
         return MemberLoad(
-            prefill_s=self.rate.seconds(sum(n for n in left if n > 1)),
-            num_decodes=sum(1 for n in left if n <= 1),
+            prefill_s=sum(prefill_left_s(r, predictor) for r in prompts)
+            if predictor
+            else num_left / USUAL_TOKENS_PER_S,
+            num_decodes=len(requests) - len(prompts),
             num_seats=scheduler.options.max_num_seqs,
             num_queued=len(engine.decode.queued),
             kv_usage=counts.held / (counts.held + counts.free),
@@ -185,8 +191,11 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             max_model_len,
             config.scheduling.enable_chunked_prefill,
             config.cache.enable_prefix_caching,
+            config.scheduling.prefill_policy,
+            guards_tpot=True,
         ),
         runner.samples_on_device,
+        prefill_policy,
     )
     context = EngineContext(
         instance_id,

@@ -21,24 +21,6 @@ from fastdeploy_pd.errors import ConfigError, CoordinatorLost
 log = logging.getLogger("fastdeploy_pd.elastic")
 
 LOOK_S = 0.5  #: the leader looks at the members, and the others whether there is one
-MIN_RATE_TOKENS = 64  #: a step of fewer tokens says little about prompts
-FIRST_TOKENS_PER_S = 2000.0  #: until a prompt was measured
-
-
-class PrefillRate:
-    """How fast an instance computes prompts, from its steps."""
-
-    def __init__(self) -> None:
-        self._tokens_per_s = FIRST_TOKENS_PER_S
-
-    def observe(self, num_tokens: int, step_s: float) -> None:
-        """A step has ended."""
-        if num_tokens >= MIN_RATE_TOKENS and step_s > 0:
-            self._tokens_per_s += 0.2 * (num_tokens / step_s - self._tokens_per_s)
-
-    def seconds(self, num_tokens: int) -> float:
-        """Returns: what so many tokens of prompts will take."""
-        return num_tokens / self._tokens_per_s
 
 
 def load_of(record: MemberRecord) -> InstanceLoad:

@@ -26,7 +26,8 @@ from fastdeploy_pd.cluster.messages import (
     Unknown,
 )
 from fastdeploy_pd.core.blocks import extend_hashes
-from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, PlacementPolicy
+from fastdeploy_pd.core.order import due_s
+from fastdeploy_pd.core.placement import Candidate, FewestTokens, Load, Placement, PlacementPolicy
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.engine.outbox import Outbox
@@ -121,6 +122,9 @@ class _View:
     is_lost: bool = False
     is_draining: bool = False
     predictor: Predictor | None = None
+    load: Load | None = None
+    load_s: float = 0.0  #: when it said so
+    added: list[tuple[float, float, int]] = field(default_factory=list)  #: placed there since: (due, seconds, tokens)
     connected_s: float = 0.0
 
 
@@ -303,7 +307,9 @@ class FrontEnd:
         matches = self.prefixes.match(request.local.block_hashes, instance_ids)
         return {i: num_blocks * block_size for i, num_blocks in matches.items()}
 
-    def _candidates(self, avoid: dict[str, str], cached: Mapping[str, int] | None = None) -> list[Candidate]:
+    def _candidates(
+        self, avoid: dict[str, str], cached: Mapping[str, int] | None = None, now_s: float = 0.0
+    ) -> list[Candidate]:
         return [
             Candidate(
                 instance_id,
@@ -311,6 +317,7 @@ class FrontEnd:
                 view.instance.can_decode,
                 view.reported_tokens + view.added_tokens,
                 (cached or {}).get(instance_id, 0),
+                view.load and view.load.after(now_s - view.load_s, [(d - now_s, s, n) for d, s, n in view.added]),
             )
             for instance_id, view in self._views.items()
             if not view.is_lost and not view.is_draining and instance_id not in avoid
@@ -320,7 +327,7 @@ class FrontEnd:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
         cached = self._cached_tokens(request)
-        candidates = self._candidates(tracked.avoid, cached)
+        candidates = self._candidates(tracked.avoid, cached, now_s)
         placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
@@ -328,7 +335,12 @@ class FrontEnd:
         tracked.placement, tracked.decode_id, tracked.unplaced_since_s = placement, placement.decode_id, None
         request.advance(Phase.PLACED, now_s)
         for instance_id in {placement.prefill_id or placement.decode_id, placement.decode_id}:
-            self._views[instance_id].added_tokens += request.num_tokens - cached.get(instance_id, 0)
+            view, num_cached = self._views[instance_id], cached.get(instance_id, 0)
+            view.added_tokens += request.num_tokens - num_cached
+            if view.load is not None:
+                computes = instance_id == (placement.prefill_id or placement.decode_id)
+                seconds = view.load.predictor.prefill_s(request.num_tokens, num_cached) if computes else 0.0
+                view.added.append((due_s(request), seconds, request.num_tokens - num_cached))
         tracked.heard_s = now_s
         self._send_reserve(tracked, now_s)
 
@@ -475,6 +487,8 @@ class FrontEnd:
             role = Role(beat.role)
             view.instance = replace(view.instance, can_prefill=role.can_prefill, can_decode=role.can_decode)
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
+        if beat.load is not None and beat.load.is_sane:
+            view.load, view.load_s, view.added = beat.load, now_s, []
         view.predictor = Predictor.from_wire(beat.extra) or view.predictor
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
 

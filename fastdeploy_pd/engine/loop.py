@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastdeploy_pd.clock import Clock
 from fastdeploy_pd.cluster.liveness import Liveness
@@ -35,6 +35,7 @@ from fastdeploy_pd.cluster.messages import (
 )
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.online import Observation, OnlinePredictor
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineContext, Runner, Step, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
@@ -95,7 +96,7 @@ class Engine:
         self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
-        self._longest_step_s = 0.0
+        self._longest_step_s = self._last_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
         self._next_publish_s = 0.0
@@ -198,6 +199,20 @@ class Engine:
         """Returns: the load that placement balances."""
         return self.context.scheduler.outstanding_tokens() + self.decode.outstanding_tokens()
 
+    def load(self, now_s: float) -> Load | None:
+        """Returns: what there is to do, as placement sees it; None while nobody knows how long it takes."""
+        scheduler, predictor = self.context.scheduler, self.predictor
+        if predictor is None or (scheduler.predictor is None and self.role.can_prefill):
+            return None
+        busy_s = max(0.0, self._last_step_s - (now_s - self._in_flight[0].launched_s)) if self._in_flight else 0.0
+        found = scheduler.load(predictor, now_s, min(busy_s, self._last_step_s))
+        promised = sum(s.request.num_tokens for s in self.decode.queued)
+        return replace(
+            found,
+            num_streams=found.num_streams + self.decode.num_ordered,
+            num_free_tokens=found.num_free_tokens - promised,
+        )
+
     # the step
 
     def step(self) -> StepReport:
@@ -258,6 +273,7 @@ class Engine:
         self._handle(oldest.batch, outputs, now_s)
         step_s = now_s - max(oldest.launched_s, self._last_end_s)
         self._last_end_s = now_s
+        self._last_step_s = step_s
         self._longest_step_s = max(self._longest_step_s, step_s)
         observation = None if has_failed else self._online.observe(oldest.batch.sequences, step_s)
         self._tell_scheduler()
@@ -376,6 +392,7 @@ class Engine:
                 self.outstanding_tokens(),
                 self._longest_step_s,
                 self.is_draining,
+                load=self.load(now_s),
                 role=self.role.value,
             )
             if self.predictor is not None and now_s >= self._next_publish_s:

@@ -122,7 +122,6 @@ class EngineShell:
             gc.collect(1)
             gc.freeze()
         if report.num_tokens:
-            self.built.rate.observe(report.num_tokens, report.step_s)
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
         if report.observation is not None:
             self.metrics.observe_prediction(report.observation.kind, report.observation.relative_error)

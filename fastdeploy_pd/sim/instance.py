@@ -65,8 +65,10 @@ class Instance:
 
     def load(self, now_s: float) -> Load:
         """Returns: what placement may know of it. Raises: ValueError: its scheduler has no predictor."""
-        scheduler = self.scheduler
-        return scheduler.load(now_s, self._ends[0] - now_s if self._ends else 0.0)
+        predictor = self.scheduler.predictor
+        if predictor is None:
+            raise ValueError("the scheduler has no predictor")
+        return self.scheduler.load(predictor, now_s, self._ends[0] - now_s if self._ends else 0.0)
 
     def launch(self, now_s: float) -> bool:
         """Schedule a step if none is in flight; called after everything that is handed to the scheduler.

@@ -14,7 +14,7 @@ from fastdeploy_pd.cluster.messages import Command, Peer
 from fastdeploy_pd.cluster.registry import MemberLoad, MemberRecord
 from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine import elastic
-from fastdeploy_pd.engine.elastic import Elastic, ElasticThread, PrefillRate
+from fastdeploy_pd.engine.elastic import Elastic, ElasticThread
 
 BUSY = MemberLoad(prefill_s=20.0, is_elastic=True)
 IDLE = MemberLoad(num_seats=8, is_elastic=True)
@@ -82,11 +82,3 @@ def test_a_dead_leader_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[-1][0] == "d2"
     for thread in threads:
         thread.stop()
-
-
-def test_the_rate_follows_the_steps() -> None:
-    rate = PrefillRate()
-    for _ in range(50):
-        rate.observe(500, 0.1)
-        rate.observe(8, 0.1)  # decodes
-    assert rate.seconds(1000) == pytest.approx(0.2, rel=0.01)

@@ -23,6 +23,7 @@ import uvloop
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
@@ -281,6 +282,7 @@ def main(argv: list[str] | None = None, program: str = "api_server") -> int:
         if "FD_API_WORKER" in os.environ:
             die_with_parent()
             return run_worker(config, Path(os.environ["FD_RUN_DIR"]))
+        policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
         run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
         try:
             return run_instance(config, argv, run_dir)

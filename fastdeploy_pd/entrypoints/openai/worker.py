@@ -26,6 +26,7 @@ from fastdeploy_pd.engine.admin import InstanceAdmin
 from fastdeploy_pd.engine.build import redis_options
 from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, FrontEndOptions, Instance
+from fastdeploy_pd.engine.policies import placement_policy
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
@@ -215,6 +216,7 @@ async def serve_api(
         front_end_id,
         random.Random(front_end_id),
         front_end_options(config),
+        placement_policy(config.scheduling.placement),
     )
     links = AsyncLinks(front_end_id, secret=config.cluster.secret)
     metrics = FrontEndMetrics(options.model_names[0])
