@@ -19,6 +19,8 @@ from fastdeploy_pd.cluster.codec import decode, encode
 from fastdeploy_pd.cluster.link_auth import key_pair
 from fastdeploy_pd.cluster.links import AsyncLinks, Item, Links, PeerLost, PeerUp
 from fastdeploy_pd.cluster.messages import Abort, Beat, HandOver, Message, Peer, PrefillOrder, Reserve, Tokens
+from fastdeploy_pd.core.placement import Load
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError, ProtocolError
 from fastdeploy_pd.request import FinishReason, Request, TokenChunk, TokenLogprobs
 
@@ -48,7 +50,14 @@ def wait_for(links: Links, wanted: type, timeout_s: float = 5.0) -> tuple[str, I
 @pytest.mark.parametrize(
     "message",
     [
-        Beat(3, 10, 0.5, True, {"x": 1.0}),
+        Beat(
+            3,
+            10,
+            0.5,
+            True,
+            Load(Predictor((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)), ((0.5, 0.1),), 0.2, 3, 99, 640),
+            {"x": 1.0},
+        ),
         Tokens((CHUNK, CHUNK)),
         Reserve(Request("r", [1, 2]).to_wire(), Peer("p", "tcp://127.0.0.1:1")),
         HandOver("g", CHUNK, (2**64 - 1, 0), 12, "tcp", (("wire", 0.5),)),
