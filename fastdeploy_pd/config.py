@@ -54,6 +54,8 @@ class CacheOptions:
     cache_transfer_protocol: tuple[str, ...]
     cache_queue_port: int | None
     rdma_comm_ports: tuple[int, ...]
+    min_fetch_tokens: int
+    local_prefill_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,6 +419,19 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
         type=_ports,
         default=(),
         help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
+    )
+    add(
+        "--min-fetch-tokens",
+        type=_integer(0),
+        default=256,
+        help="shortest prefix that is fetched from a peer's cache while it is not known how fast links and prefills are; 0: none is ever fetched",
+    )
+    add(
+        "--local-prefill-tokens",
+        type=_integer(0),
+        default=64,
+        help="a decode instance that has a prompt's prefix but for so many tokens computes these itself; "
+        "0: a prefill instance computes every prompt",
     )
     add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
     add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")

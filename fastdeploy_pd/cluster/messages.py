@@ -15,7 +15,7 @@ import msgspec
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 RoleName = Literal["prefill", "decode", "mixed"]
 
 
@@ -36,6 +36,8 @@ class Reserve:
 
     request: dict[str, Any]
     prefill: Peer | None  #: who computes the prompt; None: the receiver itself
+    holder: Peer | None = None  #: whose prefix cache has more of the prompt, as far as the sender knows
+    num_held_tokens: int = 0  #: so many of the first ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,18 @@ class PrefillOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchOrder:
+    """Write blocks of your prefix cache to mine; compute nothing. Goes on like a PrefillOrder; executed at most once."""
+
+    grant_id: Annotated[str, msgspec.Meta(pattern="^[^@]*$")]
+    nonce: int
+    block_hashes: tuple[bytes, ...]  #: of consecutive blocks of a prompt
+    block_ids: tuple[int, ...]  #: decode's blocks for them
+    decode_id: str
+    transfers: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class CancelOrder:
     """Stop this grant: send no more of it. Resent until OrderEnded comes, where decode waits for it."""
 
@@ -160,6 +174,7 @@ class OrderEnded:
     grant_id: str
     reason: str
     was_cancelled: bool = False
+    num_held_blocks: int = 0  #: of a FetchOrder that asks for more: so many of its first blocks are here
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +182,9 @@ class HandOver:
     """Every block of the grant was written. Resent until HandOverAck."""
 
     grant_id: str
-    chunk: TokenChunk  #: the output token that follows the prompt, exactly as prefill has sent it to the front end
+    chunk: (
+        TokenChunk | None
+    )  #: the output token that follows the prompt, as prefill has sent it to the front end; of a fetch: None
     digests: tuple[int, ...]  #: checksum of each block in block_ids order, as computed at the source
     num_bytes: int
     backend: str
@@ -226,6 +243,7 @@ Message = (
     | Unknown
     | Tokens
     | PrefillOrder
+    | FetchOrder
     | CancelOrder
     | OrderQuery
     | HandOverAck

@@ -201,10 +201,15 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         instance_id,
         scheduler,
         join_ends(backends, layout, crew),
-        EngineOptions(peer_timeout_s=config.cluster.peer_timeout),
+        EngineOptions(
+            peer_timeout_s=config.cluster.peer_timeout,
+            min_fetch_tokens=config.cache.min_fetch_tokens,
+            local_prefill_tokens=config.cache.local_prefill_tokens,
+        ),
         observer=observer,
         new_id=lambda: uuid.uuid4().hex,
         new_nonce=lambda: secrets.randbits(63),
+        num_layers=layout.num_layers,
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
     runner.warm_up(scheduler.pool)

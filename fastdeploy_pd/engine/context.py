@@ -76,6 +76,14 @@ class HandOverObserver(Protocol):
         """A hand-over ended without success; `reason` is one of a few words."""
         ...
 
+    def fetched(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
+        """A prefix was fetched from a peer and verified."""
+        ...
+
+    def fetch_failed(self, reason: str) -> None:
+        """A prefix was not fetched after all; `reason` is one of a few words."""
+        ...
+
     def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
         """A hand-over takes another backend than the first named; `passed_over` has "name: reason" of each preferred one."""
         ...
@@ -90,6 +98,12 @@ class NoObserver:
     def handover_failed(self, reason: str) -> None:
         """See HandOverObserver."""
 
+    def fetched(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
+        """See HandOverObserver."""
+
+    def fetch_failed(self, reason: str) -> None:
+        """See HandOverObserver."""
+
     def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
         """See HandOverObserver."""
 
@@ -101,6 +115,9 @@ class EngineOptions:
     resend_s: float = 1.0  #: an unanswered message is sent again
     query_s: float = 2.0  #: an accepted order that says nothing is asked after
     arrival_s: float = 30.0  #: a hand-over whose bytes don't come is given up
+    fetch_s: float = 5.0  #: a prefix that has not come from a peer by then is computed
+    min_fetch_tokens: int = 0  #: see core/fetch.py; 0: nothing is fetched
+    local_prefill_tokens: int = 0  #: no more left of a prompt than so many: decode computes them itself
     beat_s: float = 0.25
     publish_s: float = 2.0  #: a beat says what steps take
     peer_timeout_s: float = 3.0  #: a prefill instance whose step counter stands still is lost
@@ -126,6 +143,7 @@ class EngineContext:
     new_id: Callable[[], str] = field(kw_only=True)  #: makes ids that are unique for ever
     new_nonce: Callable[[], int] = field(kw_only=True)  #: makes 63-bit random numbers
 
+    num_layers: int = field(default=0, kw_only=True)  #: of the KV pool; 0: its cached blocks are not sent to peers
     transfers: Mapping[str, Transfer] = field(init=False)  #: the backends that can be used here
 
     def __post_init__(self) -> None:

@@ -1,7 +1,9 @@
 """Decode's side: takes requests, reserves blocks, orders prefills, verifies what arrives, generates, answers front ends.
 
 A served attempt is QUEUED (no room yet) -> ORDERED (blocks held, prefill at work) -> LOCAL (in the scheduler) -> OVER. Without a
-prefill instance it goes to LOCAL at once. Blocks of an ordered attempt are released only after its epoch was revoked, i.e. when no
+prefill instance it goes to LOCAL at once, and so it does when the prefix cache leaves little to compute. Where a peer holds more of the
+prompt than we do, the attempt is FETCHING before: it orders cached blocks as it orders a prefill, and goes on without them if they don't come.
+Blocks of an ordered attempt are released only after its epoch was revoked, i.e. when no
 write can land in them any more; received blocks enter the prefix cache only after their checksums were compared.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from fastdeploy_pd.cluster.messages import (
     Abort,
     CancelOrder,
+    FetchOrder,
     HandOver,
     HandOverAck,
     OrderAccepted,
@@ -30,6 +33,7 @@ from fastdeploy_pd.cluster.messages import (
     Tokens,
     Unknown,
 )
+from fastdeploy_pd.core.fetch import FetchRule
 from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.errors import InvalidRequest
 from fastdeploy_pd.request import Phase, Request, TokenChunk
@@ -40,6 +44,7 @@ class ServedState(enum.Enum):
     """Where a served attempt is."""
 
     QUEUED = "queued"
+    FETCHING = "fetching"
     ORDERED = "ordered"
     LOCAL = "local"
     OVER = "over"
@@ -47,7 +52,7 @@ class ServedState(enum.Enum):
 
 @dataclass(slots=True)
 class Grant:
-    """The right to write into some blocks once, given to one prefill instance."""
+    """The right to write into some blocks once, given to one prefill instance, or to a peer that has them in its cache."""
 
     grant_id: str
     nonce: int
@@ -56,6 +61,7 @@ class Grant:
     block_ids: list[int]
     ordered_s: float
     last_sent_s: float
+    is_fetch: bool = False
     is_accepted: bool = False
     hand_over: HandOver | None = None
     handed_s: float = 0.0
@@ -70,6 +76,8 @@ class Served:
     front_end_id: str
     prefill: Peer | None
     received_s: float
+    holder: Peer | None = None  #: whom to ask for cached blocks; None: nobody, or not again
+    num_held_tokens: int = 0  #: of the first ones, how many it has
     state: ServedState = ServedState.QUEUED
     grant: Grant | None = None
     chunks: list[TokenChunk] = field(default_factory=list)
@@ -95,6 +103,7 @@ class DecodeSide:
         self._by_request: dict[int, Served] = {}  # by id() of the request in the scheduler
         self._over: deque[Served] = deque()
         self._aborted: OrderedDict[str, int] = OrderedDict()  # request_id -> highest attempt that was aborted
+        self._fetch_rule = FetchRule(context.options.min_fetch_tokens)
 
     @property
     def num_ordered(self) -> int:
@@ -134,9 +143,12 @@ class DecodeSide:
         self._supersede(request_id, attempt, now_s)
         request.advance(Phase.PLACED, now_s)
         served = Served(request, request.front_end_id or sender_id, message.prefill, now_s)
+        served.holder, served.num_held_tokens = message.holder, message.num_held_tokens
         self.served[served.key] = served
-        if message.prefill is None:
-            self._serve_locally(served, now_s)
+        if message.prefill is None and message.holder is None:
+            request.advance(Phase.RESERVED, now_s)
+            self._serve_locally(served)
+            self.context.outbox.send(served.front_end_id, Reserved(*served.key))
         else:
             self.queued.append(served)
             self.admit_queued(now_s)
@@ -185,8 +197,17 @@ class DecodeSide:
     def on_order_ended(self, message: OrderEnded, now_s: float) -> None:
         """Prefill will not hand this one over."""
         served = self._by_grant.get(message.grant_id)
-        if served is not None:
-            self._give_up(served, f"prefill: {message.reason}", "prefill_failed", now_s)
+        if served is None or served.grant is None:
+            return
+        if served.grant.is_fetch and message.num_held_blocks > 0:
+            block_size = self.context.scheduler.pool.block_size
+            num_held_tokens = (served.grant.first_block + message.num_held_blocks) * block_size
+            if num_held_tokens < served.num_held_tokens:  # it gets less each time, so this ends
+                served.num_held_tokens = num_held_tokens
+                self._close(served, served.grant)
+                self._begin(served, now_s)
+                return
+        self._give_up(served, f"prefill: {message.reason}", "prefill_failed", now_s)
 
     def on_hand_over(self, sender_id: str, message: HandOver, now_s: float) -> None:
         """Prefill says that everything was written; go on if everything has arrived."""
@@ -195,8 +216,12 @@ class DecodeSide:
             self.context.outbox.send(sender_id, HandOverAck(message.grant_id, is_good=False))
             return
         if served.grant.hand_over is None:
+            if (message.chunk is None) is not served.grant.is_fetch:
+                self._give_up(served, "a hand-over of another kind than was ordered", "prefill_failed", now_s)
+                return
             served.grant.hand_over, served.grant.handed_s = message, now_s
-            served.request.advance(Phase.TRANSFERRING, now_s)
+            if not served.grant.is_fetch:
+                served.request.advance(Phase.TRANSFERRING, now_s)
         self._try_take_over(served, now_s)
 
     def on_peer_lost(self, prefill_id: str, now_s: float) -> None:
@@ -228,7 +253,9 @@ class DecodeSide:
                 if not is_alone or not scheduler.reserve(served.request):
                     return
             self.queued.popleft()
-            self._order(served, now_s)
+            served.request.advance(Phase.RESERVED, now_s)
+            self.context.outbox.send(served.front_end_id, Reserved(*served.key))
+            self._begin(served, now_s)
 
     def on_token(self, request: Request, chunk: TokenChunk, now_s: float) -> None:
         """A token was sampled for one of ours: emit it, and end the request if it says so."""
@@ -268,7 +295,9 @@ class DecodeSide:
         grant, options = served.grant, self.context.options
         if grant is None:
             return
-        if grant.hand_over is not None:
+        if grant.is_fetch and now_s - grant.ordered_s >= options.fetch_s:
+            self._give_up(served, "the blocks did not arrive", "transfer_timeout", now_s)
+        elif grant.hand_over is not None:
             if now_s - grant.handed_s >= options.arrival_s:
                 self._give_up(served, "the blocks did not arrive", "transfer_timeout", now_s)
         elif not grant.is_accepted and now_s - grant.last_sent_s >= options.resend_s:
@@ -300,52 +329,67 @@ class DecodeSide:
             if served is not None and served.state is not ServedState.OVER:
                 self._end(served, Phase.ABORTED, now_s)
 
-    def _serve_locally(self, served: Served, now_s: float) -> None:
-        served.request.advance(Phase.RESERVED, now_s)
+    def _serve_locally(self, served: Served) -> None:
         served.state = ServedState.LOCAL
         self._by_request[id(served.request)] = served
         self.context.scheduler.add(served.request)
-        self.context.outbox.send(served.front_end_id, Reserved(*served.key))
 
-    def _order(self, served: Served, now_s: float) -> None:
-        """Blocks are held: open the epoch and give the grant."""
-        request, prefill = served.request, served.prefill
-        if prefill is None:
-            raise ValueError(f"request {request.request_id} has no prefill instance")
-        request.advance(Phase.RESERVED, now_s)
-        request.advance(Phase.PREFILLING, now_s)
-        first_block = request.local.num_computed_tokens // self.context.scheduler.pool.block_size
-        grant = Grant(
-            self.context.new_id(),
-            self.context.new_nonce(),
-            prefill.instance_id,
-            first_block,
-            request.local.block_table[first_block:],
-            now_s,
-            now_s,
-        )
-        served.grant, served.state = grant, ServedState.ORDERED
+    def _begin(self, served: Served, now_s: float) -> None:
+        """Blocks are held: have those filled that a peer has, then compute the rest here or have it computed."""
+        num_blocks = self._num_blocks_to_fetch(served)
+        if num_blocks and served.holder is not None:
+            self._order(served, served.holder, num_blocks, now_s)
+            return
+        local = served.request.local
+        num_left = served.request.num_tokens - local.num_computed_tokens
+        is_short = local.num_computed_tokens > 0 and num_left <= self.context.options.local_prefill_tokens
+        if served.prefill is None or is_short:
+            self._serve_locally(served)
+        else:
+            served.request.advance(Phase.PREFILLING, now_s)
+            self._order(served, served.prefill, None, now_s)
+
+    def _num_blocks_to_fetch(self, served: Served) -> int:
+        """Returns: how many blocks, after those that are cached here, are sooner fetched from the holder than computed."""
+        request, scheduler, options = served.request, self.context.scheduler, self.context.options
+        if served.holder is None or served.holder.instance_id == self.context.instance_id:
+            return 0
+        block_size, start = scheduler.pool.block_size, request.local.num_computed_tokens
+        num_held = min(served.num_held_tokens, request.num_tokens - 1) // block_size
+        stop = min(num_held, len(request.local.block_hashes)) * block_size
+        if served.prefill is not None and request.num_tokens - stop > options.local_prefill_tokens:
+            return 0  # the prefill instance needs these tokens' KV itself
+        num_blocks = (stop - start) // block_size
+        is_sooner = self._fetch_rule.is_sooner(served.holder.instance_id, num_blocks, start, stop, scheduler.predictor)
+        return num_blocks if is_sooner else 0
+
+    def _order(self, served: Served, peer: Peer, num_blocks: int | None, now_s: float) -> None:
+        """Open an epoch for the first blocks that are not computed (None: all of them) and give the peer the grant."""
+        local = served.request.local
+        first = local.num_computed_tokens // self.context.scheduler.pool.block_size
+        block_ids = local.block_table[first : None if num_blocks is None else first + num_blocks]
+        grant = Grant(self.context.new_id(), self.context.new_nonce(), peer.instance_id, first, block_ids, now_s, now_s)
+        grant.is_fetch = num_blocks is not None
+        served.grant, served.state = grant, ServedState.FETCHING if grant.is_fetch else ServedState.ORDERED
         self._by_grant[grant.grant_id] = served
         for transfer in self.context.transfers.values():
             transfer.open_epoch(grant.grant_id, grant.block_ids, grant.nonce)
-        self.context.outbox.send(served.front_end_id, Reserved(*served.key))
-        self.context.outbox.connect(prefill)
+        self.context.outbox.connect(peer)
         self._send_order(served, grant, now_s)
 
     def _send_order(self, served: Served, grant: Grant, now_s: float) -> None:
         grant.last_sent_s = now_s
-        self.context.outbox.send(
-            grant.prefill_id,
-            PrefillOrder(
-                grant_id=grant.grant_id,
-                nonce=grant.nonce,
-                request=served.request.to_wire(now_s),
-                first_block=grant.first_block,
-                block_ids=tuple(grant.block_ids),
-                decode_id=self.context.instance_id,
-                transfers={name: transfer.descriptor() for name, transfer in self.context.transfers.items()},
-            ),
-        )
+        block_ids, decode_id = tuple(grant.block_ids), self.context.instance_id
+        transfers = {name: transfer.descriptor() for name, transfer in self.context.transfers.items()}
+        first, request = grant.first_block, served.request
+        if grant.is_fetch:
+            hashes = tuple(request.local.block_hashes[first : first + len(block_ids)])
+            fetch = FetchOrder(grant.grant_id, grant.nonce, hashes, block_ids, decode_id, transfers)
+            self.context.outbox.send(grant.prefill_id, fetch)
+            return
+        wire = request.to_wire(now_s)
+        order = PrefillOrder(grant.grant_id, grant.nonce, wire, first, block_ids, decode_id, transfers)
+        self.context.outbox.send(grant.prefill_id, order)
 
     def _try_take_over(self, served: Served, now_s: float) -> None:
         """Once both the hand-over and the last byte are here: compare checksums and go on from the second token."""
@@ -356,9 +400,11 @@ class DecodeSide:
         if hand_over.digests != grant.arrived.digests:
             self._give_up(served, "checksums of the KV blocks differ", "checksum_mismatch", now_s)
             return
-        self.context.revoke(grant.grant_id)
-        del self._by_grant[grant.grant_id]
+        self._close(served, grant)
         self.context.outbox.send(grant.prefill_id, HandOverAck(grant.grant_id, is_good=True))
+        if hand_over.chunk is None:
+            self._use_fetched(served, grant, hand_over, now_s)
+            return
         stages = {
             "reserve": grant.ordered_s - served.received_s,
             **dict(hand_over.stage_s),
@@ -367,6 +413,32 @@ class DecodeSide:
         self.context.observer.handover(stages, hand_over.num_bytes, hand_over.backend)
         served.stage_s, served.num_kv_bytes = tuple(stages.items()), hand_over.num_bytes
         self._go_on(served, hand_over.chunk, now_s)
+
+    def _close(self, served: Served, grant: Grant) -> None:
+        """A grant is over: nothing lands in its blocks any more."""
+        self.context.revoke(grant.grant_id)
+        del self._by_grant[grant.grant_id]
+        served.grant = None
+
+    def _use_fetched(self, served: Served, grant: Grant, hand_over: HandOver, now_s: float) -> None:
+        """A peer's blocks are here and right: compute what comes after them."""
+        local, block_size = served.request.local, self.context.scheduler.pool.block_size
+        num_blocks, seconds = len(grant.block_ids), now_s - grant.ordered_s
+        self._fetch_rule.observe(grant.prefill_id, num_blocks, dict(hand_over.stage_s).get("wire", 0.0), seconds)
+        self.context.observer.fetched(num_blocks * block_size, hand_over.num_bytes, seconds)
+        local.num_computed_tokens = (grant.first_block + num_blocks) * block_size
+        local.num_cached_tokens = local.num_computed_tokens
+        self.context.scheduler.make_findable(served.request, local.num_computed_tokens)
+        served.holder = None
+        self._begin(served, now_s)
+
+    def _give_up_fetch(self, served: Served, grant: Grant, code: str, now_s: float) -> None:
+        """The peer's blocks don't come: go on without them."""
+        self.context.observer.fetch_failed(code)
+        self._close(served, grant)
+        self.context.outbox.send(grant.prefill_id, CancelOrder(grant.grant_id))
+        served.holder = None
+        self._begin(served, now_s)
 
     def _go_on(self, served: Served, chunk: TokenChunk, now_s: float) -> None:
         """The prompt's KV is here and right: continue after prefill's token."""
@@ -385,7 +457,10 @@ class DecodeSide:
         self.context.scheduler.add(request)
 
     def _give_up(self, served: Served, reason: str, code: str, now_s: float) -> None:
-        """A hand-over failed: free everything and let the front end place the request again."""
+        """A hand-over failed: free everything and let the front end place the request again. A fetch is not missed."""
+        if served.grant is not None and served.grant.is_fetch:
+            self._give_up_fetch(served, served.grant, code, now_s)
+            return
         self.context.observer.handover_failed(code)
         served.answer = Refused(*served.key, reason, code)
         self.context.outbox.send(served.front_end_id, served.answer)

@@ -103,6 +103,9 @@ class Tracked:
     request: Request
     unplaced_since_s: float | None
     placement: Placement | None = None
+    cached: dict[str, int] = field(
+        default_factory=dict
+    )  # instance id -> tokens in its prefix cache, when it was placed
     decode_id: str = ""
     sent_s: float = 0.0
     heard_s: float = 0.0
@@ -326,7 +329,7 @@ class FrontEnd:
     def _place(self, tracked: Tracked, now_s: float) -> None:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
-        cached = self._cached_tokens(request)
+        cached = tracked.cached = self._cached_tokens(request)
         candidates = self._candidates(tracked.avoid, cached, now_s)
         placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
@@ -351,7 +354,20 @@ class FrontEnd:
             return
         view = self._views.get(placement.prefill_id or "")
         prefill = view.instance.peer if view else None
-        self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(now_s), prefill))
+        holder = self._holder(tracked, placement)
+        held = (holder, tracked.cached[holder.instance_id]) if holder else (None, 0)
+        self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(now_s), prefill, *held))
+
+    def _holder(self, tracked: Tracked, placement: Placement) -> Peer | None:
+        """Returns: the instance whose prefix cache has most of a request, if that is more than decode's has."""
+        cached, most = tracked.cached, tracked.cached.get(placement.decode_id, 0)
+        holder = None
+        for instance_id in sorted(cached):
+            view = self._views.get(instance_id)
+            is_there = view is not None and not view.is_lost and not view.is_draining
+            if is_there and cached[instance_id] > most and instance_id not in tracked.avoid:
+                most, holder = cached[instance_id], view
+        return holder.instance.peer if holder else None
 
     def _place_after_loss(self, tracked: Tracked, reason: str, now_s: float) -> None:
         """Begin the next attempt, unless the request has been there too often when an instance died: it may be what kills them."""

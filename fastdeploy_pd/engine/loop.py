@@ -21,6 +21,7 @@ from fastdeploy_pd.cluster.messages import (
     Beat,
     CancelOrder,
     Command,
+    FetchOrder,
     HandOver,
     HandOverAck,
     Message,
@@ -134,6 +135,9 @@ class Engine:
             case PrefillOrder():
                 self._hear(sender_id, now_s)
                 self._on_order(sender_id, message, now_s)
+            case FetchOrder():
+                self._hear(sender_id, now_s)
+                self._on_fetch(message, now_s)
             case CancelOrder():
                 self.prefill.on_cancel(sender_id, message, now_s)
             case OrderQuery():
@@ -368,6 +372,12 @@ class Engine:
             max(0.0, self.stop_at_s - now_s) if self.is_draining else None,
         )
         self.context.outbox.send(sender_id, standing)
+
+    def _on_fetch(self, message: FetchOrder, now_s: float) -> None:
+        if self.is_draining and message.grant_id not in self.prefill.orders:
+            self.context.outbox.send(message.decode_id, OrderEnded(message.grant_id, "draining"))
+            return
+        self.prefill.on_order(message, now_s)
 
     def _hear(self, sender_id: str, now_s: float) -> None:
         if sender_id not in self._callers:

@@ -2,7 +2,8 @@
 
 An order (one grant) goes QUEUED -> COMPUTING -> SENDING -> HANDED -> ENDED. Its grant is spent when the order is first seen: a
 repeated order is answered, never executed again, because by then decode's blocks may belong to somebody else. Blocks a transfer
-reads are held beside the request's own hold until the transfer says that it reads no more.
+reads are held beside the request's own hold until the transfer says that it reads no more. An order of cached blocks (FetchOrder)
+begins as SENDING: there is nothing to compute.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 from fastdeploy_pd.cluster.messages import (
     CancelOrder,
+    FetchOrder,
     HandOver,
     HandOverAck,
     OrderAccepted,
@@ -43,11 +45,12 @@ class OrderState(enum.Enum):
 class Order:
     """One grant and what has become of it."""
 
-    message: PrefillOrder
-    request: Request
+    message: PrefillOrder | FetchOrder
+    request: Request | None  #: None: blocks of the prefix cache were ordered
     backend: str
     transfer: Transfer
     received_s: float
+    first_block: int = 0  #: table position of the first block ordered
     state: OrderState = OrderState.QUEUED
     num_sent_blocks: int = 0  #: table positions below are written (or in decode's cache)
     pinned: list[int] = field(default_factory=list)  #: blocks held for the transfer
@@ -87,14 +90,16 @@ class PrefillSide:
 
     # messages
 
-    def on_order(self, message: PrefillOrder, now_s: float) -> None:
-        """Queue a new order; answer a repeated one."""
+    def on_order(self, message: PrefillOrder | FetchOrder, now_s: float) -> None:
+        """Queue a new order, or send the blocks it asks for; answer a repeated one."""
         if message.grant_id in self._refused:
             self._end_unknown(message.decode_id, message.grant_id, self._refused[message.grant_id])
             return
         order = self.orders.get(message.grant_id)
         if order is None:
-            order = self._accept(message, now_s)
+            order = (
+                self._send_cached(message, now_s) if isinstance(message, FetchOrder) else self._accept(message, now_s)
+            )
             if order is None:
                 return
         self._answer(order, now_s)
@@ -143,10 +148,10 @@ class PrefillSide:
             if order is None or order.state is OrderState.ENDED:
                 continue
             self._start(order)
-            stop = self._num_complete_blocks(order, sequence.stop)
+            stop = self._num_complete_blocks(sequence.request, sequence.stop)
             if stop > order.num_sent_blocks:
-                first = order.message.first_block
-                local = order.request.local.block_table[order.num_sent_blocks : stop]
+                first = order.first_block
+                local = sequence.request.local.block_table[order.num_sent_blocks : stop]
                 remote = list(order.message.block_ids[order.num_sent_blocks - first : stop - first])
                 self._pin(order, local)
                 writes.append((order, local, remote))
@@ -236,10 +241,39 @@ class PrefillSide:
         request.advance(Phase.PLACED, now_s)
         request.advance(Phase.RESERVED, now_s)
         request.local.is_preemptible, request.local.ends_with_next_token = False, True
-        order = Order(message, request, choice.name, choice.transfer, now_s, num_sent_blocks=message.first_block)
+        first = message.first_block
+        order = Order(message, request, choice.name, choice.transfer, now_s, first, num_sent_blocks=first)
         self.orders[message.grant_id] = order
         self.order_of[id(request)] = order
         scheduler.add(request)
+        return order
+
+    def _send_cached(self, message: FetchOrder, now_s: float) -> Order | None:
+        """Send all the blocks that are asked for, or say how many there are."""
+        found = self.context.scheduler.pool.find_prefix(message.block_hashes)
+        try:
+            choice = self._selection.choose(message.decode_id, message.transfers, now_s)
+            if not found or len(message.block_ids) != len(message.block_hashes) or self.context.num_layers < 1:
+                raise InvalidRequest(f"{len(found)} of the blocks are here, for {len(message.block_ids)} blocks")
+        except (InvalidRequest, IncompatiblePeer) as error:
+            self._refuse(message.grant_id, error.message)
+            self._end_unknown(message.decode_id, message.grant_id, error.message)
+            return None
+        if len(found) < len(message.block_ids):
+            reason = f"{len(found)} of {len(message.block_ids)} blocks are here"
+            self._refuse(message.grant_id, reason)
+            self.context.outbox.send(
+                message.decode_id, OrderEnded(message.grant_id, reason, num_held_blocks=len(found))
+            )
+            return None
+        order = Order(message, None, choice.name, choice.transfer, now_s, started_s=now_s, computed_s=now_s)
+        self.orders[message.grant_id] = order
+        self._pin(order, found)
+        self._start(order)
+        order.state = OrderState.SENDING
+        for layer in range(self.context.num_layers):
+            order.transfer.write(order.grant_id, layer, found, list(message.block_ids))
+        order.transfer.finish(order.grant_id)
         return order
 
     def _start(self, order: Order) -> None:
@@ -248,10 +282,10 @@ class PrefillSide:
             order.state = OrderState.COMPUTING
             order.transfer.start(message.grant_id, message.nonce, message.transfers[order.backend], message.block_ids)
 
-    def _num_complete_blocks(self, order: Order, stop: int) -> int:
+    def _num_complete_blocks(self, request: Request, stop: int) -> int:
         """Table positions that hold their final content once positions below `stop` are computed."""
         pool = self.context.scheduler.pool
-        if stop == order.request.num_tokens:
+        if stop == request.num_tokens:
             return pool.num_blocks_for(stop)
         return stop // pool.block_size
 
@@ -266,7 +300,7 @@ class PrefillSide:
             self.context.outbox.send(decode_id, OrderAccepted(order.grant_id))
 
     def _hand_over(self, order: Order, sent: EpochSent, now_s: float) -> None:
-        if order.chunk is None:
+        if order.chunk is None and order.request is not None:
             raise ValueError(f"grant {order.grant_id} was sent before it was computed")
         started_s = order.started_s if order.started_s is not None else order.received_s
         stages = (
@@ -276,7 +310,8 @@ class PrefillSide:
             ("drain", now_s - order.computed_s),
         )
         order.hand_over = HandOver(order.grant_id, order.chunk, sent.digests, sent.num_bytes, order.backend, stages)
-        order.request.advance(Phase.FINISHED, now_s)
+        if order.request is not None:
+            order.request.advance(Phase.FINISHED, now_s)
         order.state = OrderState.HANDED
         self._answer(order, now_s)
 
@@ -284,12 +319,13 @@ class PrefillSide:
         if order.state is OrderState.ENDED:
             self._answer(order, now_s)
             return
-        if self.order_of.pop(id(order.request), None) is not None:
-            self.context.scheduler.remove(order.request)
+        request = order.request
+        if request is not None and self.order_of.pop(id(request), None) is not None:
+            self.context.scheduler.remove(request)
         if order.state in (OrderState.COMPUTING, OrderState.SENDING):
             order.transfer.cancel(order.grant_id)
-        if not order.request.is_done:
-            order.request.advance(Phase.ABORTED if order.was_cancelled else Phase.FAILED, now_s)
+        if request is not None and not request.is_done:
+            request.advance(Phase.ABORTED if order.was_cancelled else Phase.FAILED, now_s)
         order.hand_over = None
         order.state, order.ended_s, order.end_reason = OrderState.ENDED, now_s, reason
         self._answer(order, now_s)

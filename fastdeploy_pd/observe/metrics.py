@@ -109,6 +109,16 @@ class EngineMetrics:
             ["backend"],
             registry=registry,
         )
+        self._fetched_tokens = counter(
+            "prefix_fetched_tokens", "Tokens whose KV was fetched from a peer's prefix cache."
+        )
+        self._fetched_bytes = counter("prefix_fetched_bytes", "KV bytes of them, verified.")
+        self._fetch_failures = Counter(
+            _name("prefix_fetch_failures"),
+            "Fetches given up; what they were for was computed.",
+            ["reason"],
+            registry=registry,
+        )
         self._fallen: set[tuple[str, str]] = set()  # (peer, backend) that the log has
         self._last = {"preemptions": 0, "queries": 0, "hits": 0}
 
@@ -147,6 +157,16 @@ class EngineMetrics:
     def handover_failed(self, reason: str) -> None:
         """Record a hand-over that was given up."""
         self._failures.labels(reason).inc()
+
+    def fetched(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
+        """Record a verified fetch from a peer's prefix cache."""
+        self._fetched_tokens.inc(num_tokens)
+        self._fetched_bytes.inc(num_bytes)
+        self._stage.labels("fetch").observe(seconds)
+
+    def fetch_failed(self, reason: str) -> None:
+        """Record a fetch that was given up."""
+        self._fetch_failures.labels(reason).inc()
 
     def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
         """Record a hand-over that takes a slower way; log it once a pair."""

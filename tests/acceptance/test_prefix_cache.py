@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import httpx
+import pytest
 
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
@@ -38,3 +39,22 @@ def test_requests_go_where_their_prefix_is(redis_server: EmbeddedRedis) -> None:
             assert ask(instance, [*PROMPT, 5 + number])[1] == 896, "it was placed where the prefix is not"
         assert ask(instances[1], PROMPT)[0] == first
         assert sum(metric(i, "prefix_cache_hits_total") > 0 for i in instances) == 1
+
+
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_a_prefix_is_fetched_from_the_peer_that_has_it(redis_server: EmbeddedRedis, backend: str) -> None:
+    """A decode instance that has just started takes the prefill instance's blocks and computes the rest by itself."""
+    flags = ["--max-model-len", "2048", "--max-num-seqs", "4", "--cache-transfer-protocol", backend]
+    with LocalCluster(redis_server.url, f"prefix-fetch-{backend}", flags, {"OMP_NUM_THREADS": "1"}) as cluster:
+        prefill, decode = cluster.start(["prefill", "decode"])
+        expected = ask(prefill, [*PROMPT, 5])[0]
+        assert metric(decode, "handover_bytes_total") > 0
+        decode.kill()
+        (fresh,) = cluster.start(["decode"])
+        time.sleep(1.0)
+        assert ask(prefill, [*PROMPT, 5]) == (expected, 896)
+        assert metric(fresh, "prefix_fetched_tokens_total") == 896
+        assert metric(fresh, "prefix_fetched_bytes_total") > 0
+        assert metric(fresh, "handover_bytes_total") == metric(fresh, "prefix_fetch_failures_total") == 0
+        assert ask(prefill, [*PROMPT, 5]) == (expected, 896)  # it holds the prefix now, and computes the rest again
+        assert metric(fresh, "prefix_fetched_tokens_total") == 896

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,8 +18,9 @@ from fastdeploy_pd.cluster.messages import Command, Message, Peer
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.prefix_index import HeldBlocks
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
-from fastdeploy_pd.engine.context import EngineContext, EngineOptions
+from fastdeploy_pd.engine.context import EngineContext, EngineOptions, NoObserver
 from fastdeploy_pd.engine.frontend import Delivered, Failed, FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Action, Connect
@@ -34,6 +36,7 @@ BLOCK_SIZE = 4
 VOCAB = 997
 ENDING = tuple(range(0, VOCAB, 20))  # end-of-sequence tokens: nobody knows beforehand when these come
 STEP_S = 0.02
+PUBLISH_S = 0.2
 BAD_TOKEN = VOCAB  # the model computes nonsense from it
 TOKEN_BYTES = 16  # K and V of one token in one layer
 NUM_LAYERS = 2
@@ -242,7 +245,8 @@ class Node:
     def instance(self) -> Instance:
         """What its member record says now."""
         role = self.engine.role
-        return Instance(self.peer, role.can_prefill, role.can_decode, is_draining=self.engine.is_draining)
+        can = role.can_prefill, role.can_decode
+        return Instance(self.peer, *can, is_draining=self.engine.is_draining, block_size=BLOCK_SIZE)
 
     def check_fences(self) -> None:
         """Whatever has just happened: nobody else may be given a block that a step in flight writes into."""
@@ -262,6 +266,23 @@ class Client:
     was_aborted: bool = False
 
 
+class FetchCounts(NoObserver):
+    """What became of the fetches of a cluster."""
+
+    def __init__(self) -> None:
+        self.num_fetched = 0
+        self.failures: Counter[str] = Counter()
+
+    def fetched(self, num_tokens: int, num_bytes: int, seconds: float) -> None:
+        """See HandOverObserver."""
+        assert num_tokens % BLOCK_SIZE == 0 and num_bytes == num_tokens * TOKEN_BYTES * NUM_LAYERS and seconds > 0
+        self.num_fetched += 1
+
+    def fetch_failed(self, reason: str) -> None:
+        """See HandOverObserver."""
+        self.failures[reason] += 1
+
+
 class SimulatedCluster:
     """Runs front ends and engines until everything has ended."""
 
@@ -274,11 +295,14 @@ class SimulatedCluster:
         num_front_ends: int = 2,
         max_lost_instances: int = 10**6,
         depth: int = 0,
+        options: EngineOptions | None = None,
     ) -> None:
         """
         Args:
             depth: of the runners; 0: one step at a time, which is computed when it is launched.
+            options: of the engines; None: the usual ones, and front ends know nothing of prefix caches.
         """
+        self.options, self.fetches = options, FetchCounts()
         self.rng = random.Random(seed)
         self.faults = faults
         self.num_blocks, self.depth = num_blocks, depth
@@ -346,7 +370,9 @@ class SimulatedCluster:
             instance_id,
             Scheduler(BlockPool(self.num_blocks, BLOCK_SIZE), options, runner.samples_on_device),
             {"loopback": LoopbackTransfer(instance_id, pool, self.layout, self.network)},
-            EngineOptions(),
+            self.options or EngineOptions(),
+            observer=self.fetches,
+            num_layers=NUM_LAYERS,
             new_id=lambda: f"{instance_id}:{next(counter)}",
             new_nonce=lambda: self.rng.getrandbits(63),
         )
@@ -354,6 +380,25 @@ class SimulatedCluster:
         self.nodes[instance_id] = Node(Peer(instance_id, f"sim://{instance_id}"), engine, pool, runner)
         self.at(self.rng.uniform(0, STEP_S), lambda: self.run_engine(instance_id))
         self.publish()
+        if self.options is not None:
+            context.scheduler.pool.listener = held = HeldBlocks()
+            self.at(PUBLISH_S, lambda: self.publish_prefixes(instance_id, held, 1))
+
+    def publish_prefixes(self, instance_id: str, held: HeldBlocks, sequence: int) -> None:
+        """Every front end hears what an instance's cache holds, or misses it and reads the snapshot later on."""
+        if instance_id not in self.nodes:
+            return
+        came, went = held.take_changes()
+        snapshot = held.snapshot()
+
+        def tell(front_end: FrontEnd) -> None:
+            if not front_end.prefixes.apply(instance_id, sequence, came, went):
+                front_end.prefixes.reset(instance_id, sequence, snapshot)
+
+        for front_end in self.front_ends.values():
+            if self.rng.random() >= self.faults.drop:
+                self.at(self.rng.uniform(0, 2 * PUBLISH_S), lambda f=front_end: tell(f))
+        self.at(PUBLISH_S, lambda: self.publish_prefixes(instance_id, held, sequence + 1))
 
     def publish(self) -> None:
         """Every front end sees the new members a little later."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
 from fastdeploy_pd.cluster.messages import Refused
+from fastdeploy_pd.engine.context import EngineOptions
 from fastdeploy_pd.engine.roles import Role
 from tests.engine.simulated_cluster import BAD_TOKEN, Faults, SimulatedCluster, expected_tokens
 
@@ -28,10 +30,11 @@ def run_one(
     num_requests: int = 8,
     num_aborts: int = 0,
     num_blocks: int = 24,
+    options: EngineOptions | None = None,
 ) -> SimulatedCluster:
     """Run one schedule and check what every schedule must fulfil."""
     rng = random.Random(seed)
-    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth)
+    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth, options=options)
     shared = [rng.randrange(1, 900) for _ in range(9)]
     for number in range(num_requests):
         prompt = (shared if rng.random() < 0.5 else []) + [rng.randrange(1, 900) for _ in range(rng.randint(1, 18))]
@@ -113,6 +116,33 @@ def test_roles_change_while_everything_goes_wrong(depth: int) -> None:
             drop=0.03, repeat=0.05, late=0.05, kill_every_s=4.0, flip_every_s=0.7, drain_every_s=5.0, corrupt=0.01, until_s=20
         )  # fmt: skip
         run_one(seed, [P, D, M] if seed % 2 else [P, P, D, D], faults, depth, num_aborts=2)
+
+
+FETCHES = EngineOptions(min_fetch_tokens=4, local_prefill_tokens=12)
+
+
+@pytest.mark.parametrize(
+    "roles", [[M, M, M], [D, D], [P, P, D, D], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
+)
+def test_prefixes_are_fetched_from_peers(roles: list[Role], depth: int) -> None:
+    num_fetched = 0
+    for seed in range(20):
+        cluster = run_one(seed, roles, Faults(until_s=0), depth, num_requests=20, options=FETCHES)
+        num_fetched += cluster.fetches.num_fetched
+    assert num_fetched >= 10
+
+
+def test_fetches_while_everything_goes_wrong(depth: int) -> None:
+    """Dropped, late and repeated messages, killed instances, damaged blocks, stale indexes, pools that evict, aborts."""
+    num_fetched, failures = 0, Counter[str]()
+    for seed in range(40):
+        faults = Faults(drop=0.05, repeat=0.1, late=0.1, kill_every_s=3.0, corrupt=0.05, until_s=40)
+        roles = [M, M, P, D, D] if seed % 2 else [M, M, M]
+        cluster = run_one(seed, roles, faults, depth, 24, num_aborts=4, num_blocks=18, options=FETCHES)
+        num_fetched += cluster.fetches.num_fetched
+        failures += cluster.fetches.failures
+    assert num_fetched > 60
+    assert {"checksum_mismatch", "prefill_lost"} <= set(failures)
 
 
 def test_aborts_leave_every_block_free(depth: int) -> None:
