@@ -18,6 +18,8 @@ from fastdeploy_pd.cluster.messages import Command, Message, Peer
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.core.multiplexing import Multiplexing
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import HeldBlocks
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, NoObserver
@@ -26,7 +28,7 @@ from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Action, Connect
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.request import Request, SamplingParams, TokenLogprobs
+from fastdeploy_pd.request import Request, SamplingParams, Slo, TokenLogprobs
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 
@@ -296,12 +298,15 @@ class SimulatedCluster:
         max_lost_instances: int = 10**6,
         depth: int = 0,
         options: EngineOptions | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         """
         Args:
+            predictor: what engines know of their steps at first; with one, prompts and placement go by SLOs.
             depth: of the runners; 0: one step at a time, which is computed when it is launched.
             options: of the engines; None: the usual ones, and front ends know nothing of prefix caches.
         """
+        self.predictor = predictor
         self.options, self.fetches = options, FetchCounts()
         self.rng = random.Random(seed)
         self.faults = faults
@@ -320,6 +325,7 @@ class SimulatedCluster:
                 f"front-{i}",
                 random.Random(f"{seed}-{i}"),
                 FrontEndOptions(placement_timeout_s=600, max_lost_instances=max_lost_instances),
+                Multiplexing() if predictor else None,
             )
             for i in range(num_front_ends)
         }
@@ -363,7 +369,7 @@ class SimulatedCluster:
         """Start an instance under a new id."""
         instance_id = f"{role.value}-{self.num_events}-{len(self.nodes) + len(self.dead)}"
         pool = KVPool(self.layout)
-        options = SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
+        options = SchedulerOptions(4, 16, 64, prefill_policy="slack" if self.predictor else "fcfs", guards_tpot=True)
         counter = iter(range(10**9))
         runner = SimulatedRunner(pool, self.rng if self.depth else None, max(1, self.depth))
         context = EngineContext(
@@ -377,6 +383,7 @@ class SimulatedCluster:
             new_nonce=lambda: self.rng.getrandbits(63),
         )
         engine = Engine(role, context, runner, self.clock)
+        engine.start_from(self.predictor)
         self.nodes[instance_id] = Node(Peer(instance_id, f"sim://{instance_id}"), engine, pool, runner)
         self.at(self.rng.uniform(0, STEP_S), lambda: self.run_engine(instance_id))
         self.publish()
@@ -531,6 +538,9 @@ class SimulatedCluster:
         front_end = self.rng.choice(sorted(self.front_ends))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=0 if on_host else None)
         request = Request(request_id, list(prompt), sampling, ENDING, cache_salt=salt)
+        if self.predictor is not None:
+            request.slo = Slo(self.rng.uniform(0.01, 0.3), self.rng.uniform(0.5, 2) * STEP_S)
+            request.priority = self.rng.randrange(2)
         self.at(delay_s, lambda: self.front_ends[front_end].submit(request, self.clock.now_s()))
 
     def abort(self, request_id: str, delay_s: float) -> None:

@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 
 from fastdeploy_pd.cluster.messages import Refused
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
 from fastdeploy_pd.engine.roles import Role
-from tests.engine.simulated_cluster import BAD_TOKEN, Faults, SimulatedCluster, expected_tokens
+from tests.engine.simulated_cluster import BAD_TOKEN, STEP_S, Faults, SimulatedCluster, expected_tokens
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LIMIT_S = 400.0
@@ -31,10 +32,11 @@ def run_one(
     num_aborts: int = 0,
     num_blocks: int = 24,
     options: EngineOptions | None = None,
+    predictor: Predictor | None = None,
 ) -> SimulatedCluster:
     """Run one schedule and check what every schedule must fulfil."""
     rng = random.Random(seed)
-    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth, options=options)
+    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth, options=options, predictor=predictor)
     shared = [rng.randrange(1, 900) for _ in range(9)]
     for number in range(num_requests):
         prompt = (shared if rng.random() < 0.5 else []) + [rng.randrange(1, 900) for _ in range(rng.randint(1, 18))]
@@ -143,6 +145,17 @@ def test_fetches_while_everything_goes_wrong(depth: int) -> None:
         failures += cluster.fetches.failures
     assert num_fetched > 60
     assert {"checksum_mismatch", "prefill_lost"} <= set(failures)
+
+
+@pytest.mark.parametrize(
+    "roles", [[P, D], [P, P, D, D], [M, P, D], [M, M]], ids=lambda r: "".join(x.value[0] for x in r)
+)
+def test_slo_policies_while_everything_goes_wrong(roles: list[Role], depth: int) -> None:
+    """Prompts overtake each other and wait for streams, decode instances compute prompts; everything else as above."""
+    predictor = Predictor((1e-6, STEP_S / 16, STEP_S / 4), (1e-6, STEP_S / 8, STEP_S / 4))
+    for seed in range(30):
+        faults = Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=4.0, corrupt=0.01, until_s=20)
+        run_one(seed, roles, faults if seed % 3 else Faults(until_s=0), depth, 16, num_aborts=2, predictor=predictor)
 
 
 def test_aborts_leave_every_block_free(depth: int) -> None:
