@@ -131,15 +131,21 @@ def _nonnegative(values: Triple, covariance: tuple[float, ...]) -> Triple:
             x, y, z = (0.0 if k == i else values[k] - pull * rows[k][i] for k in range(3))
             if x >= 0 and y >= 0 and z >= 0:
                 return x, y, z
+    is_zero_best = True  # if nothing is gained by raising any one from 0
     for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
         determinant = rows[i][i] * rows[j][j] - rows[i][j] ** 2
         if determinant > 0:
             pull_i = (rows[j][j] * values[i] - rows[i][j] * values[j]) / determinant
             pull_j = (rows[i][i] * values[j] - rows[i][j] * values[i]) / determinant
             left = values[k] - pull_i * rows[k][i] - pull_j * rows[k][j]
+            is_zero_best = is_zero_best and left <= 0
             if pull_i <= 0 and pull_j <= 0 <= left:
                 return left if k == 0 else 0.0, left if k == 1 else 0.0, left if k == 2 else 0.0
-    return max(values[0], 0.0), max(values[1], 0.0), max(values[2], 0.0)  # rounding
+        else:  # rounding
+            is_zero_best = False
+    if is_zero_best:
+        return 0.0, 0.0, 0.0
+    return max(values[0], 0.0), max(values[1], 0.0), max(values[2], 0.0)
 
 
 class OnlinePredictor:
