@@ -129,15 +129,16 @@ class DeviceRunner(ModelRunner):
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
-    def warm_up(self, pool: BlockPool) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
-        if self.rank.count > 1:
-            self.announce(warm_up_step(EAGER_SIZES), None)
-        self._graphs.capture(EAGER_SIZES)
+        if can_decode:
+            if self.rank.count > 1:
+                self.announce(warm_up_step(EAGER_SIZES), None)
+            self._graphs.capture(EAGER_SIZES)
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one."""

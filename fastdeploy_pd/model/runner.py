@@ -171,8 +171,12 @@ class ModelRunner:
         """See `execute`. Returns: the step, which has run."""
         return FinishedStep(self.execute(batch, on_layer))
 
-    def warm_up(self, pool: BlockPool) -> None:
-        """Compute for nobody, in blocks that are free, whatever an instance does in any role: it may change."""
+    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
+        """Compute for nobody, in blocks that are free.
+
+        Args:
+            can_decode: whether sequences will get more than their first token here at first; a role may change.
+        """
         self._compute_for_nobody(pool, [1])
 
     def _compute_for_nobody(self, pool: BlockPool, lengths: Sequence[int]) -> None:

@@ -124,7 +124,7 @@ def test_out_of_memory_of_a_draw_ends_the_step_alone(runner: ModelRunner, monkey
 @pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (4, 1)])
 def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> None:
     runner, pool = new_runner(max_num_seqs), BlockPool(num_blocks, 64)
-    runner.warm_up(pool)
+    runner.warm_up(pool, True)
     assert pool.num_free == num_blocks
     request = new_request([1, 2, 3])
     assert taken(request, launch(runner, request)) >= 0
