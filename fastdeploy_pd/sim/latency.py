@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -132,8 +133,7 @@ def read(directory: Path, profile: str, model: str = "grid") -> Latency:
         )
     if model == "formula":
         quadratic, linear = _read_fits(directory, found[0])
-        a, b, c = quadratic
-        return Latency(lambda n: (a * n + b) * n + c, lambda num: _line(linear, num))
+        return _formula(quadratic, linear)
     prefill = _read_grid(directory / f"{found[0]}_prefill.csv", ("isl", "prefill_ms"))
     curve = Curve([(n, ms) for n, ms in prefill])
     if model == "dynosim":
@@ -144,6 +144,43 @@ def read(directory: Path, profile: str, model: str = "grid") -> Latency:
         rows.setdefault(batch, []).append((context, ms))
     batches = sorted((int(batch), Curve(points)) for batch, points in rows.items())
     return Latency(curve, lambda num: _between(batches, num))
+
+
+def read_profile(path: Path) -> Latency:
+    """Read what `fastdeploy-pd profile` or `calibrate` has written: JSON with "prefill" [a, b, c] and "decode" [d, e, f], in seconds.
+
+    Raises: ConfigError: it cannot be read, or has no such fields.
+    """
+    try:
+        found = json.loads(path.read_text())
+        prefill, decode = ([float(x) for x in found[name]] for name in ("prefill", "decode"))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f'--latency {path} is not a profile, JSON with "prefill": [a, b, c] and "decode": [d, e, f]: {error!r}'
+        ) from error
+    return from_coefficients(prefill, decode, f"--latency {path}")
+
+
+def from_coefficients(prefill: Sequence[float], decode: Sequence[float], where: str = "coefficients") -> Latency:
+    """Make step times of T(n) = a n^2 + b n + c and D(B, K) = d K + e B + f, in seconds; see `core.predictor`.
+
+    Args:
+        prefill, decode: [3] a, b, c and d, e, f.
+        where: what an error is about.
+    Raises: ConfigError: these are not three finite numbers each, or a step could take no time.
+    """
+    for name, values in (("prefill", prefill), ("decode", decode)):
+        if len(values) != 3 or not all(map(math.isfinite, values)):
+            raise ConfigError(f"{where}: {name} is {list(values)}; it must be three finite numbers")
+    (a, b, c), (d, e, f) = ([1e3 * x for x in values] for values in (prefill, decode))
+    if a < 0 or a + b + max(c, 0.0) <= 0 or d < 0 or e < 0 or d + e + f <= 0:
+        raise ConfigError(f"{where}: with prefill {list(prefill)} and decode {list(decode)} a step takes no time")
+    return _formula((a, b, c), (d, e, f))
+
+
+def _formula(prefill: tuple[float, float, float], decode: tuple[float, float, float]) -> Latency:
+    a, b, c = prefill
+    return Latency(lambda n: (a * n + b) * n + c, lambda num: _line(decode, num))
 
 
 def _line(coefficients: tuple[float, float, float], num_sequences: int) -> Curve:

@@ -20,6 +20,8 @@ from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.report import Slo, report, table
+from fastdeploy_pd.sim.step_times import add_flags as add_step_time_flags
+from fastdeploy_pd.sim.step_times import step_times
 
 POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
     "fewest-tokens": FewestTokens,
@@ -32,9 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `simulate`."""
     add = parser.add_argument
     add("--trace", required=True, metavar="FILE", help="Mooncake JSONL or Azure CSV, .gz or not; or `synthetic`")
-    add("--latency", required=True, type=Path, metavar="DIR", help="where NAME_prefill.csv and NAME_decode.csv are")
-    add("--profile", required=True, help="which NAME: its words joined by -, as in 70b-h200-tp4")
-    add("--latency-model", choices=latency.MODELS, default="grid", help="how step times come from it (default grid)")
+    add_step_time_flags(parser)
     add("--layout", required=True, help="instances, as in 6P2D, 8M or 2P4D2M: Prefill, Decode, Mixed")
     add("--rate", type=float, help="requests/s; the trace is sped up or slowed down to it (default: its own)")
     add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
@@ -89,13 +89,13 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and not value > 0:
             raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
     rng = random.Random(args.seed)
-    step_times = latency.read(args.latency, args.profile, args.latency_model)
+    times = step_times(args)
     requests = offer(args, rng)
-    cluster = Cluster(_options(args), step_times, POLICIES[args.placement](), rng)
+    cluster = Cluster(_options(args), times, POLICIES[args.placement](), rng)
     records = cluster.run(requests)
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
-    return {"flags": flags, **report(records, cluster.instances, step_times, slo)}
+    return {"flags": flags, **report(records, cluster.instances, times, slo)}
 
 
 def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
@@ -118,11 +118,11 @@ def parse_layout(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> ClusterOptions:
-    known_blocks, known_bytes = latency.KNOWN_POOLS.get(args.profile.lower(), (None, None))
+    known_blocks, known_bytes = latency.KNOWN_POOLS.get((args.profile or "").lower(), (None, None))
     num_blocks = args.num_blocks
     if num_blocks is None:
         if known_blocks is None:
-            raise ConfigError(f"--num-blocks must be given for --profile {args.profile}")
+            raise ConfigError("--num-blocks must be given" + (f" for --profile {args.profile}" if args.profile else ""))
         num_blocks = known_blocks * latency.KNOWN_BLOCK_TOKENS // max(1, args.block_size)
     return ClusterOptions(
         kinds=parse_layout(args.layout),

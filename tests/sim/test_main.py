@@ -70,6 +70,64 @@ def test_wrong_flags_are_named(flags: list[str], text: str, capsys: pytest.Captu
     assert text in capsys.readouterr().err
 
 
+WORK = [
+    "simulate",
+    "--trace",
+    "synthetic",
+    "--rate",
+    "3",
+    "--num-prompts",
+    "30",
+    "--layout",
+    "1M",
+    "--num-blocks",
+    "900",
+]
+
+
+def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
+    """The same coefficients are the same bytes, whichever way they come; twice as slow is slower."""
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"prefill": [1e-9, 1e-4, 0.005], "decode": [1e-7, 1e-4, 0.01], "device": "any"}))
+    found = []
+    for number, flags in enumerate(
+        (
+            ["--latency", str(profile)],
+            ["--latency-model", "formula", "--prefill-coefficients=1e-9,1e-4,5e-3", "--decode-coefficients=1e-7,1e-4,1e-2"],
+            ["--prefill-coefficients=2e-9,2e-4,1e-2", "--decode-coefficients=2e-7,2e-4,2e-2"],
+        )
+    ):  # fmt: skip
+        out = tmp_path / f"{number}.json"
+        assert main([*WORK, *flags, "--json", str(out), "--per-request"]) == 0
+        found.append(json.loads(out.read_text()))
+    assert found[0]["requests"] == found[1]["requests"]
+    first, alone_s = found[0]["requests"][0], 1e-9 * 1024**2 + 1e-4 * 1024 + 0.005
+    assert first["ttft_s"] == pytest.approx(alone_s), "the first prompt is alone"
+    assert found[2]["tpot_ms"]["p50"] > 1.9 * found[0]["tpot_ms"]["p50"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ([], "--latency must be given, or --prefill-coefficients and --decode-coefficients"),
+        (["--latency", "tests"], "--profile must be given with --latency tests, a directory"),
+        (["--latency", "nowhere.json"], "--latency nowhere.json is not a profile, JSON with"),
+        (["--prefill-coefficients", "0,1,2"], "must be given together"),
+        (["--prefill-coefficients=1,2", "--decode-coefficients=1,2,3"], "--prefill-coefficients is '1,2'; it must be three"),
+        (["--prefill-coefficients=0,0,0", "--decode-coefficients=1,2,3"], "a step takes no time"),
+        (["--prefill-coefficients=0,nan,0", "--decode-coefficients=1,2,3"], "prefill is [0.0, nan, 0.0]; it must be three finite"),
+        (
+            ["--prefill-coefficients=0,1,0", "--decode-coefficients=1,2,3", "--latency-model", "grid"],
+            "--latency-model is grid; with --prefill-coefficients it must be formula",
+        ),
+        (["--latency", "x", "--prefill-coefficients=0,1,0", "--decode-coefficients=1,2,3"], "exclude each other"),
+    ],
+)  # fmt: skip
+def test_wrong_step_times_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORK, *flags]) == 1
+    assert text in capsys.readouterr().err
+
+
 def test_layouts() -> None:
     assert parse_layout("2P1d3M") == "PPDMMM"
     for text in ("", "P", "2P 1D", "-1M", "2X"):
