@@ -10,13 +10,13 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
-from fastdeploy_pd.core.placement import Candidate, PlacementPolicy
+from fastdeploy_pd.core.placement import Candidate, Placement, PlacementPolicy
 from fastdeploy_pd.core.scheduler import SchedulerOptions
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
@@ -136,6 +136,7 @@ class Cluster:
         self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance
         self._on_link: dict[int, Served] = {}  # by number of their HANDED_OVER event
         self._num_sent = 0
+        self.on_arrival: Callable[[int], object] = lambda number: None  #: told each request's number when it arrives
 
     def run(self, offered: Sequence[Offered]) -> list[Record]:
         """Serve requests to the end.
@@ -149,6 +150,7 @@ class Cluster:
             now_s, kind, number = heapq.heappop(self._events)
             self.clock.advance_to(now_s)
             if kind == ARRIVAL:
+                self.on_arrival(number)
                 self._arrive(records[number], now_s)
             elif kind == HANDED_OVER:
                 self._take_over(self._on_link.pop(number), now_s)
@@ -164,15 +166,22 @@ class Cluster:
         if offered.num_input >= self._max_tokens:
             record.is_refused, record.end_s = True, now_s
             return
+        request = self._make_request(offered, now_s)
+        candidates = [self._candidate(i, request, now_s) for i in self.instances]
+        placement = self._policy.place(offered.num_input, candidates, self._rng, request.slo)
+        if placement is None:
+            raise ValueError("no instance decodes")
+        self._place(record, request, placement, now_s)
+
+    def _make_request(self, offered: Offered, now_s: float) -> Request:
         request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
         ttft_x = self.options.ttft_x
         ttft_s = None if ttft_x is None else ttft_x * self._latency.alone_s(offered.num_input)
         request.slo, request.arrival_s = Slo(ttft_s, self.options.tpot_s), now_s
         request.local.block_hashes = offered.block_hashes(self.options.block_size)
-        candidates = [self._candidate(i, request, now_s) for i in self.instances]
-        placement = self._policy.place(offered.num_input, candidates, self._rng, request.slo)
-        if placement is None:
-            raise ValueError("no instance decodes")
+        return request
+
+    def _place(self, record: Record, request: Request, placement: Placement, now_s: float) -> None:
         request.advance(Phase.PLACED, now_s)
         served = Served(record, request, self._by_id[placement.decode_id])
         record.decode_id, record.prefill_id = placement.decode_id, placement.prefill_id

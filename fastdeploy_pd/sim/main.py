@@ -8,7 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from fastdeploy_pd.core import order
 from fastdeploy_pd.core.multiplexing import Multiplexing
 from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.sim import latency, trace
+from fastdeploy_pd.sim import baselines, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
-from fastdeploy_pd.sim.report import Slo, report, table
+from fastdeploy_pd.sim.progress import Progress
+from fastdeploy_pd.sim.report import Slo, rates_table, report, table
 from fastdeploy_pd.sim.step_times import add_flags as add_step_time_flags
 from fastdeploy_pd.sim.step_times import step_times
 
@@ -28,6 +29,7 @@ POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
     "round-robin": RoundRobin,
     "slo": Multiplexing,
 }
+PLACEMENTS = sorted([*POLICIES, *baselines.NAMES])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,28 +38,37 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--trace", required=True, metavar="FILE", help="Mooncake JSONL or Azure CSV, .gz or not; or `synthetic`")
     add_step_time_flags(parser)
     add("--layout", required=True, help="instances, as in 6P2D, 8M or 2P4D2M: Prefill, Decode, Mixed")
-    add("--rate", type=float, help="requests/s; the trace is sped up or slowed down to it (default: its own)")
+    rate_help = "requests/s; the trace is sped up or slowed down to it (default: its own); several: a run for each"
+    add("--rate", type=parse_rates, metavar="R[,R...]", help=rate_help)
     add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
-    add("--slo-ttft-x", type=float, default=5.0, help="most TTFT, in units of the unloaded prefill time (default 5)")
-    add("--slo-tpot-ms", type=float, default=100.0, help="most mean time per output token (default 100)")
-    add("--placement", choices=sorted(POLICIES), default="fewest-tokens", help="(default fewest-tokens)")
+    add("--placement", choices=PLACEMENTS, default="fewest-tokens", help="(default fewest-tokens)")
     add(
-        "--prefill-policy",
-        choices=order.POLICIES,
-        default="fcfs",
-        help="order of prompts on an instance (default fcfs)",
+        "--prefill-policy", choices=order.POLICIES, default="fcfs", help="order of an instance's prompts (default fcfs)"
     )
     add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
-    add("--block-size", type=int, default=64, help="tokens a KV block (default 64)")
     add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
-    add("--kv-gb-per-s", type=float, default=50.0, help="10^9 bytes/s that a prefill instance can send (default 50)")
-    add("--kv-latency-ms", type=float, default=1.0, help="from a hand-over's last byte to decode's start (default 1)")
-    add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default 256)")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
-    add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+    add_instance_flags(parser)
     add("--seed", type=int, default=0, help="of placement's coins and of synthetic requests (default 0)")
     add("--json", type=Path, metavar="OUT", help="where the report goes; the table goes to stdout in any case")
     add("--per-request", action="store_true", help="a row a request in the report")
+    add_synthetic_flags(parser)
+
+
+def add_instance_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says how well instances must serve, and what they are like whatever they run on."""
+    add = parser.add_argument
+    add("--slo-ttft-x", type=float, default=5.0, help="most TTFT, in units of the unloaded prefill time (default 5)")
+    add("--slo-tpot-ms", type=float, default=100.0, help="most mean time per output token (default 100)")
+    add("--block-size", type=int, default=64, help="tokens a KV block (default 64)")
+    add("--kv-gb-per-s", type=float, default=50.0, help="10^9 bytes/s that a prefill instance can send (default 50)")
+    add("--kv-latency-ms", type=float, default=1.0, help="from a hand-over's last byte to decode's start (default 1)")
+    add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default 256)")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt anew")
+
+
+def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `--trace synthetic`."""
     synthetic = parser.add_argument_group("--trace synthetic", "random requests, as of `vllm bench serve`")
     for f in fields(trace.Synthetic):
         kind = float if isinstance(f.default, float) else int
@@ -68,34 +79,73 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
     clock = WallClock()
-    begun_s = clock.now_s()
-    found = simulate(args)
-    taken_s = clock.now_s() - begun_s
-    sys.stdout.write(f"{table(found)}\n\nsimulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time\n")
-    if not args.per_request:
-        del found["requests"]
+    runs = []
+    for rate in args.rate or (None,):
+        begun_s = clock.now_s()
+        found = simulate(argparse.Namespace(**{**vars(args), "rate": rate}))
+        taken_s = clock.now_s() - begun_s
+        speed = f"simulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time"
+        sys.stdout.write(f"{table(found)}\n\n{speed}\n\n")
+        if not args.per_request:
+            del found["requests"]
+        runs.append(found)
+    if len(runs) > 1:
+        sys.stdout.write(f"{rates_table(runs)}\n")
+        flags = {**runs[0]["flags"], "rate": list(args.rate)}
+        runs = [{"flags": flags, "runs": [{k: v for k, v in r.items() if k != "flags"} for r in runs]}]
     if args.json:
-        try:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--json {args.json} cannot be written: {error}") from error
+        write_json(args.json, runs[0])
     return 0
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Raises: ConfigError: the file cannot be written."""
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written: {error}") from error
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Returns: "1.7,3.4" as numbers, rising. Raises: ArgumentTypeError: they are not numbers."""
+    try:
+        return tuple(sorted({float(x) for x in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; it must be numbers, as in 3.4 or 1.7,3.4,6.8"
+        ) from None
 
 
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
-    for flag in ("rate", "max_requests", "slo_ttft_x", "slo_tpot_ms"):
-        value = getattr(args, flag)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+    check_positive(args, "rate", "max_requests", "slo_ttft_x", "slo_tpot_ms")
     rng = random.Random(args.seed)
     times = step_times(args)
     requests = offer(args, rng)
-    cluster = Cluster(_options(args), times, POLICIES[args.placement](), rng)
-    records = cluster.run(requests)
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
+    cluster = make_cluster(args.placement, _options(args), times, slo, rng)
+    with Progress("simulating", len(requests)) as progress:
+        cluster.on_arrival = progress.reach
+        records = cluster.run(requests)
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
     return {"flags": flags, **report(records, cluster.instances, times, slo)}
+
+
+def check_positive(args: argparse.Namespace, *flags: str) -> None:
+    """Raises: ConfigError: one of these flags is given and not above 0."""
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+
+
+def make_cluster(
+    placement: str, options: ClusterOptions, times: latency.Latency, slo: Slo, rng: random.Random
+) -> Cluster:
+    """Returns: a cluster that places as one of PLACEMENTS does. Raises: ConfigError: the options are wrong."""
+    if placement in baselines.NAMES:
+        return baselines.make_cluster(placement, options, times, slo, rng)
+    return Cluster(options, times, POLICIES[placement](), rng)
 
 
 def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
@@ -124,13 +174,22 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
         if known_blocks is None:
             raise ConfigError("--num-blocks must be given" + (f" for --profile {args.profile}" if args.profile else ""))
         num_blocks = known_blocks * latency.KNOWN_BLOCK_TOKENS // max(1, args.block_size)
-    return ClusterOptions(
+    return replace(
+        instance_options(args),
         kinds=parse_layout(args.layout),
         num_blocks=num_blocks,
-        block_size=args.block_size,
         kv_bytes_per_token=args.kv_bytes_per_token or known_bytes or 0,
-        max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+    )
+
+
+def instance_options(args: argparse.Namespace) -> ClusterOptions:
+    """Returns: what the flags of `add_instance_flags` say, for one instance without blocks."""
+    return ClusterOptions(
+        kinds="M",
+        num_blocks=0,
+        block_size=args.block_size,
+        max_num_seqs=args.max_num_seqs,
         enable_prefix_caching=not args.no_prefix_caching,
         prefill_policy=args.prefill_policy,
         ttft_x=args.slo_ttft_x,

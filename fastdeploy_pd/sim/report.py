@@ -102,6 +102,19 @@ def _instance(instance: Instance, span_s: float) -> dict[str, Any]:
     }
 
 
+def rates_table(runs: Iterable[dict[str, Any]]) -> str:
+    """Returns: a line a run, for a person."""
+    lines = ["requests/s  attainment      TTFT      TPOT   goodput  queue p90 s  TTFT p90 s  TPOT p90 ms"]
+    for r in runs:
+        shares = "".join(f"{100 * r[k]:>8.1f} %" for k in ("ttft_attainment", "tpot_attainment"))
+        p90s = [r[k]["p90"] for k in ("queue_s", "ttft_s", "tpot_ms")]
+        tails = "".join(f"{'-' if v is None else f'{v:.2f}':>{w}}" for v, w in zip(p90s, (13, 12, 13), strict=True))
+        lines.append(
+            f"{r['rate'] or 0:>10.2f}{100 * r['slo_attainment']:>10.1f} %{shares}{r['goodput'] or 0:>10.2f}{tails}"
+        )
+    return "\n".join(lines)
+
+
 def table(found: dict[str, Any]) -> str:
     """Returns: the report for a person."""
 

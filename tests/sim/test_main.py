@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.main import parse_layout
+from fastdeploy_pd.sim.progress import Progress
 from fastdeploy_pd.sim.report import summary
 
 DATA = Path(__file__).parent / "data"
@@ -126,6 +129,39 @@ def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
 def test_wrong_step_times_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORK, *flags]) == 1
     assert text in capsys.readouterr().err
+
+
+def test_several_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each run of several is the run alone."""
+    flags = [*FLAGS, "--trace", str(TRACE), "--max-requests", "60", "--layout", "2M", "--placement", "vllm-chunked"]
+    both, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    assert main([*flags, "--rate", "2,0.5", "--json", str(both)]) == 0
+    assert "requests/s  attainment" in capsys.readouterr().out
+    assert main([*flags, "--rate", "2", "--json", str(alone)]) == 0
+    found, one = json.loads(both.read_text()), json.loads(alone.read_text())
+    assert found["flags"]["rate"] == [0.5, 2.0] and one.pop("flags")["rate"] == 2.0
+    assert found["runs"][1] == one
+    assert found["runs"][0]["ttft_s"]["mean"] < one["ttft_s"]["mean"]
+    with pytest.raises(SystemExit):
+        main([*flags, "--rate", "2,fast"])
+    assert "'2,fast' is not allowed; it must be numbers" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals() -> None:
+    clock, terminal, file = VirtualClock(), Terminal(), io.StringIO()
+    with Progress("counting", 200, terminal, clock) as shown, Progress("counting", 200, file, clock) as hidden:
+        for n in range(101):
+            clock.advance_to(n / 50)
+            shown.reach(n)
+            hidden.reach(n)
+        assert shown.line(2.0) == f"counting [{'#' * 15}{' ' * 15}] 50 %, 2 s left"
+        assert terminal.getvalue().count("counting") <= 20, "ten times a second at most"
+    assert terminal.getvalue().endswith("\r\x1b[K") and file.getvalue() == ""
 
 
 def test_layouts() -> None:
