@@ -19,7 +19,7 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.placement import Candidate, Placement, PlacementPolicy
 from fastdeploy_pd.core.scheduler import SchedulerOptions
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
+from fastdeploy_pd.request import MAX_SLO_S, Phase, Request, SamplingParams, Slo
 from fastdeploy_pd.sim.instance import MAX_LEAP, Instance, sampled_token
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
@@ -177,7 +177,8 @@ class Cluster:
         request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
         ttft_x = self.options.ttft_x
         ttft_s = None if ttft_x is None else ttft_x * self._latency.alone_s(offered.num_input)
-        request.slo, request.arrival_s = Slo(ttft_s, self.options.tpot_s), now_s
+        ttft_s, tpot_s = (s if s is not None and s < MAX_SLO_S else None for s in (ttft_s, self.options.tpot_s))
+        request.slo, request.arrival_s = Slo(ttft_s, tpot_s), now_s
         request.local.block_hashes = offered.block_hashes(self.options.block_size)
         return request
 
