@@ -47,6 +47,7 @@ setup(
         ],  # needs CUDA 12; both: apt-get install libibverbs1 libnuma1 libcurl4
         "mooncake-cpu": ["mooncake-transfer-engine-non-cuda>=0.3.13"],
         "otel": ["opentelemetry-sdk>=1.28", "opentelemetry-exporter-otlp-proto-http>=1.28"],
+        "plot": ["matplotlib>=3.8,<4"],
         # NIXL, which bench_transfer measures too, names torch: pip install --no-deps nixl-cu13
         "bench": [
             "httpx>=0.27",

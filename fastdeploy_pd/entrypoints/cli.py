@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from fastdeploy_pd import __version__
-from fastdeploy_pd.entrypoints import operate
+from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,version}"
+        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,plot,version}"
     )
     up = commands.add_parser(
         "up",
@@ -63,8 +63,19 @@ def make_parser() -> argparse.ArgumentParser:
             description="The project's scheduler, block pool and placement on a virtual clock, with measured step times. See docs/simulator.md.",
         )
     )
+    _add_simulator_tools(commands)
     commands.add_parser("version", help="print the version")
     return parser
+
+
+def _add_simulator_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sim_plots.add_flags(
+        commands.add_parser(
+            "plot",
+            help="pictures of what `simulate` has reported",
+            description="PNG and SVG of `simulate --json` reports; needs matplotlib. See docs/simulator.md.",
+        )
+    )
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -107,8 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
-        if args.command == "simulate":
-            return simulate(args)
+        tools = {"simulate": simulate, "plot": sim_plots.run}
+        if args.command in tools:
+            return tools[args.command](args)
         if args.command in ("role", "drain"):
             return operate.run(args)
         if is_up:
