@@ -8,6 +8,7 @@ import sys
 from fastdeploy_pd import __version__
 from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.sim import plan
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
 
@@ -19,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,plot,version}"
+        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,plan,plot,version}"
     )
     up = commands.add_parser(
         "up",
@@ -69,6 +70,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_simulator_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan.add_flags(
+        commands.add_parser(
+            "plan",
+            help="which layout holds a rate, on how few GPUs",
+            description="Simulates layouts, chunk sizes and placements, the hopeless ones briefly. See docs/simulator.md.",
+        )
+    )
     sim_plots.add_flags(
         commands.add_parser(
             "plot",
@@ -118,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
-        tools = {"simulate": simulate, "plot": sim_plots.run}
+        tools = {"simulate": simulate, "plan": plan.run, "plot": sim_plots.run}
         if args.command in tools:
             return tools[args.command](args)
         if args.command in ("role", "drain"):

@@ -331,6 +331,8 @@ def make_cluster(name: str, options: ClusterOptions, latency: Latency, slo: Slo,
     if not allows(name, options.kinds):
         kinds = "M instances" if name == "vllm-chunked" else "P and D instances"
         raise ConfigError(f"--placement {name} needs a layout of {kinds} alone")
+    if options.prefill_policy != "fcfs":
+        raise ConfigError(f"--prefill-policy is {options.prefill_policy}; --placement {name} has an order of its own")
     policies: dict[str, DispatchPolicy] = {
         "distserve": DistServe(),
         "tropical": Tropical(slo.tpot_ms / 1e3),

@@ -180,7 +180,14 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
         num_blocks=num_blocks,
         kv_bytes_per_token=args.kv_bytes_per_token or known_bytes or 0,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        prefill_policy=args.prefill_policy,
+        is_predicted=predicts(args.placement, args.prefill_policy),
     )
+
+
+def predicts(placement: str, prefill_policy: str) -> bool:
+    """Returns: whether one of these policies needs to know how long steps take."""
+    return placement == "slo" or prefill_policy == "slack"
 
 
 def instance_options(args: argparse.Namespace) -> ClusterOptions:
@@ -191,10 +198,8 @@ def instance_options(args: argparse.Namespace) -> ClusterOptions:
         block_size=args.block_size,
         max_num_seqs=args.max_num_seqs,
         enable_prefix_caching=not args.no_prefix_caching,
-        prefill_policy=args.prefill_policy,
         ttft_x=args.slo_ttft_x,
         tpot_s=args.slo_tpot_ms / 1e3,
-        is_predicted=args.placement == "slo" or args.prefill_policy == "slack",
         link_bytes_per_s=args.kv_gb_per_s * 1e9,
         link_latency_s=args.kv_latency_ms / 1e3,
     )

@@ -138,6 +138,8 @@ def test_layouts_are_the_baselines() -> None:
     for name, kinds in (("vllm-chunked", "PD"), ("tropical", "PDM"), ("distserve", "MM")):
         with pytest.raises(ConfigError, match=f"--placement {name} needs a layout of"):
             cluster_of(name, kinds)
+    with pytest.raises(ConfigError, match="--prefill-policy is sjf; --placement tropical has an order of its own"):
+        cluster_of("tropical", "PD", prefill_policy="sjf")
 
 
 def test_as_published_tropical_serves_most_in_time() -> None:
