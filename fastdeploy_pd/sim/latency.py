@@ -147,14 +147,16 @@ def read(directory: Path, profile: str, model: str = "grid") -> Latency:
 
 
 def read_profile(path: Path) -> Latency:
-    """Read what `fastdeploy-pd profile` or `calibrate` has written: JSON with "prefill" [a, b, c] and "decode" [d, e, f], in seconds.
+    """Read what `fastdeploy-pd profile` or `calibrate` has written: JSON with "prefill" [a, b, c] and "decode" [d, e, f], in seconds,
+    either at the top or in "predictor".
 
     Raises: ConfigError: it cannot be read, or has no such fields.
     """
     try:
         found = json.loads(path.read_text())
+        found = found.get("predictor", found)
         prefill, decode = ([float(x) for x in found[name]] for name in ("prefill", "decode"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
             f'--latency {path} is not a profile, JSON with "prefill": [a, b, c] and "decode": [d, e, f]: {error!r}'
         ) from error

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from fastdeploy_pd.clock import VirtualClock
+from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.engine.profile import VERSION, Conditions, Profile
 from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.main import parse_layout
@@ -92,10 +94,14 @@ def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
     """The same coefficients are the same bytes, whichever way they come; twice as slow is slower."""
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps({"prefill": [1e-9, 1e-4, 0.005], "decode": [1e-7, 1e-4, 0.01], "device": "any"}))
+    measured = tmp_path / "measured.json"
+    predictor = Predictor((1e-9, 1e-4, 0.005), (1e-7, 1e-4, 0.01))
+    Profile(VERSION, Conditions("model", "any", "float32", "torch", 1), predictor, [], []).save(measured)
     found = []
     for number, flags in enumerate(
         (
             ["--latency", str(profile)],
+            ["--latency", str(measured)],
             ["--latency-model", "formula", "--prefill-coefficients=1e-9,1e-4,5e-3", "--decode-coefficients=1e-7,1e-4,1e-2"],
             ["--prefill-coefficients=2e-9,2e-4,1e-2", "--decode-coefficients=2e-7,2e-4,2e-2"],
         )
@@ -103,10 +109,10 @@ def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
         out = tmp_path / f"{number}.json"
         assert main([*WORK, *flags, "--json", str(out), "--per-request"]) == 0
         found.append(json.loads(out.read_text()))
-    assert found[0]["requests"] == found[1]["requests"]
+    assert found[0]["requests"] == found[1]["requests"] == found[2]["requests"]
     first, alone_s = found[0]["requests"][0], 1e-9 * 1024**2 + 1e-4 * 1024 + 0.005
     assert first["ttft_s"] == pytest.approx(alone_s), "the first prompt is alone"
-    assert found[2]["tpot_ms"]["p50"] > 1.9 * found[0]["tpot_ms"]["p50"]
+    assert found[3]["tpot_ms"]["p50"] > 1.9 * found[0]["tpot_ms"]["p50"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,7 @@ def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
         ([], "--latency must be given, or --prefill-coefficients and --decode-coefficients"),
         (["--latency", "tests"], "--profile must be given with --latency tests, a directory"),
         (["--latency", "nowhere.json"], "--latency nowhere.json is not a profile, JSON with"),
+        (["--latency", str(DATA / "README.md")], "README.md is not a profile, JSON with"),
         (["--prefill-coefficients", "0,1,2"], "must be given together"),
         (["--prefill-coefficients=1,2", "--decode-coefficients=1,2,3"], "--prefill-coefficients is '1,2'; it must be three"),
         (["--prefill-coefficients=0,0,0", "--decode-coefficients=1,2,3"], "a step takes no time"),
