@@ -8,7 +8,7 @@ import sys
 from fastdeploy_pd import __version__
 from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.sim import plan
+from fastdeploy_pd.sim import calibrate, plan
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
 
@@ -20,7 +20,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{up,serve,role,drain,profile,doctor,simulate,plan,plot,version}"
+        dest="command",
+        required=True,
+        metavar="{up,serve,role,drain,profile,doctor,simulate,plan,plot,calibrate,version}",
     )
     up = commands.add_parser(
         "up",
@@ -84,6 +86,13 @@ def _add_simulator_tools(commands: argparse._SubParsersAction[argparse.ArgumentP
             description="PNG and SVG of `simulate --json` reports; needs matplotlib. See docs/simulator.md.",
         )
     )
+    calibrate.add_flags(
+        commands.add_parser(
+            "calibrate",
+            help="find an engine's step times in a log of its requests",
+            description="Fits the simulator's formulas to measured times of requests and says how well. See docs/simulator.md.",
+        )
+    )
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -126,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
-        tools = {"simulate": simulate, "plan": plan.run, "plot": sim_plots.run}
+        tools = {"simulate": simulate, "plan": plan.run, "plot": sim_plots.run, "calibrate": calibrate.run}
         if args.command in tools:
             return tools[args.command](args)
         if args.command in ("role", "drain"):
