@@ -81,6 +81,8 @@ class Slack:
         is_late = late(jobs, now_s)
         on_time = [r for r, x in zip(by_due, is_late, strict=True) if not x]
         rest = sorted((r for r, x in zip(by_due, is_late, strict=True) if x), key=lambda r: (r.priority, r.arrival_s))
+        begun = [r for r in rest if r.local.block_table]
+        rest = begun or rest[:1]  # one at a time: those that have begun hold blocks
         self._num_steps += 1
         if rest and self._num_steps % LATE_EVERY == 0:
             return [rest[0], *on_time, *rest[1:]]

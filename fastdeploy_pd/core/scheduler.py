@@ -34,6 +34,7 @@ from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
 MAX_PROMPTS = 256  # that placement is told of: those that are due first
+WORTH_S = 0.35  # of a chunk
 LEAST_CHUNK = 256  # tokens: with fewer a chunk's own cost is too large a part
 
 
@@ -164,8 +165,10 @@ class Scheduler:
         budget -= len(streams)
         prompts = [*filter(is_prompt, self.running), *filter(is_prompt, self.waiting)]
         if prompts and budget:
-            limit_s = self._prefill_limit_s(sequences, now_s) if self.options.guards_tpot else math.inf
-            ordered = prompts if self._policy is None else self._policy.order(prompts, now_s)
+            ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s))
+            limit_s = math.inf
+            if self.options.guards_tpot and ordered:
+                limit_s = self._prefill_limit_s(sequences, ordered[0], budget, now_s)
             sequences += self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
         return Batch(sequences, self.pool.block_size)
 
@@ -310,19 +313,23 @@ class Scheduler:
             budget -= num_new
         return sequences
 
-    def _prefill_limit_s(self, streams: Sequence[ScheduledSequence], now_s: float) -> float:
+    def _prefill_limit_s(
+        self, streams: Sequence[ScheduledSequence], first: Request, budget: int, now_s: float
+    ) -> float:
         """Returns: how long the prompts' part of a step may take so that the streams' SLOs hold; 0: no prompt now.
 
-        A chunk costs something by itself, so prompts wait until it is worth it; every LATE_EVERY-th step in any case.
+        A chunk costs something by itself, and so does each step of the streams: prompts wait until streams are so far ahead that the
+        first of them ends, or a long chunk fits; every LATE_EVERY-th step computes LEAST_CHUNK tokens in any case.
         """
         if self.predictor is None or not streams:
             return math.inf
         step_s = self.predictor.decode_s(len(streams), sum(s.stop for s in streams))
         limit_s = stream_slack_s((s.request for s in streams), step_s, now_s)
-        least_s = self.predictor.prefill_s(LEAST_CHUNK)
-        if limit_s < least_s:
+        start = first.local.num_computed_tokens
+        worth_s = min(WORTH_S, self.predictor.prefill_s(min(first.num_tokens, start + budget), start))
+        if limit_s < worth_s:
             self._num_held_off += 1
-            return 0.0 if self._num_held_off % LATE_EVERY else least_s
+            return 0.0 if self._num_held_off % LATE_EVERY else self.predictor.prefill_s(LEAST_CHUNK)
         self._num_held_off = 0
         return limit_s
 
