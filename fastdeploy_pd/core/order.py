@@ -3,7 +3,7 @@
 `fcfs`: as they came. `sjf`, `ljf`: fewest, most tokens left first. `edf`: whose first token is due first. `slack`: the order in which the
 most first tokens come on time: by due time, but where that makes one late, the one that takes longest goes back until all that stay
 are on time (Moore and Hodgson's rule, which is optimal on one machine). What has gone back is late or takes others' time: it follows, by
-arrival, and every tenth step the oldest of it comes first, so that nobody starves, however many arrive.
+arrival, one at a time since what has begun holds blocks, and every tenth step it comes first, so that nobody starves, however many arrive.
 
 Under all but fcfs a prompt that is overtaken keeps its blocks and its computed tokens: preemption costs nothing but memory.
 Source: shortest remaining time and slack as in Tropical (DAC 2025); J. M. Moore, Management Science 15 (1968).
@@ -29,8 +29,13 @@ MAX_WAIT_S = 60.0  # what says nothing about its first token is due after so lon
 class PrefillPolicy(Protocol):
     """What a prefill policy implements; a user's own is named by an entry point (`fastdeploy_pd.prefill_policies`)."""
 
-    def order(self, prompts: Sequence[Request], now_s: float) -> Iterable[Request]:
-        """Returns: the prompts, each once: running ones, oldest first, then waiting ones as they came, put in the order to compute them."""
+    def order(self, prompts: Sequence[Request], now_s: float, stretch: float = 1.0) -> Iterable[Request]:
+        """Put prompts in the order to compute them; what is left out waits.
+
+        Args:
+            prompts: running ones, oldest first, then waiting ones as they came.
+            stretch: by how much longer than alone they take beside the streams that run.
+        """
         ...
 
 
@@ -53,7 +58,7 @@ class Sorted:
     def __init__(self, key: Callable[[Request], float]) -> None:
         self._key = key
 
-    def order(self, prompts: Sequence[Request], now_s: float) -> Iterable[Request]:
+    def order(self, prompts: Sequence[Request], now_s: float, stretch: float = 1.0) -> Iterable[Request]:
         """See `PrefillPolicy.order`."""
         return sorted(prompts, key=lambda r: (r.priority, self._key(r)))
 
@@ -69,7 +74,7 @@ class Slack:
         self._predictor = predictor
         self._num_steps = 0
 
-    def order(self, prompts: Sequence[Request], now_s: float) -> Iterable[Request]:
+    def order(self, prompts: Sequence[Request], now_s: float, stretch: float = 1.0) -> Iterable[Request]:
         """See `PrefillPolicy.order`."""
         predictor = self._predictor()
         if len(prompts) < 2:
@@ -77,7 +82,7 @@ class Slack:
         by_due = sorted(prompts, key=lambda r: (r.priority, due_s(r)))
         if predictor is None:
             return by_due
-        jobs = [(due_s(r), prefill_left_s(r, predictor)) for r in by_due]
+        jobs = [(due_s(r), prefill_left_s(r, predictor) * stretch) for r in by_due]
         is_late = late(jobs, now_s)
         on_time = [r for r, x in zip(by_due, is_late, strict=True) if not x]
         rest = sorted((r for r, x in zip(by_due, is_late, strict=True) if x), key=lambda r: (r.priority, r.arrival_s))

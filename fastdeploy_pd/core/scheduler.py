@@ -34,6 +34,8 @@ from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
 MAX_PROMPTS = 256  # that placement is told of: those that are due first
+MOST_SHARE = 0.8  # of the time, that streams are taken to need
+LATE_BANK_S = 0.5
 WORTH_S = 0.35  # of a chunk
 LEAST_CHUNK = 256  # tokens: with fewer a chunk's own cost is too large a part
 
@@ -165,10 +167,9 @@ class Scheduler:
         budget -= len(streams)
         prompts = [*filter(is_prompt, self.running), *filter(is_prompt, self.waiting)]
         if prompts and budget:
-            ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s))
-            limit_s = math.inf
-            if self.options.guards_tpot and ordered:
-                limit_s = self._prefill_limit_s(sequences, ordered[0], budget, now_s)
+            slack_s, stretch = self._leave_to_prompts(sequences, now_s)
+            ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
+            limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
             sequences += self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
         return Batch(sequences, self.pool.block_size)
 
@@ -313,25 +314,35 @@ class Scheduler:
             budget -= num_new
         return sequences
 
-    def _prefill_limit_s(
-        self, streams: Sequence[ScheduledSequence], first: Request, budget: int, now_s: float
-    ) -> float:
-        """Returns: how long the prompts' part of a step may take so that the streams' SLOs hold; 0: no prompt now.
+    def _leave_to_prompts(self, streams: Sequence[ScheduledSequence], now_s: float) -> tuple[float, float]:
+        """Returns: how many seconds the streams' SLOs leave to prompts in this step (infinite where nobody asks), and by how much
+        longer than alone prompts take in the long run beside these streams.
+        """
+        if self.predictor is None or not streams or not self.options.guards_tpot:
+            return math.inf, 1.0
+        step_s = self.predictor.decode_s(len(streams), sum(s.stop for s in streams))
+        tpot_s = min((s.request.slo.tpot_s or math.inf for s in streams), default=math.inf)
+        stretch = 1 / (1 - min(MOST_SHARE, step_s / tpot_s))
+        return stream_slack_s((s.request for s in streams), step_s, now_s), stretch
+
+    def _prefill_limit_s(self, ordered: Sequence[Request], slack_s: float, budget: int, now_s: float) -> float:
+        """Returns: how long the prompts' part of a step may take, at most slack_s; 0: no prompt now.
 
         A chunk costs something by itself, and so does each step of the streams: prompts wait until streams are so far ahead that the
-        first of them ends, or a long chunk fits; every LATE_EVERY-th step computes LEAST_CHUNK tokens in any case.
+        first of them ends, or a long chunk fits; every LATE_EVERY-th step computes LEAST_CHUNK tokens in any case. While none but late
+        ones wait, streams stay LATE_BANK_S ahead, for prompts to come.
         """
-        if self.predictor is None or not streams:
+        if self.predictor is None or slack_s == math.inf or not ordered:
             return math.inf
-        step_s = self.predictor.decode_s(len(streams), sum(s.stop for s in streams))
-        limit_s = stream_slack_s((s.request for s in streams), step_s, now_s)
-        start = first.local.num_computed_tokens
+        first, start = ordered[0], ordered[0].local.num_computed_tokens
+        if due_s(first) < now_s + prefill_left_s(first, self.predictor):
+            slack_s -= LATE_BANK_S
         worth_s = min(WORTH_S, self.predictor.prefill_s(min(first.num_tokens, start + budget), start))
-        if limit_s < worth_s:
+        if slack_s < worth_s:
             self._num_held_off += 1
             return 0.0 if self._num_held_off % LATE_EVERY else self.predictor.prefill_s(LEAST_CHUNK)
         self._num_held_off = 0
-        return limit_s
+        return slack_s
 
     @property
     def _is_in_flight(self) -> bool:

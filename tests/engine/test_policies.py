@@ -44,6 +44,6 @@ def test_the_documents_own_policy(installed: None) -> None:
     policy = prefill_policy("short-names", lambda: None)
     assert policy is not None
     prompts = [Request(name, [1, 2]) for name in ("longest", "a", "abc")]
-    assert [r.request_id for r in policy.order(prompts, 0.0)] == ["a", "abc", "longest"]
+    assert [r.request_id for r in policy.order(prompts, 0.0, 1.0)] == ["a", "abc", "longest"]
     with pytest.raises(ConfigError, match=r"there are .*short-names"):
         prefill_policy("other", lambda: None)
