@@ -54,6 +54,7 @@ class CacheOptions:
     cache_transfer_protocol: tuple[str, ...]
     cache_queue_port: int | None
     rdma_comm_ports: tuple[int, ...]
+    swap_space: float  #: GiB
     min_fetch_tokens: int
     local_prefill_tokens: int
 
@@ -145,6 +146,7 @@ class InstanceConfig:
             if value is not None:
                 check(value)
         _check_ports(args)
+        _check_swap_space(args)
         _choose_by_device(args)
         args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
         args.advertise_host = args.advertise_host or _own_address(env)
@@ -314,7 +316,6 @@ def _later(flag: str, instead: str, allowed: Any = None) -> Callable[[Any], None
 UNSUPPORTED: dict[str, Callable[[Any], None]] = {
     "data_parallel_size": _later("--data-parallel-size", "start more instances instead; only 1 is allowed", 1),
     "speculative_config": _later("--speculative-config", "speculative decoding is not implemented"),
-    "swap_space": _later("--swap-space", "KV blocks are kept in one memory only"),
 }
 
 
@@ -421,6 +422,12 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
         help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
     )
     add(
+        "--swap-space",
+        type=_number(float, 0, 65536, "GiB from 0 to 65536"),
+        default=0.0,
+        help="GiB of host memory for KV blocks that the pool has no room for, to be found again (default: 0, none)",
+    )
+    add(
         "--min-fetch-tokens",
         type=_integer(0),
         default=256,
@@ -511,8 +518,14 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--workers", type=_integer(1, 64), default=1, help="API processes")
     add("--ready-file", help="file to write addresses to when the instance is ready")
     add("--data-parallel-size", type=_integer(1), help="only 1 in this version")
-    for flag in ("--speculative-config", "--swap-space"):
-        add(flag, help="not part of this version: refused")
+    add("--speculative-config", help="not part of this version: refused")
+
+
+def _check_swap_space(args: argparse.Namespace) -> None:
+    if args.swap_space and args.tensor_parallel_size > 1:
+        raise ConfigError(f"--swap-space is {args.swap_space:g}; with --tensor-parallel-size above 1 it must be 0")
+    if args.swap_space and not args.enable_prefix_caching:
+        raise ConfigError(f"--swap-space is {args.swap_space:g}; with --no-enable-prefix-caching it must be 0")
 
 
 def _add_slo_flags(add: Callable[..., Any]) -> None:

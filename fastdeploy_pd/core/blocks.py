@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Protocol
 
 from fastdeploy_pd.core.prefix_index import HeldBlocks
 from fastdeploy_pd.errors import OutOfBlocks
@@ -56,6 +57,30 @@ class BlockCounts:
     cached: int  #: findable by hash, free or held
 
 
+class LowerTier(Protocol):
+    """Slower memory behind a pool. A findable block is in one of the two: it goes down when the pool reuses it, and up when it is found."""
+
+    def save(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> list[bytes]:
+        """Copy blocks out of the pool. Returns: hashes of these and of earlier blocks that can't be found here (any more)."""
+        ...
+
+    def take(self, hashes: Sequence[bytes]) -> Sequence[Any]:
+        """Returns: the longest run of these blocks from the first on, taken out: `load` gets them next."""
+        ...
+
+    def load(self, taken: Sequence[Any], block_ids: Sequence[int]) -> int:
+        """Copy what was taken into the pool. Returns: how many of the first ones came back as they were."""
+        ...
+
+    def drop(self, block_hash: bytes) -> None:
+        """Forget a block. Does nothing if it is not here."""
+        ...
+
+    def hashes(self) -> list[bytes]:
+        """Returns: of all blocks that are here."""
+        ...
+
+
 class BlockPool:
     """Allocates, shares, finds and evicts the blocks of one pool."""
 
@@ -70,6 +95,7 @@ class BlockPool:
         self._hash_of: list[bytes | None] = [None] * num_blocks  # of the findable ones
         self._block_of: dict[bytes, int] = {}
         self.listener: HeldBlocks | None = None  #: is told what can be found
+        self.lower: LowerTier | None = None  #: where findable blocks go that are reused
 
     @property
     def num_free(self) -> int:
@@ -94,10 +120,44 @@ class BlockPool:
             raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {len(self._free)} of {self.num_blocks} are free")
         take_oldest, ref_counts = self._free.popitem, self._ref_counts
         taken = [take_oldest(last=False)[0] for _ in range(num_blocks)]
+        if self.lower is not None:
+            self._move_down(taken, self.lower)
         self.forget(taken)
         for block_id in taken:
             ref_counts[block_id] = 1
         return taken
+
+    def allocate_filled(self, num_blocks: int, hashes: Sequence[bytes]) -> tuple[list[int], int]:
+        """As `allocate`, and bring back from the lower tier what it has of these blocks.
+
+        Args:
+            hashes: [at most num_blocks] of the first of them.
+        Returns: block ids, and how many of the first hold their content and are findable. Raises: OutOfBlocks: as `allocate`.
+        """
+        if self.lower is None or num_blocks > len(self._free):
+            return self.allocate(num_blocks), 0
+        saved = self.lower.take(hashes)  # before `allocate` pushes them out
+        taken = self.allocate(num_blocks)
+        if not saved:
+            return taken, 0
+        num_filled = self.lower.load(saved, taken[: len(saved)])
+        self.make_findable(taken[:num_filled], hashes[:num_filled])
+        self._tell_gone(hashes[num_filled : len(saved)])
+        return taken, num_filled
+
+    def _move_down(self, block_ids: Iterable[int], lower: LowerTier) -> None:
+        hash_of, block_of = self._hash_of, self._block_of
+        moved = [(block_id, block_hash) for block_id in block_ids if (block_hash := hash_of[block_id]) is not None]
+        if moved:
+            for block_id, block_hash in moved:
+                del block_of[block_hash]
+                hash_of[block_id] = None
+            self._tell_gone(lower.save(*map(list, zip(*moved, strict=True))))
+
+    def _tell_gone(self, hashes: Iterable[bytes]) -> None:
+        if self.listener is not None:
+            for block_hash in hashes:
+                self.listener.gone(block_hash)
 
     def hold(self, block_ids: Iterable[int]) -> None:
         """Hold blocks once more: a further request shares them, or a transfer reads them.
@@ -152,6 +212,8 @@ class BlockPool:
             if hash_of[block_id] is None and block_hash not in block_of:
                 block_of[block_hash] = block_id
                 hash_of[block_id] = block_hash
+                if self.lower is not None:
+                    self.lower.drop(block_hash)
                 if self.listener is not None:
                     self.listener.found(block_hash)
 
@@ -169,3 +231,6 @@ class BlockPool:
     def forget_all(self) -> None:
         """Make no block findable any more."""
         self.forget(list(self._block_of.values()))
+        for block_hash in self.lower.hashes() if self.lower is not None else ():
+            self.lower.drop(block_hash)  # type: ignore[union-attr]
+            self._tell_gone([block_hash])

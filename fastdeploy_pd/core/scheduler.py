@@ -87,6 +87,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  #: tokens looked up in the prefix cache
         self.num_prefix_hits = 0  #: of these, found
+        self.num_swap_hits = 0  #: of these, brought back from the lower tier
 
     @property
     def is_idle(self) -> bool:
@@ -230,8 +231,12 @@ class Scheduler:
         if num_fresh + self.pool.num_free_among(cached) + num_spare_blocks > self.pool.num_free:
             return False
         self.pool.hold(cached)
-        request.local.block_table = cached + self.pool.allocate(num_fresh)
-        request.local.num_computed_tokens = len(cached) * self.pool.block_size
+        num_matchable = (request.num_tokens - 1) // self.pool.block_size if self._looks_up(request) else 0
+        lower = request.local.block_hashes[len(cached) : num_matchable]
+        fresh, num_filled = self.pool.allocate_filled(num_fresh, lower)
+        self.num_swap_hits += num_filled * self.pool.block_size
+        request.local.block_table = cached + fresh
+        request.local.num_computed_tokens = (len(cached) + num_filled) * self.pool.block_size
         request.local.num_cached_tokens = request.local.num_computed_tokens
         if self._looks_up(request):  # once, however often it found no room
             self.num_prefix_queries += request.num_tokens

@@ -29,6 +29,7 @@ from fastdeploy_pd.model.runner import ModelRunner
 from fastdeploy_pd.model.select import make_runner
 from fastdeploy_pd.transfer.base import Transfer
 from fastdeploy_pd.transfer.device_pool import DevicePool
+from fastdeploy_pd.transfer.host_tier import HostTier
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.ranks import RankedTransfer
 from fastdeploy_pd.transfer.select import build as build_transfer
@@ -197,6 +198,8 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         runner.samples_on_device,
         prefill_policy,
     )
+    if config.cache.swap_space:
+        scheduler.pool.lower = host_tier(config, pool)
     context = EngineContext(
         instance_id,
         scheduler,
@@ -214,6 +217,17 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
     runner.warm_up(scheduler.pool, engine.role.can_decode)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
+
+
+def host_tier(config: InstanceConfig, pool: Pool) -> HostTier:
+    """Returns: the host memory of --swap-space. Raises: ConfigError: it cannot be had, or holds no block; says the numbers."""
+    num_bytes, free = int(config.cache.swap_space * 2**30), free_memory_bytes()
+    if num_bytes > free:
+        raise ConfigError(f"--swap-space is {config.cache.swap_space:g} GiB; only {free / 2**30:.2f} GiB are free")
+    try:
+        return HostTier(pool, num_bytes, secrets.randbits(63))
+    except (ValueError, OSError, RdmaError) as error:
+        raise ConfigError(f"--swap-space is {config.cache.swap_space:g} GiB, of no use here: {error}") from error
 
 
 def pool_layout(config: InstanceConfig, model: ModelConfig, max_model_len: int, rank: Rank) -> KVLayout:

@@ -143,9 +143,10 @@ class DecodeSide:
         self._supersede(request_id, attempt, now_s)
         request.advance(Phase.PLACED, now_s)
         served = Served(request, request.front_end_id or sender_id, message.prefill, now_s)
-        served.holder, served.num_held_tokens = message.holder, message.num_held_tokens
+        if self.context.options.min_fetch_tokens:
+            served.holder, served.num_held_tokens = message.holder, message.num_held_tokens
         self.served[served.key] = served
-        if message.prefill is None and message.holder is None:
+        if message.prefill is None and served.holder is None:
             request.advance(Phase.RESERVED, now_s)
             self._serve_locally(served)
             self.context.outbox.send(served.front_end_id, Reserved(*served.key))

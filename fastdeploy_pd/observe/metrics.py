@@ -77,6 +77,7 @@ class EngineMetrics:
         self._preemptions = counter("num_preemptions", "Requests that gave their blocks up to be computed again.")
         self._queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._swapped = counter("prefix_cache_swap_hits", "Of them, brought back from host memory (--swap-space).")
         self._computed = counter("computed_tokens", "Tokens computed, of prompts and of outputs.")
         self._step_tokens = Histogram(
             _name("iteration_tokens_total"), "Tokens of a step.", labels, registry=registry, buckets=STEP_BUCKETS
@@ -120,7 +121,7 @@ class EngineMetrics:
             registry=registry,
         )
         self._fallen: set[tuple[str, str]] = set()  # (peer, backend) that the log has
-        self._last = {"preemptions": 0, "queries": 0, "hits": 0}
+        self._last = {"preemptions": 0, "queries": 0, "hits": 0, "swap_hits": 0}
 
     def observe_state(self, num_running: int, num_waiting: int, blocks: BlockCounts) -> None:
         """Record how things stand now."""
@@ -139,6 +140,7 @@ class EngineMetrics:
             ("preemptions", self._preemptions, scheduler.num_preemptions),
             ("queries", self._queries, scheduler.num_prefix_queries),
             ("hits", self._hits, scheduler.num_prefix_hits),
+            ("swap_hits", self._swapped, scheduler.num_swap_hits),
         ):
             if value != self._last[name]:
                 counter.inc(value - self._last[name])

@@ -10,6 +10,7 @@ import pytest
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
 
+pytestmark = pytest.mark.slow
 PROMPT = [1 + n % 300 for n in range(900)]
 
 
@@ -58,3 +59,24 @@ def test_a_prefix_is_fetched_from_the_peer_that_has_it(redis_server: EmbeddedRed
         assert metric(fresh, "handover_bytes_total") == metric(fresh, "prefix_fetch_failures_total") == 0
         assert ask(prefill, [*PROMPT, 5]) == (expected, 896)  # it holds the prefix now, and computes the rest again
         assert metric(fresh, "prefix_fetched_tokens_total") == 896
+
+
+def test_blocks_come_back_from_host_memory() -> None:
+    flags = [
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        "2",
+        "--num-gpu-blocks-override",
+        "20",
+        "--swap-space",
+        "0.05",
+    ]
+    with LocalCluster(None, flags=flags, env={"OMP_NUM_THREADS": "1"}) as cluster:
+        (instance,) = cluster.start(["mixed"])
+        first, num_cached = ask(instance, PROMPT)
+        assert num_cached == 0
+        for number in range(3):  # pushes the first one's 15 blocks out of 20
+            ask(instance, [300 + number, *PROMPT])
+        assert ask(instance, PROMPT) == (first, 896)
+        assert metric(instance, "prefix_cache_swap_hits_total") > 0

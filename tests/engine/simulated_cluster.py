@@ -29,6 +29,7 @@ from fastdeploy_pd.engine.outbox import Action, Connect
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import Request, SamplingParams, Slo, TokenLogprobs
+from fastdeploy_pd.transfer.host_tier import HostTier
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 
@@ -299,14 +300,17 @@ class SimulatedCluster:
         depth: int = 0,
         options: EngineOptions | None = None,
         predictor: Predictor | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         """
         Args:
             predictor: what engines know of their steps at first; with one, prompts and placement go by SLOs.
             depth: of the runners; 0: one step at a time, which is computed when it is launched.
             options: of the engines; None: the usual ones, and front ends know nothing of prefix caches.
+            num_host_blocks: that have room behind each pool.
         """
         self.predictor = predictor
+        self.num_host_blocks = num_host_blocks
         self.options, self.fetches = options, FetchCounts()
         self.rng = random.Random(seed)
         self.faults = faults
@@ -382,6 +386,9 @@ class SimulatedCluster:
             new_id=lambda: f"{instance_id}:{next(counter)}",
             new_nonce=lambda: self.rng.getrandbits(63),
         )
+        if self.num_host_blocks:
+            num_bytes = self.num_host_blocks * NUM_LAYERS * self.layout.block_bytes
+            context.scheduler.pool.lower = HostTier(pool, num_bytes, self.rng.getrandbits(63))
         engine = Engine(role, context, runner, self.clock)
         engine.start_from(self.predictor)
         self.nodes[instance_id] = Node(Peer(instance_id, f"sim://{instance_id}"), engine, pool, runner)

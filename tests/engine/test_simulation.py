@@ -33,10 +33,12 @@ def run_one(
     num_blocks: int = 24,
     options: EngineOptions | None = None,
     predictor: Predictor | None = None,
+    num_host_blocks: int = 0,
 ) -> SimulatedCluster:
     """Run one schedule and check what every schedule must fulfil."""
     rng = random.Random(seed)
-    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth, options=options, predictor=predictor)
+    more = {"options": options, "predictor": predictor, "num_host_blocks": num_host_blocks}
+    cluster = SimulatedCluster(seed, roles, faults, num_blocks, depth=depth, **more)
     shared = [rng.randrange(1, 900) for _ in range(9)]
     for number in range(num_requests):
         prompt = (shared if rng.random() < 0.5 else []) + [rng.randrange(1, 900) for _ in range(rng.randint(1, 18))]
@@ -156,6 +158,18 @@ def test_slo_policies_while_everything_goes_wrong(roles: list[Role], depth: int)
     for seed in range(30):
         faults = Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=4.0, corrupt=0.01, until_s=20)
         run_one(seed, roles, faults if seed % 3 else Faults(until_s=0), depth, 16, num_aborts=2, predictor=predictor)
+
+
+def test_blocks_come_back_from_host_memory_while_everything_goes_wrong(depth: int) -> None:
+    num_hits = num_fetched = 0
+    for seed in range(30):
+        faults = Faults(drop=0.03, repeat=0.05, late=0.05, kill_every_s=4.0 * (seed % 2), corrupt=0.02, until_s=30)
+        cluster = run_one(
+            seed, [M, P, D], faults, depth, 24, num_aborts=3, num_blocks=16, options=FETCHES, num_host_blocks=8
+        )
+        num_hits += sum(n.engine.context.scheduler.num_swap_hits for n in (*cluster.nodes.values(), *cluster.dead))
+        num_fetched += cluster.fetches.num_fetched
+    assert num_hits > 40 and num_fetched > 10
 
 
 def test_aborts_leave_every_block_free(depth: int) -> None:
