@@ -40,7 +40,7 @@ class FetchRule:
         Args:
             wire_s: from the first write to the last; total_s: from the order until the blocks were verified.
         """
-        wire_s = min(wire_s, total_s)
+        wire_s = min(max(0.0, wire_s), total_s)  # the peer's word
         measured = LinkSpeed(total_s - wire_s, wire_s / num_blocks)
         known = self._links.pop(peer_id, measured)
         known.latency_s += NEWEST * (measured.latency_s - known.latency_s)
