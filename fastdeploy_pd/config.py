@@ -146,7 +146,6 @@ class InstanceConfig:
             if value is not None:
                 check(value)
         _check_ports(args)
-        _check_swap_space(args)
         _choose_by_device(args)
         args.scheduler_password = args.scheduler_password or env.get("FD_SCHEDULER_PASSWORD") or None
         args.advertise_host = args.advertise_host or _own_address(env)
@@ -421,25 +420,11 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
         default=(),
         help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
     )
+    add("--swap-space", type=_number(float, 0, 65536, "from 0 to 65536"), default=0.0, help="GiB for evicted KV blocks")
     add(
-        "--swap-space",
-        type=_number(float, 0, 65536, "GiB from 0 to 65536"),
-        default=0.0,
-        help="GiB of host memory for KV blocks that the pool has no room for, to be found again (default: 0, none)",
+        "--min-fetch-tokens", type=_integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none"
     )
-    add(
-        "--min-fetch-tokens",
-        type=_integer(0),
-        default=256,
-        help="shortest prefix that is fetched from a peer's cache while it is not known how fast links and prefills are; 0: none is ever fetched",
-    )
-    add(
-        "--local-prefill-tokens",
-        type=_integer(0),
-        default=64,
-        help="a decode instance that has a prompt's prefix but for so many tokens computes these itself; "
-        "0: a prefill instance computes every prompt",
-    )
+    add("--local-prefill-tokens", type=_integer(0), default=64, help="most that decode computes after a cached prefix")
     add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
     add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")
     add(
@@ -519,13 +504,6 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--ready-file", help="file to write addresses to when the instance is ready")
     add("--data-parallel-size", type=_integer(1), help="only 1 in this version")
     add("--speculative-config", help="not part of this version: refused")
-
-
-def _check_swap_space(args: argparse.Namespace) -> None:
-    if args.swap_space and args.tensor_parallel_size > 1:
-        raise ConfigError(f"--swap-space is {args.swap_space:g}; with --tensor-parallel-size above 1 it must be 0")
-    if args.swap_space and not args.enable_prefix_caching:
-        raise ConfigError(f"--swap-space is {args.swap_space:g}; with --no-enable-prefix-caching it must be 0")
 
 
 def _add_slo_flags(add: Callable[..., Any]) -> None:

@@ -222,12 +222,15 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
 def host_tier(config: InstanceConfig, pool: Pool) -> HostTier:
     """Returns: the host memory of --swap-space. Raises: ConfigError: it cannot be had, or holds no block; says the numbers."""
     num_bytes, free = int(config.cache.swap_space * 2**30), free_memory_bytes()
+    given = f"--swap-space is {config.cache.swap_space:g} GiB"
+    if config.model.tensor_parallel_size > 1 or not config.cache.enable_prefix_caching:
+        raise ConfigError(f"{given}; with several ranks or --no-enable-prefix-caching it must be 0")
     if num_bytes > free:
-        raise ConfigError(f"--swap-space is {config.cache.swap_space:g} GiB; only {free / 2**30:.2f} GiB are free")
+        raise ConfigError(f"{given}; only {free / 2**30:.2f} GiB are free")
     try:
         return HostTier(pool, num_bytes, secrets.randbits(63))
     except (ValueError, OSError, RdmaError) as error:
-        raise ConfigError(f"--swap-space is {config.cache.swap_space:g} GiB, of no use here: {error}") from error
+        raise ConfigError(f"{given}, of no use here: {error}") from error
 
 
 def pool_layout(config: InstanceConfig, model: ModelConfig, max_model_len: int, rank: Rank) -> KVLayout:

@@ -115,10 +115,7 @@ class EngineMetrics:
         )
         self._fetched_bytes = counter("prefix_fetched_bytes", "KV bytes of them, verified.")
         self._fetch_failures = Counter(
-            _name("prefix_fetch_failures"),
-            "Fetches given up; what they were for was computed.",
-            ["reason"],
-            registry=registry,
+            _name("prefix_fetch_failures"), "Fetches given up.", ["reason"], registry=registry
         )
         self._fallen: set[tuple[str, str]] = set()  # (peer, backend) that the log has
         self._last = {"preemptions": 0, "queries": 0, "hits": 0, "swap_hits": 0}
