@@ -11,7 +11,7 @@ from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
 from fastdeploy_pd.engine.outbox import Send
 from fastdeploy_pd.engine.roles import Role
-from fastdeploy_pd.request import Request
+from fastdeploy_pd.request import Request, Slo
 from tests.engine.simulated_cluster import BLOCK_SIZE, Faults, Node, SimulatedCluster, expected_tokens
 
 OPTIONS = EngineOptions(min_fetch_tokens=BLOCK_SIZE, local_prefill_tokens=6)
@@ -24,7 +24,9 @@ class Fixed:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
 
-    def place(self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random) -> Placement | None:
+    def place(
+        self, num_tokens: int, candidates: Collection[Candidate], rng: random.Random, slo: Slo, age_s: float
+    ) -> Placement | None:
         """See PlacementPolicy."""
         return self.placement if self.placement.decode_id in {c.instance_id for c in candidates} else None
 
@@ -120,6 +122,7 @@ def test_a_holder_that_says_nothing_is_not_waited_for() -> None:
 def test_what_computes_sooner_is_computed() -> None:
     scene = Scene(Role.MIXED, Role.MIXED)
     scheduler = scene.other.engine.context.scheduler
+    scene.other.engine._tell_scheduler = lambda: None  # type: ignore[method-assign]  # what we say is not refined
     scheduler.predictor = Predictor(prefill=(0.0, 1e-6, 0.0), decode=(0.0, 0.0, 0.0))
     scene.ask("measured", PROMPT, Placement(None, scene.ids[1]))  # the link is not known yet
     assert scene.cluster.fetches.num_fetched == 1
