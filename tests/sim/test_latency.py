@@ -61,8 +61,8 @@ def test_sums_are_values_one_by_one() -> None:
 
 def test_which_profile(tmp_path: Path) -> None:
     for model in MODELS:
-        with pytest.raises(ConfigError, match=r"--profile 8b-h200 fits 0 of the profiles .*70B_h200_sxm_tp4"):
-            read(DATA, "8b-h200", model)
+        with pytest.raises(ConfigError, match=r"--profile 9b-h200 fits 0 of the profiles .*70B_h200_sxm_tp4"):
+            read(DATA, "9b-h200", model)
     (tmp_path / "x-9b_prefill.csv").write_text("isl,ms\n1,2\n")
     with pytest.raises(ConfigError, match=r"is not a grid of isl, prefill_ms"):
         read(tmp_path, "9b")
