@@ -67,7 +67,10 @@ def test_tight_and_loose_objectives(tmp_path: Path) -> None:
             "--json no/out cannot be written",
         ),
         (["--trace", "nowhere", "--layout", "1M"], "--trace nowhere cannot be read"),
-        (["--trace", str(TRACE), "--layout", "1M", "--profile", "sxm"], "--num-blocks must be given for --profile sxm"),
+        (
+            ["--trace", str(TRACE), "--layout", "1M", "--profile", "70b-sxm"],
+            "--num-blocks must be given for --profile 70b-sxm",
+        ),
     ],
 )
 def test_wrong_flags_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
