@@ -37,14 +37,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--trace", required=True, metavar="FILE", help="Mooncake JSONL or Azure CSV, .gz or not; or `synthetic`")
     add_step_time_flags(parser)
-    add("--layout", required=True, help="instances, as in 6P2D, 8M or 2P4D2M: Prefill, Decode, Mixed")
+    add(
+        "--layout",
+        required=True,
+        help="instances, as in 6P2D, 8M or 2P4D2M: Prefill, Decode, Mixed; auto:8: eight whose work the SLOs decide",
+    )
     rate_help = "requests/s; the trace is sped up or slowed down to it (default: its own); several: a run for each"
     add("--rate", type=parse_rates, metavar="R[,R...]", help=rate_help)
     add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
-    add("--placement", choices=PLACEMENTS, default="fewest-tokens", help="(default fewest-tokens)")
-    add(
-        "--prefill-policy", choices=order.POLICIES, default="fcfs", help="order of an instance's prompts (default fcfs)"
-    )
+    add("--placement", choices=PLACEMENTS, help="(default fewest-tokens; with auto:N slo)")
+    add("--prefill-policy", choices=order.POLICIES, help="order of prompts (default fcfs; with auto:N slack)")
     add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
     add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
@@ -119,6 +121,9 @@ def parse_rates(text: str) -> tuple[float, ...]:
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
     check_positive(args, "rate", "max_requests", "slo_ttft_x", "slo_tpot_ms")
+    is_auto = args.layout.startswith("auto:")
+    args.placement = args.placement or ("slo" if is_auto else "fewest-tokens")
+    args.prefill_policy = args.prefill_policy or ("slack" if is_auto else "fcfs")
     rng = random.Random(args.seed)
     times = step_times(args)
     requests = offer(args, rng)
@@ -160,10 +165,12 @@ def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
 
 
 def parse_layout(text: str) -> str:
-    """Returns: a letter an instance: 2P1D is "PPD". Raises: ConfigError: that is no layout."""
+    """Returns: a letter an instance: 2P1D is "PPD", auto:3 "MMM". Raises: ConfigError: that is no layout."""
+    if match := re.fullmatch(r"auto:([1-9]\d*)", text):
+        return int(match[1]) * "M"
     parts = re.findall(r"(\d+)([PDM])", text.upper())
     if not parts or "".join(n + kind for n, kind in parts) != text.upper():
-        raise ConfigError(f"--layout {text}: it must be counts before P, D or M, as in 6P2D or 8M")
+        raise ConfigError(f"--layout {text}: it must be counts before P, D or M, as in 6P2D or 8M, or auto:8")
     return "".join(int(n) * kind for n, kind in parts)
 
 

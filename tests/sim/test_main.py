@@ -59,7 +59,10 @@ def test_tight_and_loose_objectives(tmp_path: Path) -> None:
     ("flags", "text"),
     [
         (["--trace", "synthetic", "--layout", "1M"], "--trace synthetic has no rate of its own; give --rate"),
-        (["--trace", str(TRACE), "--layout", "auto:8"], "--layout auto:8: it must be counts before P, D or M"),
+        (
+            ["--trace", str(TRACE), "--layout", "auto"],
+            "--layout auto: it must be counts before P, D or M, as in 6P2D or 8M, or auto:8",
+        ),
         (["--trace", str(TRACE), "--layout", "3P"], "at least one instance that decodes"),
         (["--trace", str(TRACE), "--layout", "1M", "--rate", "0"], "--rate is 0.0; it must be above 0"),
         (

@@ -92,11 +92,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*flags, "--gpus", "11"]) == 0
     found = json.loads(out.read_text())
     best = found["best"]
-    assert (best["gpus"], best["slo_attainment"] >= 0.9, best["requests"]) == (8, True, 100), "an instance takes four"
+    assert (best["gpus"], best["slo_attainment"] >= 0.9, best["requests"]) == (4, True, 100), "an instance takes four"
     assert best["highest_rate"] >= found["rate"] == pytest.approx(0.8)
-    assert f"best: --layout {best['layout']} --placement fewest-tokens" in capsys.readouterr().out
-    assert main([*flags, "--gpus", "4"]) == 1
-    assert "nothing meets the goal at 0.80 requests/s" in capsys.readouterr().out
+    assert f"best: --layout {best['layout']} --placement slo" in capsys.readouterr().out
+    assert main([*flags, "--gpus", "4", "--rate", "3"]) == 1
+    assert "nothing meets the goal at 3.00 requests/s" in capsys.readouterr().out
     assert json.loads(out.read_text())["best"] is None
 
 
