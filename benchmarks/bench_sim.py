@@ -25,13 +25,11 @@ DATA = Path(__file__).parents[1] / "tests" / "sim" / "data"
 SETTINGS = (("70b-h200-tp4", 3.4), ("70b-h200-tp4", 6.8), ("8b-h200-tp1", 3.4), ("8b-h200-tp1", 10.2))
 PEER_LAYOUTS = ("8M", "6P2D", "4P4D")
 CONTEXTS, BATCHES = 100, 100
-MAX_CONTEXT = 131_072
+MAX_CONTEXT, MOST_TOKENS, MOST_STREAMS = 131_072, 3_000_000, 256
 SLO = Slo(5.0, 100.0)
 
 #: run by the peer's Python: the grids as DynoSim reads them
-SAVE = (
-    "import sys, json, numpy; numpy.savez(sys.argv[1], **{k: numpy.array(v) for k, v in json.load(sys.stdin).items()})"
-)
+SAVE = "import sys, json, numpy; numpy.savez(sys.argv[1], **{k: numpy.array(v, float) for k, v in json.load(sys.stdin).items()})"
 
 
 def ours(path: Path, profile: str, rate: float, layout: str) -> dict[str, Any]:
@@ -52,15 +50,16 @@ def peers_grids(peer: str, profile: str, out: Path) -> None:
     """Write a profile's grids in the form that DynoSim reads: prefill by prompt length, decode by KV tokens and mean context."""
     grid, fitted = latency.read(DATA, profile), latency.read(DATA, profile, "dynosim")
     lengths = sorted([128 << i for i in range(11)] + [3072 << i for i in range(6)])
-    most = latency.KNOWN_POOLS[profile][0] * latency.KNOWN_BLOCK_TOKENS
-    tokens = [most * (i + 1) / BATCHES for i in range(BATCHES)]
+    tokens = [MOST_TOKENS * i / (BATCHES - 1) for i in range(BATCHES)]
     contexts = [64 + (MAX_CONTEXT - 64) * i / (CONTEXTS - 1) for i in range(CONTEXTS)]
     values = {
         "prefill_isl": lengths,
         "prefill_ttft_ms": [grid.prefill_ms(n) for n in lengths],
         "decode_active_kv_tokens": tokens,
         "decode_context_length": contexts,
-        "decode_itl": [[fitted.decode_curve(max(1, round(k / c)))(k) for c in contexts] for k in tokens],
+        "decode_itl": [
+            [fitted.decode_curve(min(MOST_STREAMS, max(1, round(k / c))))(k) for c in contexts] for k in tokens
+        ],
     }
     subprocess.run([peer, "-c", SAVE, str(out)], input=json.dumps(values), text=True, check=True)
 
