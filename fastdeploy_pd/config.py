@@ -476,7 +476,7 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
         "--peer-timeout",
         type=_number(float, 1, 3600, "seconds from 1 to 3600"),
         default=10.0,
-        help="seconds an instance's step counter may stand still before it counts as lost; a closed connection counts at once",
+        help="seconds an instance's step counter may stand still before it counts as lost, a front end 0.7 of it; a closed connection counts at once",
     )
     add("--scheduler-tls", action="store_true", help="connect to Redis with TLS")
     add("--scheduler-tls-ca-file", help="certificates that sign Redis' certificate")

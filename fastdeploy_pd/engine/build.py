@@ -41,6 +41,7 @@ log = logging.getLogger("fastdeploy_pd.engine")
 #: of the memory that is free at start, how much the KV pool may take when --gpu-memory-utilization is not given
 DEFAULT_MEMORY_FRACTION = 0.25
 DEFAULT_GPU_FRACTION = 0.9
+FRONT_END_SHARE = 0.7  #: of --peer-timeout: a front end that is silent for so long has gone
 USUAL_TOKENS_PER_S = 2000.0  #: of prompts, until steps were measured
 Pool = KVPool | DevicePool
 #: full-length sequences a pool is made for, above max_num_seqs, when memory allows: prefixes stay cached
@@ -206,6 +207,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         join_ends(backends, layout, crew),
         EngineOptions(
             peer_timeout_s=config.cluster.peer_timeout,
+            front_end_timeout_s=FRONT_END_SHARE * config.cluster.peer_timeout,
             min_fetch_tokens=config.cache.min_fetch_tokens,
             local_prefill_tokens=config.cache.local_prefill_tokens,
         ),

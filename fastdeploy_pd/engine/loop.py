@@ -393,7 +393,8 @@ class Engine:
     def _tick(self, now_s: float) -> None:
         self.decode.tick(now_s)
         self.prefill.tick(now_s)
-        for peer_id in (*self._liveness.lost(now_s), *self._caller_liveness.lost(now_s)):
+        silent = [i for i in self._caller_liveness.lost(now_s) if i not in self._served_peers]  # those have longer
+        for peer_id in (*self._liveness.lost(now_s), *silent):
             self.peer_lost(peer_id)
         if now_s >= self._next_beat_s:
             self._next_beat_s = now_s + self.context.options.beat_s
