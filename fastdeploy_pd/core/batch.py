@@ -55,7 +55,7 @@ class ScheduledSequence:
         return self.request.token_ids(self.start, self.stop)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, like ScheduledSequence
 class Batch:
     """One step: every sequence that takes part, in the order of the results."""
 

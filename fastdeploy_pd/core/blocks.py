@@ -178,23 +178,32 @@ class BlockPool:
         """
         ref_counts, free, hash_of = self._ref_counts, self._free, self._hash_of
         for block_id in reversed(block_ids):
-            if ref_counts[block_id] == 0:
+            count = ref_counts[block_id]
+            if count == 0:
                 raise ValueError(f"block {block_id} was released more often than held")
-            ref_counts[block_id] -= 1
-            if ref_counts[block_id] == 0:
+            ref_counts[block_id] = count - 1
+            if count == 1:
                 free[block_id] = None
                 if hash_of[block_id] is None:
                     free.move_to_end(block_id, last=False)
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Returns: block ids of the longest findable run of `hashes` from the first on. Holds nothing: see `hold`."""
-        found = []
+        block_of, found = self._block_of, []
         for block_hash in hashes:
-            block_id = self._block_of.get(block_hash)
-            if block_id is None:
+            if block_hash not in block_of:
                 break
-            found.append(block_id)
+            found.append(block_of[block_hash])
         return found
+
+    def num_findable(self, hashes: Sequence[bytes]) -> int:
+        """Returns: how many blocks `find_prefix` would find."""
+        block_of, count = self._block_of, 0
+        for block_hash in hashes:
+            if block_hash not in block_of:
+                break
+            count += 1
+        return count
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """Returns: how many of these blocks are free, i.e. how many free ones `hold` would take."""

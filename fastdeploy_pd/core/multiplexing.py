@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastdeploy_pd.core.order import MAX_WAIT_S, late
 from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement
@@ -23,15 +23,11 @@ MOST_SHARE = 0.9  # of an instance's time that streams may need before it takes 
 SAFETY = 1.05  # predictions are that much too short
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What an instance would make of a prompt; less is better, in the order of the fields."""
 
     num_lost: int  #: first tokens that come late because of it, its own included
     cost_s: float  #: until its first token, and spent on it
-
-    def __lt__(self, other: Estimate) -> bool:
-        return (self.num_lost, self.cost_s) < (other.num_lost, other.cost_s)
 
 
 class Multiplexing:
@@ -52,24 +48,26 @@ class Multiplexing:
         if any(c.load is None for c in candidates):
             return self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
         due_s = min((x for x in (slo.ttft_s, slo.deadline_s) if x is not None), default=MAX_WAIT_S) - age_s
-        decoders = [c for c in candidates if c.can_decode]
-        if not decoders:
+        if not any(c.can_decode for c in candidates):
             return None
         shuffled = sorted(candidates, key=lambda c: c.instance_id)
         rng.shuffle(shuffled)  # equals are chosen at random
-        decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
-        best: tuple[Estimate, Placement] | None = None
+        decoder = None
+        if any(c.can_prefill and not c.can_decode for c in shuffled):
+            decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
+        best: tuple[Estimate, Candidate] | None = None
         for c in shuffled:
             if c.load is None or not c.load.predictor.knows_prefill:
                 continue  # it has computed no prompt yet, or is not there for that
-            if c.can_prefill and not c.can_decode:
-                placement = Placement(c.instance_id, decoder.instance_id)
-            elif c.can_decode:
-                placement = Placement(None, c.instance_id)
             found = estimate(c, num_tokens, due_s, slo)
             if best is None or found < best[0]:
-                best = found, placement
-        return best[1] if best else self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
+                best = found, c
+        if best is None:
+            return self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
+        chosen = best[1]
+        if chosen.can_decode or decoder is None:
+            return Placement(None, chosen.instance_id)
+        return Placement(chosen.instance_id, decoder.instance_id)
 
 
 def stream_share(candidate: Candidate, slo: Slo, num_tokens: int = 0) -> float:

@@ -48,8 +48,10 @@ def num_left(request: Request) -> int:
 def due_s(request: Request) -> float:
     """Returns: when its first token is due, on the clock of its arrival; MAX_WAIT_S after it where nothing is said."""
     slo = request.slo
-    limits = [x for x in (slo.ttft_s, slo.deadline_s) if x is not None]
-    return request.arrival_s + (min(limits) if limits else MAX_WAIT_S)
+    ttft_s, deadline_s = slo.ttft_s, slo.deadline_s
+    if ttft_s is None or (deadline_s is not None and deadline_s < ttft_s):
+        ttft_s = deadline_s
+    return request.arrival_s + (MAX_WAIT_S if ttft_s is None else ttft_s)
 
 
 class Sorted:
@@ -79,25 +81,29 @@ class Slack:
         predictor = self._predictor()
         if len(prompts) < 2:
             return prompts
-        by_due = sorted(prompts, key=lambda r: (r.priority, due_s(r)))
+        in_order = sorted((r.priority, due_s(r), n) for n, r in enumerate(prompts))
+        by_due = [prompts[n] for _, _, n in in_order]
         if predictor is None:
             return by_due
-        jobs = [(due_s(r), prefill_left_s(r, predictor) * stretch) for r in by_due]
-        is_late = late(jobs, now_s)
+        left = [prefill_left_s(r, predictor) * stretch for r in by_due]
+        is_late = late([(due, seconds) for (_, due, _), seconds in zip(in_order, left, strict=True)], now_s)
+        self._num_steps += 1
+        if True not in is_late:
+            return by_due
         on_time = [r for r, x in zip(by_due, is_late, strict=True) if not x]
         rest = sorted((r for r, x in zip(by_due, is_late, strict=True) if x), key=lambda r: (r.priority, r.arrival_s))
         begun = [r for r in rest if r.local.block_table]
         rest = begun or rest[:1]  # one at a time: those that have begun hold blocks
-        self._num_steps += 1
-        if rest and self._num_steps % LATE_EVERY == 0:
+        if self._num_steps % LATE_EVERY == 0:
             return [rest[0], *on_time, *rest[1:]]
         return [*on_time, *rest]
 
 
 def prefill_left_s(request: Request, predictor: Predictor) -> float:
     """Returns: seconds that what is left of a prompt takes alone."""
-    num_tokens = request.num_tokens
-    return predictor.prefill_s(num_tokens, num_tokens - num_left(request))
+    local = request.local
+    computed, matched = local.num_computed_tokens, local.num_matched_tokens
+    return predictor.prefill_s(request.num_tokens, computed if computed > matched else matched)
 
 
 def late(jobs: Sequence[tuple[float, float]], now_s: float) -> list[bool]:
@@ -157,6 +163,11 @@ def stream_slack_s(streams: Iterable[Request], step_s: float, now_s: float) -> f
         num_tokens = len(request.output_token_ids) + request.local.num_pending_tokens
         tpot_s *= TPOT_AIM
         slack_s = begun_s + tpot_s * num_tokens - now_s - step_s
-        if slack_s >= (step_s - tpot_s) * RECOVERY_S / max(step_s, 1e-9):
+        if slack_s >= least_slack_s(tpot_s, step_s):
             least_s = min(least_s, slack_s)
     return least_s
+
+
+def least_slack_s(tpot_s: float, step_s: float) -> float:
+    """Returns: the slack below which a stream that aims at tpot_s a token is lost; see `stream_slack_s`."""
+    return (step_s - tpot_s) * RECOVERY_S / max(step_s, 1e-9)

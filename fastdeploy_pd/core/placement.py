@@ -20,7 +20,7 @@ BLUR_TOKENS = 64  # differences below one block are noise: loads are reported ev
 BLUR_FRACTION = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, like Candidate
 class Load:
     """What waits and runs on an instance, for policies that predict."""
 
@@ -53,7 +53,9 @@ class Load:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(
+    slots=True
+)  # not frozen: there is one an instance and placement, and freezing makes it six times as slow to make
 class Candidate:
     """An instance as placement sees it."""
 

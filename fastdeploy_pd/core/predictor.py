@@ -52,7 +52,8 @@ class Predictor:
     def prefill_s(self, num_tokens: int, num_computed: int = 0) -> float:
         """Returns: seconds that the tokens from num_computed to num_tokens of a prompt take, alone and in one piece."""
         a, b, c = self.prefill
-        return max(0.0, (a * (num_tokens + num_computed) + b) * (num_tokens - num_computed) + max(c, 0.0))
+        seconds = (a * (num_tokens + num_computed) + b) * (num_tokens - num_computed) + (c if c > 0 else 0.0)
+        return seconds if seconds > 0 else 0.0
 
     def tokens_within(self, seconds: float, num_computed: int) -> int:
         """Returns: how many tokens of a prompt, after its first num_computed, can be computed in so long; 0 or more."""

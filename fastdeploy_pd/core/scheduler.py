@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
@@ -55,7 +56,47 @@ class SchedulerOptions:
 
 def is_prompt(request: Request) -> bool:
     """Returns: whether more than its newest token is left to compute."""
-    return request.num_tokens - request.local.num_computed_tokens > 1
+    local = request.local
+    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids) + local.num_pending_tokens
+    return num_tokens - local.num_computed_tokens > 1
+
+
+class Streams(Protocol):
+    """What the prompts' part of a step must know of the streams beside them."""
+
+    num: int
+
+    def num_tokens(self) -> int:
+        """Returns: KV tokens in sum, those that the step adds included."""
+        ...
+
+    def least_tpot_s(self) -> float:
+        """Returns: the least TPOT SLO of them; infinite where none has one."""
+        ...
+
+    def slack_s(self, step_s: float, now_s: float) -> float:
+        """Returns: see `order.stream_slack_s`."""
+        ...
+
+
+class ScheduledStreams:
+    """The streams of a step that has been scheduled."""
+
+    def __init__(self, sequences: Sequence[ScheduledSequence]) -> None:
+        self._sequences = sequences
+        self.num = len(sequences)
+
+    def num_tokens(self) -> int:
+        """See `Streams.num_tokens`."""
+        return sum(s.stop for s in self._sequences)
+
+    def least_tpot_s(self) -> float:
+        """See `Streams.least_tpot_s`."""
+        return min((s.request.slo.tpot_s or math.inf for s in self._sequences), default=math.inf)
+
+    def slack_s(self, step_s: float, now_s: float) -> float:
+        """See `Streams.slack_s`."""
+        return stream_slack_s((s.request for s in self._sequences), step_s, now_s)
 
 
 class Scheduler:
@@ -100,30 +141,31 @@ class Scheduler:
 
     def load(self, predictor: Predictor, now_s: float, busy_s: float) -> Load:
         """Returns: what there is to do, for placement; busy_s: until the step in flight ends."""
-        pool = self.pool
-        jobs, num_streams, stream_tokens, num_promised = [], 0, 0, 0
-        for request in self.running:
+        requests = [*self.running, *self.waiting]
+        jobs, num_promised = self.prompts_left(predictor, requests)
+        streams = [r.num_tokens for r in requests if not is_prompt(r)]
+        num_free = self.pool.num_free * self.pool.block_size - num_promised
+        prompts = tuple([(due - now_s, seconds) for due, seconds in jobs])
+        return Load(predictor, prompts, busy_s, len(streams), sum(streams), num_free)
+
+    def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
+        """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how
+        many tokens of all of them are still to be given blocks.
+        """
+        jobs, num_promised, running = [], 0, self.running
+        for request in requests:
             if is_prompt(request):
-                jobs.append((due_s(request) - now_s, prefill_left_s(request, predictor)))
-            else:
-                num_streams += 1
-                stream_tokens += request.num_tokens
-        for request in self.waiting:
-            if is_prompt(request):
-                jobs.append((due_s(request) - now_s, prefill_left_s(request, predictor)))
-                num_promised += num_left(request)
-            else:
-                num_streams += 1
-                stream_tokens += request.num_tokens
+                jobs.append((due_s(request), prefill_left_s(request, predictor)))
+                if request not in running:
+                    num_promised += num_left(request)
         jobs.sort()
-        num_free = pool.num_free * pool.block_size - num_promised
-        return Load(predictor, tuple(jobs[:MAX_PROMPTS]), busy_s, num_streams, stream_tokens, num_free)
+        return jobs[:MAX_PROMPTS], num_promised
 
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""
         request.local.samples_on_device = self._samples_on_device(request)
         if self._policy is not None and not request.local.block_table:
-            request.local.num_matched_tokens = len(self.match_prefix(request)) * self.pool.block_size
+            request.local.num_matched_tokens = self.num_matching_tokens(request)
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -159,20 +201,50 @@ class Scheduler:
         Returns: the batch; empty if nothing can be computed now.
         """
         others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
-        sequences, budget, is_short = self._schedule_running(others_wait, now_s)
+        running = list(self.running)
+        streams, budget, is_short = self.schedule_streams(
+            running, self.options.max_num_batched_tokens, now_s, others_wait
+        )
         if is_short:
             return Batch([], self.pool.block_size)
-        handed_over = [r for r in self.waiting if not is_prompt(r)]  # they generate from now on
-        streams = self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
-        sequences += streams
-        budget -= len(streams)
-        prompts = [*filter(is_prompt, self.running), *filter(is_prompt, self.waiting)]
-        if prompts and budget:
-            slack_s, stretch = self._leave_to_prompts(sequences, now_s)
-            ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
-            limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
-            sequences += self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
-        return Batch(sequences, self.pool.block_size)
+        prompts = self.schedule_prompts(running, ScheduledStreams(streams), budget, now_s, others_wait)
+        return Batch(streams + prompts, self.pool.block_size)
+
+    def schedule_streams(
+        self, running: Iterable[Request], budget: int, now_s: float, others_wait: bool = False
+    ) -> tuple[list[ScheduledSequence], int, bool]:
+        """Give streams their next token: those among `running`, the oldest first, and those that were handed over.
+
+        Args:
+            others_wait: see `_is_held_back`.
+        Returns: what they compute, the tokens of the budget that are left, and whether blocks lack that the end of the steps in
+        flight, or a preemption after it, would free.
+        """
+        sequences, budget, is_short = self._schedule_running(running, budget, others_wait, now_s)
+        if is_short:
+            return sequences, budget, True
+        handed_over = [r for r in self.waiting if not is_prompt(r)]
+        if handed_over:
+            begun = self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
+            sequences += begun
+            budget -= sum(s.num_tokens for s in begun)
+        return sequences, budget, False
+
+    def schedule_prompts(
+        self, running: Iterable[Request], streams: Streams, budget: int, now_s: float, others_wait: bool = False
+    ) -> list[ScheduledSequence]:
+        """Give prompts what streams leave of a step: those that have begun, among `running`, and those that wait.
+
+        Returns: what they compute.
+        """
+        prompts = [r for r in running if is_prompt(r) and r in self.running]
+        prompts += filter(is_prompt, self.waiting)
+        if not prompts or budget <= 0:
+            return []
+        slack_s, stretch = self._leave_to_prompts(streams, now_s)
+        ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
+        limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
+        return self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
 
     def launched(self, batch: Batch) -> None:
         """Record that a batch is being computed, the newest of those in flight: counts move on, sampled tokens are pending."""
@@ -212,12 +284,19 @@ class Scheduler:
 
         Returns: block ids, not held yet. Empty when caching is off or the prompt's log-probabilities are wanted.
         """
+        return self.pool.find_prefix(self._matchable_hashes(request))
+
+    def num_matching_tokens(self, request: Request) -> int:
+        """Returns: how many tokens `match_prefix` finds."""
+        return self.pool.num_findable(self._matchable_hashes(request)) * self.pool.block_size
+
+    def _matchable_hashes(self, request: Request) -> list[bytes]:
+        """Returns: the hashes of the blocks to look up."""
         if not self._looks_up(request):
             return []
-        local, block_size = request.local, self.pool.block_size
-        num_matchable = (request.num_tokens - 1) // block_size
-        self._hash_blocks(request, num_matchable)
-        return self.pool.find_prefix(local.block_hashes[:num_matchable])
+        num_blocks = (request.num_tokens - 1) // self.pool.block_size
+        self._hash_blocks(request, num_blocks)
+        return request.local.block_hashes[:num_blocks]
 
     def reserve(self, request: Request, num_spare_blocks: int = 0) -> bool:
         """Give a request all the blocks its known tokens need, the cached prefix first.
@@ -238,6 +317,7 @@ class Scheduler:
         request.local.block_table = cached + fresh
         request.local.num_computed_tokens = (len(cached) + num_filled) * self.pool.block_size
         request.local.num_cached_tokens = request.local.num_computed_tokens
+        request.local.num_findable_blocks = len(cached)
         if self._looks_up(request):  # once, however often it found no room
             self.num_prefix_queries += request.num_tokens
             self.num_prefix_hits += request.local.num_cached_tokens
@@ -253,22 +333,20 @@ class Scheduler:
             new = request.token_ids(len(hashes) * block_size, num_blocks * block_size)
             extend_hashes(hashes, new, block_size, request.cache_salt)
 
-    def _schedule_running(self, others_wait: bool, now_s: float) -> tuple[list[ScheduledSequence], int, bool]:
-        """Give each running stream its next token.
-
-        Returns: what they compute, the budget that is left, and whether blocks lack that the end of the steps in flight, or a
-        preemption after it, would free.
-        """
+    def _schedule_running(
+        self, running: Iterable[Request], budget: int, others_wait: bool, now_s: float
+    ) -> tuple[list[ScheduledSequence], int, bool]:
+        """See `schedule_streams`."""
         sequences: list[ScheduledSequence] = []
-        budget, block_size = self.options.max_num_batched_tokens, self.pool.block_size
+        block_size = self.pool.block_size
         num_preemptions = self.num_preemptions
-        for request in list(self.running):
+        for request in running:
             if budget == 0:
                 break
             if request not in self.running:  # preempted on behalf of an earlier one
                 continue
             start, stop = request.local.num_computed_tokens, request.num_tokens
-            if is_prompt(request) or self._is_held_back(request, others_wait):
+            if stop - start > 1 or self._is_held_back(request, others_wait):
                 continue
             if stop > len(request.local.block_table) * block_size and not self._extend_table(request, stop, now_s):
                 if self._is_in_flight:
@@ -319,16 +397,15 @@ class Scheduler:
             budget -= num_new
         return sequences
 
-    def _leave_to_prompts(self, streams: Sequence[ScheduledSequence], now_s: float) -> tuple[float, float]:
+    def _leave_to_prompts(self, streams: Streams, now_s: float) -> tuple[float, float]:
         """Returns: how many seconds the streams' SLOs leave to prompts in this step (infinite where nobody asks), and by how much
         longer than alone prompts take in the long run beside these streams.
         """
-        if self.predictor is None or not streams or not self.options.guards_tpot:
+        if self.predictor is None or not streams.num or not self.options.guards_tpot:
             return math.inf, 1.0
-        step_s = self.predictor.decode_s(len(streams), sum(s.stop for s in streams))
-        tpot_s = min((s.request.slo.tpot_s or math.inf for s in streams), default=math.inf)
-        stretch = 1 / (1 - min(MOST_SHARE, step_s / tpot_s))
-        return stream_slack_s((s.request for s in streams), step_s, now_s), stretch
+        step_s = self.predictor.decode_s(streams.num, streams.num_tokens())
+        stretch = 1 / (1 - min(MOST_SHARE, step_s / streams.least_tpot_s()))
+        return streams.slack_s(step_s, now_s), stretch
 
     def _prefill_limit_s(self, ordered: Sequence[Request], slack_s: float, budget: int, now_s: float) -> float:
         """Returns: how long the prompts' part of a step may take, at most slack_s; 0: no prompt now.

@@ -64,7 +64,7 @@ class Facts:
     iteration_s: float  #: of a step that generates a token for each
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SimCandidate(Candidate):
     """An instance as a simulated dispatcher sees it: with all that it could know."""
 
