@@ -1,22 +1,44 @@
 """One simulated instance: a real scheduler over a real block pool, and a latency model that says when its steps end.
 
-A batch that only generates repeats itself, one token further, until a sequence ends or something is handed to the instance. Such
-steps are not scheduled one by one: `launch` works out when they would end, `settle` brings scheduler and pool to where so many of them
-would have brought them. What comes out is the same to the last byte (tests/sim/test_cluster.py), many times faster.
+Requests that generate are handed from the scheduler to `streams.Streams`, which does for all of them at once what the scheduler would do
+for each in every step; the scheduler chooses the prompts' part of a step beside them. Where blocks run short they are handed back.
+A batch that only generates repeats itself until a sequence ends or something is handed to the instance: the ends of such steps are worked
+out at once. What comes out is the same to the last byte (tests/sim/test_cluster.py), many times faster.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
-from fastdeploy_pd.core.batch import Batch
+from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.placement import Load
-from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
-from fastdeploy_pd.request import Request
+from fastdeploy_pd.core.scheduler import ScheduledStreams, Scheduler, SchedulerOptions, is_prompt
+from fastdeploy_pd.request import Phase, Request
 from fastdeploy_pd.sim.latency import Latency
+from fastdeploy_pd.sim.streams import Streams
 
 MAX_LEAP = 64  # steps that are worked out at once; most are cut short by an arrival anyway
+
+
+class Beside:
+    """All streams of a step: the carried ones, and those that the scheduler has stepped."""
+
+    def __init__(self, carried: Streams, stepped: ScheduledStreams) -> None:
+        self._carried, self._stepped = carried, stepped
+        self.num = carried.num + stepped.num
+
+    def num_tokens(self) -> int:
+        """See `scheduler.Streams.num_tokens`."""
+        return self._carried.num_tokens() + self._stepped.num_tokens()
+
+    def least_tpot_s(self) -> float:
+        """See `scheduler.Streams.least_tpot_s`."""
+        return min(self._carried.least_tpot_s(), self._stepped.least_tpot_s())
+
+    def slack_s(self, step_s: float, now_s: float) -> float:
+        """See `scheduler.Streams.slack_s`."""
+        return min(self._carried.slack_s(step_s, now_s), self._stepped.slack_s(step_s, now_s))
 
 
 class Instance:
@@ -34,7 +56,7 @@ class Instance:
         """
         Args:
             kind: "P", "D" or "M".
-            max_leap: most steps to work out at once.
+            max_leap: most steps to work out at once; 1: each stream is scheduled in each step.
         """
         self.index, self.kind = index, kind
         self.instance_id = f"{kind}{index}"
@@ -46,9 +68,14 @@ class Instance:
         self.link_free_s = 0.0  #: when everything put on its outgoing link until now has left
         self.num_steps = self.num_computed_tokens = self.max_held_blocks = 0
         self._max_leap = max_leap
+        self._carries = max_leap > 1 and options.max_num_seqs <= options.max_num_batched_tokens
+        self._carried = Streams(self.scheduler)
+        self._own: dict[Request, None] = {}  # running and not carried, oldest first
         self._last_end_s = 0.0
         self._outstanding_tokens: int | None = None  # None: it may have changed
-        self._batch = Batch()
+        self._left: tuple[list[tuple[float, float]], int, int, int] | None = None  # see _what_is_left; None: the same
+        self._batch = Batch()  # without the carried streams
+        self._num_stepped = 0  # sequences at its head that are streams
         self._ends: list[float] = []  # of the step in flight and of those which repeat it
         self.due_s: float | None = None  #: when to call `end`; None: nothing is in flight
 
@@ -60,29 +87,48 @@ class Instance:
     def outstanding_tokens(self) -> int:
         """Returns: the scheduler's; it stays while steps repeat."""
         if self._outstanding_tokens is None:
-            self._outstanding_tokens = self.scheduler.outstanding_tokens()
+            tokens = self._carried.num
+            for request in (*self._own, *self.scheduler.waiting):
+                num_left = request.num_tokens - request.local.num_computed_tokens
+                tokens += num_left if num_left > 1 else 1
+            self._outstanding_tokens = tokens
         return self._outstanding_tokens
 
     def load(self, now_s: float) -> Load:
         """Returns: what placement may know of it. Raises: ValueError: its scheduler has no predictor."""
-        predictor = self.scheduler.predictor
-        if predictor is None:
+        scheduler, pool, carried = self.scheduler, self.scheduler.pool, self._carried
+        if scheduler.predictor is None:
             raise ValueError("the scheduler has no predictor")
-        return self.scheduler.load(predictor, now_s, self._ends[0] - now_s if self._ends else 0.0)
+        self.advance(now_s)
+        if self._left is None:
+            requests = (*self._own, *scheduler.waiting)
+            jobs, num_promised = scheduler.prompts_left(scheduler.predictor, requests)
+            streams = () if len(jobs) == len(requests) else [r.num_tokens for r in requests if not is_prompt(r)]
+            self._left = jobs, num_promised, len(streams), sum(streams)
+        jobs, num_promised, num_streams, num_tokens = self._left
+        if carried.num:
+            num_streams += carried.num
+            num_tokens += carried.num_tokens() + carried.num
+        busy_s = self._ends[0] - now_s if self._ends else 0.0
+        prompts = tuple([(due_s - now_s, seconds) for due_s, seconds in jobs])
+        num_free = pool.num_free * pool.block_size - num_promised
+        return Load(scheduler.predictor, prompts, busy_s, num_streams, num_tokens, num_free)
 
     def launch(self, now_s: float) -> bool:
         """Schedule a step if none is in flight; called after everything that is handed to the scheduler.
 
         Returns: whether one has begun; `due_s` says until when.
         """
-        self._outstanding_tokens = None
+        self._outstanding_tokens = self._left = None
         if self._ends:
             return False
-        batch = self.scheduler.schedule(now_s)
-        if not batch:
+        self._carry()
+        batch = self._schedule(now_s)
+        carried = self._carried
+        if not batch and not carried.num:
             return False
         self.scheduler.launched(batch)
-        chunks, num_decodes, kv_tokens = [], 0, 0
+        chunks, num_decodes, kv_tokens = [], carried.num, carried.num_tokens()
         for s in batch.sequences:
             if s.stop - s.start == 1 and s.needs_sample:
                 num_decodes += 1
@@ -93,7 +139,7 @@ class Instance:
         self._batch, self.start_s = batch, now_s
         end_s = now_s + self.latency.step_s(chunks, num_decodes, kv_tokens)
         self._ends = [end_s]
-        num_steps = 1 if chunks else self._leap(batch)
+        num_steps = self._leap()
         if num_steps > 1:
             curve = self.latency.decode_curve(num_decodes)
             self._ends += curve.sums(end_s, kv_tokens + num_decodes, num_decodes, num_steps - 1)
@@ -101,19 +147,23 @@ class Instance:
         self._note_held()
         return True
 
-    def catch_up(self, now_s: float) -> None:
-        """Bring requests and blocks to where they are now: somebody is about to look at the blocks, or take some."""
+    def advance(self, now_s: float) -> None:
+        """Bring blocks to where they are now: somebody is about to look at them, or take some."""
         if len(self._ends) > 1:
             num_ended = min(bisect_left(self._ends, now_s), len(self._ends) - 1)
-            self._settle(num_ended + 1)
-            del self._ends[:num_ended]
+            self._settle(num_ended)
+
+    def catch_up(self, now_s: float) -> None:
+        """Bring requests and blocks to where they are now: somebody is about to look at requests."""
+        self.advance(now_s)
+        self._carried.settle(self._carried.num_steps - bool(self._ends), sampled_token)
 
     def interrupt(self, now_s: float) -> bool:
         """Let the instance decide anew after the step that is in flight now: something is about to be handed to it.
 
         Returns: whether `due_s` has changed.
         """
-        self.catch_up(now_s)
+        self.advance(now_s)
         return self._cut()
 
     def blocks_taken(self) -> bool:
@@ -121,37 +171,87 @@ class Instance:
 
         Returns: whether `due_s` has changed.
         """
-        return not self._has_room(self._batch, len(self._ends)) and self._cut()
+        return not self._has_room(len(self._ends)) and self._cut()
 
-    def end(self) -> Batch:
-        """End the step in flight. Returns: its batch; the caller appends the sampled tokens."""
-        self._settle(len(self._ends))
-        batch, self._last_end_s = self._batch, self._ends[-1]
+    def end(self) -> list[ScheduledSequence]:
+        """End the step in flight.
+
+        Returns: its sequences but for streams that go on; the caller appends the sampled tokens.
+        """
+        self._settle(len(self._ends) - 1)
         self.num_steps += 1
-        self.num_computed_tokens += batch.num_tokens
-        self._ends, self.due_s = [], None
-        self.scheduler.computed(batch.sequences)
-        return batch
+        self.num_computed_tokens += self._batch.num_tokens + self._carried.num
+        self._last_end_s, self._ends, self.due_s = self._ends[-1], [], None
+        ended = self._carried.end(sampled_token)
+        sequences = self._batch.sequences
+        if ended:
+            first = sequences[: self._num_stepped] + ended
+            if len(first) > 1:  # in the scheduler's order
+                places = {r: n for n, r in enumerate(self.scheduler.running)}
+                first.sort(key=lambda s: places[s.request])
+            sequences = first + sequences[self._num_stepped :]
+        self.scheduler.computed(sequences)
+        return sequences
 
-    def _leap(self, batch: Batch) -> int:
-        """Returns: how many steps the batch, all of it generating, is certain to be scheduled for if nobody interrupts."""
-        scheduler = self.scheduler
-        if scheduler.waiting or len(batch.sequences) != len(scheduler.running):
-            return 1
-        max_model_len = scheduler.options.max_model_len
-        num_steps = self._max_leap
-        for s in batch.sequences:
-            request = s.request
-            num_left = request.sampling.max_tokens - len(request.output_token_ids)
-            num_steps = min(num_steps, num_left, max_model_len - request.num_known_tokens)
-        return num_steps if self._has_room(batch, num_steps) else 1
+    def _carry(self) -> None:
+        """Take the requests that have got a token in the step that ended from the scheduler's hands."""
+        running = self.scheduler.running
+        for s in self._batch.sequences:
+            if s.request not in running:
+                self._own.pop(s.request, None)
+            elif self._carries and s.request.phase is Phase.DECODING:
+                del self._own[s.request]
+                self._carried.join(s.request)
+        self._batch = Batch()
 
-    def _has_room(self, batch: Batch, num_steps: int) -> bool:
-        if num_steps < 2:
-            return True
+    def _hand_back(self) -> None:
+        self._carried.settle(self._carried.num_steps, sampled_token)
+        self._carried.forget()
+        self._own = dict(self.scheduler.running)
+
+    def _schedule(self, now_s: float) -> Batch:
+        """Returns: the step without the carried streams, which are launched."""
+        scheduler, carried = self.scheduler, self._carried
+        if carried.num and not self._has_blocks():
+            self._hand_back()
+        if not carried.num:
+            batch = scheduler.schedule(now_s)
+            self._own = dict(scheduler.running)
+            return batch
+        carried.launch()
+        own = self._own
+        budget = scheduler.options.max_num_batched_tokens - carried.num
+        stepped, budget, _ = scheduler.schedule_streams(own, budget, now_s)
+        streams = Beside(carried, ScheduledStreams(stepped)) if stepped else carried
+        sequences = stepped + scheduler.schedule_prompts(own, streams, budget, now_s)
+        for s in sequences:
+            own[s.request] = None
+        if len(own) + carried.num != len(scheduler.running):  # one was admitted and could compute nothing
+            self._own = {r: None for r in scheduler.running if r not in carried}
+        self._num_stepped = len(stepped)
+        return Batch(sequences, scheduler.pool.block_size)
+
+    def _has_blocks(self) -> bool:
+        """Whether the streams' next step finds the blocks that it needs, without a preemption."""
         pool = self.scheduler.pool
-        num_held = sum(len(s.request.local.block_table) for s in batch.sequences)
-        return sum(pool.num_blocks_for(s.stop + num_steps) for s in batch.sequences) <= num_held + pool.num_free
+        if self._carried.num_blocks_due() > pool.num_free:
+            return False
+        for request in self._own:
+            if not is_prompt(request) and pool.num_blocks_for(request.num_tokens) > len(request.local.block_table):
+                return False
+        return True
+
+    def _leap(self) -> int:
+        """Returns: how many steps, all streams' alone, are certain to repeat the one launched if nobody interrupts, that one included."""
+        carried = self._carried
+        if not carried.num or self._own or self.scheduler.waiting:
+            return 1
+        num_steps = min(self._max_leap, carried.num_steps_left)
+        return num_steps if self._has_room(num_steps) else 1
+
+    def _has_room(self, num_steps: int) -> bool:
+        pool = self.scheduler.pool
+        return self._carried.num * pool.num_blocks_for(num_steps - 1) <= pool.num_free
 
     def _cut(self) -> bool:
         if len(self._ends) < 2:
@@ -161,36 +261,22 @@ class Instance:
         self.due_s = self._ends[0]
         return is_new
 
-    def _settle(self, num_steps: int) -> None:
-        """Bring requests and blocks to where they are while step num_steps (1: the launched one) is in flight.
-
-        Blocks that fill on the way become findable when the step has ended: nobody else's prompt goes on like them.
-        """
-        num_ended = num_steps - 1
+    def _settle(self, num_ended: int) -> None:
+        """Bring blocks to where they are when so many of the steps that were worked out have ended, and the next one is in flight."""
         if num_ended == 0:
             return
-        pool, block_size = self.scheduler.pool, self.scheduler.pool.block_size
-        full: list[tuple[int, Request]] = []  # (ended steps until the table was full, ...)
-        for s in self._batch.sequences:
-            request = s.request
-            local = request.local
-            for num_slots in range(len(local.block_table) * block_size, s.stop + num_ended, block_size):
-                full.append((num_slots - s.stop, request))
-            request.output_token_ids.extend([sampled_token(request)] * num_ended)
-            local.num_computed_tokens += num_ended
-            s.start += num_ended
-            s.stop += num_ended
-        full.sort(key=lambda f: f[0])  # blocks are taken step by step, within a step in the batch's order
-        for _, request in full:
-            request.local.block_table += pool.allocate(1)
+        self._carried.launch(num_ended)
         self.start_s = self._ends[num_ended - 1]
         self.num_steps += num_ended
-        self.num_computed_tokens += num_ended * len(self._batch.sequences)
+        self.num_computed_tokens += num_ended * self._carried.num
+        del self._ends[:num_ended]
         self._note_held()
 
     def _note_held(self) -> None:
         pool = self.scheduler.pool
-        self.max_held_blocks = max(self.max_held_blocks, pool.num_blocks - pool.num_free)
+        num_held = pool.num_blocks - pool.num_free
+        if num_held > self.max_held_blocks:
+            self.max_held_blocks = num_held
 
 
 def sampled_token(request: Request) -> int:

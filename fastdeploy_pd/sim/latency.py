@@ -109,7 +109,7 @@ class Latency:
         elif chunks:
             fixed = self.prefill_ms(0)
             milliseconds = max(fixed, 0.0) + sum(
-                self.prefill_ms(stop) - (self.prefill_ms(start) if start else fixed) for start, stop, _ in chunks
+                [self.prefill_ms(stop) - (self.prefill_ms(start) if start else fixed) for start, stop, _ in chunks]
             )
         if num_decodes:
             milliseconds += self.decode_curve(num_decodes)(kv_tokens)

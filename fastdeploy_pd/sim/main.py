@@ -45,6 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     rate_help = "requests/s; the trace is sped up or slowed down to it (default: its own); several: a run for each"
     add("--rate", type=parse_rates, metavar="R[,R...]", help=rate_help)
     add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
+    add("--repeat", type=int, default=1, metavar="N", help="the requests N times over, sharing no prefixes (default 1)")
     add("--placement", choices=PLACEMENTS, help="(default fewest-tokens; with auto:N slo)")
     add("--prefill-policy", choices=order.POLICIES, help="order of prompts (default fcfs; with auto:N slack)")
     add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
@@ -120,13 +121,13 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
-    check_positive(args, "rate", "max_requests", "slo_ttft_x", "slo_tpot_ms")
+    check_positive(args, "rate", "max_requests", "repeat", "slo_ttft_x", "slo_tpot_ms")
     is_auto = args.layout.startswith("auto:")
     args.placement = args.placement or ("slo" if is_auto else "fewest-tokens")
     args.prefill_policy = args.prefill_policy or ("slack" if is_auto else "fcfs")
     rng = random.Random(args.seed)
     times = step_times(args)
-    requests = offer(args, rng)
+    requests = trace.repeated(offer(args, rng), args.repeat)
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
     cluster = make_cluster(args.placement, _options(args), times, slo, rng)
     with Progress("simulating", len(requests)) as progress:

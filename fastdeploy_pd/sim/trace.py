@@ -17,13 +17,35 @@ from datetime import datetime
 from functools import lru_cache
 from operator import index
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, cast, overload
 
 from fastdeploy_pd.core.blocks import HASH_BYTES
 from fastdeploy_pd.errors import ConfigError
 
 TRACE_BLOCK_TOKENS = 512  # that a hash id of a Mooncake trace stands for
 _TAILS = [n.to_bytes(2, "big") for n in range(TRACE_BLOCK_TOKENS)]
+
+
+class Prompt(Sequence[int]):
+    """Token ids that take no room: 0 the first few times, then one and the same."""
+
+    __slots__ = ("_length", "_num_shared", "_token_id")
+
+    def __init__(self, length: int, token_id: int, num_shared: int) -> None:
+        self._length, self._token_id, self._num_shared = length, token_id, num_shared
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        """Returns: a token id, or a list of them."""
+        if isinstance(place, slice):
+            return [0 if n < self._num_shared else self._token_id for n in range(self._length)[place]]
+        return 0 if range(self._length)[place] < self._num_shared else self._token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +58,17 @@ class Offered:
     num_output: int  #: output tokens, >= 1
     hash_ids: tuple[int, ...] = ()  #: one for each 512 prompt tokens, each standing for all of the prompt up to its end
     num_shared: int = 0  #: first tokens that all such requests have in common
+    shift: int = 0  #: is added to hash_ids
 
     def prompt(self) -> list[int]:
         """Returns: [num_input] token ids, unlike any other request's but for the shared ones."""
-        prompt = [self.number + 1] * self.num_input
-        prompt[: self.num_shared] = [0] * self.num_shared
-        return prompt
+        return cast("list[int]", Prompt(self.num_input, self.number + 1, min(self.num_shared, self.num_input)))
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """Returns: hashes of the prompt's full blocks as far as the trace tells them; block_size must divide 512."""
         hashes: list[bytes] = []
         for hash_id in self.hash_ids:
-            hashes += _cut(hash_id, TRACE_BLOCK_TOKENS // block_size)
+            hashes += _cut(hash_id + self.shift, TRACE_BLOCK_TOKENS // block_size)
         del hashes[self.num_input // block_size :]
         return hashes
 
@@ -144,6 +165,21 @@ def _azure(file: IO[str], path: Path) -> list[Offered]:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
     return requests
+
+
+def repeated(requests: Sequence[Offered], count: int) -> list[Offered]:
+    """Returns: the trace so many times over, one after the other; prompts share nothing with those of another time.
+
+    Args:
+        requests: of a recorded trace.
+    """
+    span_s = requests[-1].arrival_s * len(requests) / (len(requests) - 1)
+    num_ids = 1 + max((i for r in requests for i in r.hash_ids), default=0)
+    return [
+        replace(r, number=n * len(requests) + r.number, arrival_s=n * span_s + r.arrival_s, shift=n * num_ids)
+        for n in range(count)
+        for r in requests
+    ]
 
 
 def own_rate(requests: Sequence[Offered]) -> float:

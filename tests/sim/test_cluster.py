@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fastdeploy_pd.core.multiplexing import Multiplexing
 from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.request import Slo as RequestSlo
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import Curve, Latency, read
 from fastdeploy_pd.sim.report import Slo, report
@@ -120,7 +122,7 @@ class Watchful(FewestTokens):
         num_tokens: int,
         candidates: Collection[Candidate],
         rng: random.Random,
-        slo: Slo = NO_SLO,
+        slo: RequestSlo = NO_SLO,
         age_s: float = 0.0,
     ) -> Placement | None:
         told = [c.outstanding_tokens for c in candidates]
@@ -133,6 +135,41 @@ def test_placement_knows_the_loads() -> None:
     options = ClusterOptions("MMM", 3000, max_num_seqs=4)
     policy.cluster = Cluster(options, read(DATA, "70b-h200-tp4"), policy, random.Random(0))
     policy.cluster.run(at_rate(load(TRACE)[:100], 2.0))
+
+
+class Narrow(Multiplexing):
+    """Counts the candidates that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.chosen: set[str] = set()
+
+    def place(
+        self,
+        num_tokens: int,
+        candidates: Collection[Candidate],
+        rng: random.Random,
+        slo: RequestSlo = NO_SLO,
+        age_s: float = 0.0,
+    ) -> Placement | None:
+        self.most = max(self.most, len(candidates))
+        found = super().place(num_tokens, candidates, rng, slo, age_s)
+        assert found is not None
+        self.chosen |= {found.decode_id, found.prefill_id or found.decode_id}
+        return found
+
+
+@pytest.mark.parametrize(("kinds", "most"), [("M" * 16, 16), ("M" * 60, 16), ("P" * 40 + "D" * 20, 32)])
+def test_placement_looks_at_a_few(kinds: str, most: int) -> None:
+    """And finds prefixes all the same."""
+    policy, latency = Narrow(), read(DATA, "70b-h200-tp4")
+    options = ClusterOptions(kinds, 2125, 512, kv_bytes_per_token=1, **SLO)
+    cluster = Cluster(options, latency, policy, random.Random(0))
+    records = cluster.run(at_rate(load(TRACE)[:300], 30.0))
+    assert most - 8 <= policy.most <= most
+    assert len(policy.chosen) > len(kinds) * 0.6
+    assert sum(r.num_cached for r in records) > 1.2 * 512 * len(records), "more than what all begin with"
 
 
 def replay(kinds: str, rate: float, policy: PlacementPolicy, model: str, **options: Any) -> dict[str, Any]:
@@ -162,12 +199,22 @@ def free_blocks(cluster: Cluster) -> list[list[int]]:
     return [i.scheduler.pool.allocate(i.scheduler.pool.num_blocks) for i in cluster.instances]
 
 
+SLO = {"ttft_x": 5.0, "tpot_s": 0.04, "is_predicted": True}
 CASES = [
     ("MM", 1.5, FewestTokens, "grid", {}),
     ("PDD", 0.8, FewestTokens, "grid", {"num_blocks": 3000}),
     ("PPDM", 2.0, FewestTokens, "formula", {"num_blocks": 1800, "max_num_seqs": 6}),
     ("M", 0.6, RoundRobin, "dynosim", {"num_blocks": 1800}),
     ("PD", 0.8, RoundRobin, "grid", {"max_num_seqs": 3}),
+    ("MM", 1.9, Multiplexing, "grid", {**SLO, "prefill_policy": "slack"}),
+    ("PDMM", 2.6, Multiplexing, "formula", {**SLO, "prefill_policy": "slack", "num_blocks": 1800}),
+    (
+        "MM",
+        1.5,
+        Multiplexing,
+        "grid",
+        {**SLO, "prefill_policy": "edf", "max_num_seqs": 5, "max_num_batched_tokens": 900},
+    ),
 ]
 
 

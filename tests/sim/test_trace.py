@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.sim.trace import Offered, Synthetic, at_rate, load, own_rate
+from fastdeploy_pd.sim.trace import Offered, Synthetic, at_rate, load, own_rate, repeated
 
 MOONCAKE = [
     {"timestamp": 500, "input_length": 1000, "output_length": 3, "hash_ids": [0, 7]},
@@ -86,6 +86,31 @@ def test_rates(tmp_path: Path) -> None:
     offered = load(write_mooncake(tmp_path / "t.jsonl", MOONCAKE))
     assert own_rate(offered) == 1.0
     assert [o.arrival_s for o in at_rate(offered, 4.0)] == [0.0, 0.25, 0.5]
+
+
+def test_repeated(tmp_path: Path) -> None:
+    once = load(write_mooncake(tmp_path / "t.jsonl", MOONCAKE))
+    twice = repeated(once, 2)
+    assert repeated(once, 1) == once
+    assert [o.number for o in twice] == list(range(6))
+    assert [o.arrival_s for o in twice] == [0, 1, 2, 3, 4, 5], "at the same rate"
+    assert [(o.num_input, o.num_output) for o in twice[3:]] == [(o.num_input, o.num_output) for o in once]
+    first, second = ([set(o.block_hashes(64)) for o in part] for part in (twice[:3], twice[3:]))
+    assert not set.union(*first) & set.union(*second)
+    assert [len(a & second[0]) for a in second] == [len(a & first[0]) for a in first]
+
+
+def test_a_prompt_is_like_a_list() -> None:
+    prompt, tokens = Offered(6, 0.0, 10, 1, num_shared=4).prompt(), [0] * 4 + [7] * 6
+    assert list(prompt) == tokens and len(prompt) == 10 and prompt[-1] == 7 and prompt[3] == 0
+    for start in range(-12, 12):
+        assert [prompt[start:], prompt[:start], prompt[start : start + 3]] == [
+            tokens[start:],
+            tokens[:start],
+            tokens[start : start + 3],
+        ]
+    with pytest.raises(IndexError):
+        prompt[10]
 
 
 def test_synthetic() -> None:
