@@ -265,3 +265,21 @@ def test_blocks_that_are_hashed_already_are_not_hashed_again() -> None:
     own = [b"x", b"y"]
     extend_hashes(own, [2, 2, 7, 7], 4, "")
     assert request.local.block_hashes == own, "a block that fills later is hashed behind the given ones"
+
+
+def test_a_lone_stream_that_gives_up_its_blocks_is_computed_again_once() -> None:
+    scheduler = Scheduler(
+        BlockPool(4, 4), SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32)
+    )
+    pool, tokens = scheduler.pool, list(range(8))
+    hashes: list[bytes] = []
+    extend_hashes(hashes, tokens, 4, "")
+    pool.make_findable(pool.allocate(1), hashes[:1])  # a transfer holds it, and another block
+    pool.allocate(1)
+    received = new_request("received", tokens)
+    received.output_token_ids.append(8)
+    received.local.block_table, received.local.num_computed_tokens = pool.allocate(2), 8
+    for phase in (Phase.PREFILLING, Phase.TRANSFERRING, Phase.DECODING):
+        received.advance(phase, 0)
+    scheduler.add(received)
+    assert [(s.start, s.stop) for s in scheduler.schedule(0).sequences] == [(4, 9)]
