@@ -15,7 +15,7 @@ import random
 from collections.abc import Collection
 from typing import NamedTuple
 
-from fastdeploy_pd.core.order import MAX_WAIT_S, late
+from fastdeploy_pd.core.order import MAX_WAIT_S, WORTH_S, late
 from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement
 from fastdeploy_pd.request import Slo
 
@@ -92,14 +92,16 @@ def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> E
     share = stream_share(candidate, slo)
     stretch = SAFETY / (1 - min(share, MOST_SHARE))
     own_s = load.predictor.prefill_s(num_tokens, min(candidate.num_cached_tokens, num_tokens - 1))
+    lacking_s = max(0.0, min(WORTH_S, own_s) - load.slack_s)  # by which streams get ahead first
+    wait_s = load.busy_s + lacking_s * share / (1 - min(share, MOST_SHARE))
     jobs = [(d, s * stretch) for d, s in load.prompts]
-    num_lost_before = sum(late(jobs, load.busy_s))
+    num_lost_before = sum(late(jobs, wait_s))
     place = next((n for n, (d, _) in enumerate(jobs) if d > due_s), len(jobs))
     jobs.insert(place, (due_s, own_s * stretch))
-    is_late = late(jobs, load.busy_s)
+    is_late = late(jobs, wait_s)
     ahead_s = sum(s for (_, s), x in zip(jobs[:place], is_late[:place], strict=True) if not x)
     if is_late[place]:
         ahead_s = sum(s for _, s in jobs) - own_s * stretch
     is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
     spent_s = own_s * stretch * (1 if candidate.can_prefill else 2)  # a decode instance's streams feel it
-    return Estimate(sum(is_late) - num_lost_before + is_short, load.busy_s + ahead_s + own_s * stretch + spent_s)
+    return Estimate(sum(is_late) - num_lost_before + is_short, wait_s + ahead_s + own_s * stretch + spent_s)

@@ -29,6 +29,7 @@ class Load:
     busy_s: float = 0.0  #: until the step in flight ends
     num_streams: int = 0  #: requests that generate
     stream_tokens: int = 0  #: their tokens in sum
+    slack_s: float = math.inf  #: that streams can wait before their SLO suffers
     num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
 
     @property

@@ -23,6 +23,7 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
 from fastdeploy_pd.core.order import (
     LATE_EVERY,
+    WORTH_S,
     PrefillPolicy,
     due_s,
     make_policy,
@@ -36,8 +37,10 @@ from fastdeploy_pd.request import Phase, Request
 
 MAX_PROMPTS = 256  # that placement is told of: those that are due first
 MOST_SHARE = 0.8  # of the time, that streams are taken to need
+DUE_AIM = (
+    0.8  # of the time until a first token is due, that a step may take in which it comes: predictions are not exact
+)
 LATE_BANK_S = 0.5
-WORTH_S = 0.35  # of a chunk
 LEAST_CHUNK = 256  # tokens: with fewer a chunk's own cost is too large a part
 
 
@@ -143,10 +146,12 @@ class Scheduler:
         """Returns: what there is to do, for placement; busy_s: until the step in flight ends."""
         requests = [*self.running, *self.waiting]
         jobs, num_promised = self.prompts_left(predictor, requests)
-        streams = [r.num_tokens for r in requests if not is_prompt(r)]
+        streams = [r for r in requests if not is_prompt(r)]
+        num_tokens = sum(r.num_tokens for r in streams)
+        slack_s = stream_slack_s(streams, predictor.decode_s(len(streams), num_tokens), now_s) if streams else math.inf
         num_free = self.pool.num_free * self.pool.block_size - num_promised
         prompts = tuple([(due - now_s, seconds) for due, seconds in jobs])
-        return Load(predictor, prompts, busy_s, len(streams), sum(streams), num_free)
+        return Load(predictor, prompts, busy_s, len(streams), num_tokens, slack_s, num_free)
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how
@@ -244,7 +249,10 @@ class Scheduler:
         slack_s, stretch = self._leave_to_prompts(streams, now_s)
         ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
         limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
-        return self._schedule_waiting(ordered if limit_s > 0 else (), budget, limit_s, others_wait, now_s)
+        begun_s = 0.0
+        if self.predictor is not None and streams.num:
+            begun_s = self.predictor.decode_s(streams.num, streams.num_tokens())
+        return self._schedule_waiting(ordered, budget, limit_s, others_wait, now_s, begun_s)
 
     def launched(self, batch: Batch) -> None:
         """Record that a batch is being computed, the newest of those in flight: counts move on, sampled tokens are pending."""
@@ -359,17 +367,26 @@ class Scheduler:
         return sequences, budget, False
 
     def _schedule_waiting(
-        self, prompts: Iterable[Request], budget: int, limit_s: float, others_wait: bool, now_s: float
+        self,
+        prompts: Iterable[Request],
+        budget: int,
+        limit_s: float,
+        others_wait: bool,
+        now_s: float,
+        begun_s: float = 0.0,
     ) -> list[ScheduledSequence]:
         """Give what is left of a step to requests that have not begun or are partly computed, in the order given.
 
+        A prompt that ends in this step gets its first token when the step ends: what follows it must not make that late.
+
         Args:
-            budget: tokens; limit_s: predicted seconds, infinite where the predictor is not asked.
+            budget: tokens; limit_s: predicted seconds, infinite where nobody asks; begun_s: what the step takes until here.
         """
+        predictor = self.predictor if self.options.guards_tpot and self.options.enable_chunked_prefill else None
         sequences: list[ScheduledSequence] = []
         is_blocked = False
         for request in prompts:
-            if budget <= 0:
+            if budget <= 0 or limit_s <= 0:
                 break
             is_running = request in self.running
             num_left = request.num_tokens - request.local.num_computed_tokens
@@ -388,11 +405,16 @@ class Scheduler:
                     request.advance(Phase.PREFILLING, now_s)
             start = request.local.num_computed_tokens
             num_new = min(request.num_tokens - start, budget)
-            if self.predictor is not None and limit_s < math.inf and self.options.enable_chunked_prefill:
-                num_new = min(num_new, self.predictor.tokens_within(limit_s, start))
-                limit_s -= self.predictor.prefill_s(start + num_new, start)
-                if num_new < 1:
-                    break
+            if predictor is not None:
+                if limit_s < math.inf:
+                    num_new = min(num_new, predictor.tokens_within(limit_s, start))
+                    if num_new < 1:
+                        break
+                seconds = predictor.prefill_s(start + num_new, start)
+                limit_s, begun_s = limit_s - seconds, begun_s + seconds
+                left_s = DUE_AIM * (due_s(request) - now_s) - begun_s
+                if start + num_new == request.num_tokens and left_s > 0:
+                    limit_s = min(limit_s, left_s)
             sequences.append(ScheduledSequence(request, start, start + num_new))
             budget -= num_new
         return sequences

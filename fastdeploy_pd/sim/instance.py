@@ -8,10 +8,12 @@ out at once. What comes out is the same to the last byte (tests/sim/test_cluster
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.order import stream_slack_s
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.scheduler import ScheduledStreams, Scheduler, SchedulerOptions, is_prompt
 from fastdeploy_pd.request import Phase, Request
@@ -73,7 +75,7 @@ class Instance:
         self._own: dict[Request, None] = {}  # running and not carried, oldest first
         self._last_end_s = 0.0
         self._outstanding_tokens: int | None = None  # None: it may have changed
-        self._left: tuple[list[tuple[float, float]], int, int, int] | None = None  # see _what_is_left; None: the same
+        self._left: tuple[list[tuple[float, float]], int, tuple[Request, ...]] | None = None  # see load; None: as above
         self._batch = Batch()  # without the carried streams
         self._num_stepped = 0  # sequences at its head that are streams
         self._ends: list[float] = []  # of the step in flight and of those which repeat it
@@ -103,16 +105,20 @@ class Instance:
         if self._left is None:
             requests = (*self._own, *scheduler.waiting)
             jobs, num_promised = scheduler.prompts_left(scheduler.predictor, requests)
-            streams = () if len(jobs) == len(requests) else [r.num_tokens for r in requests if not is_prompt(r)]
-            self._left = jobs, num_promised, len(streams), sum(streams)
-        jobs, num_promised, num_streams, num_tokens = self._left
+            streams = () if len(jobs) == len(requests) else tuple(r for r in requests if not is_prompt(r))
+            self._left = jobs, num_promised, streams
+        jobs, num_promised, own = self._left
+        num_streams, num_tokens, slack_s = len(own), sum(r.num_tokens for r in own), math.inf
         if carried.num:
             num_streams += carried.num
             num_tokens += carried.num_tokens() + carried.num
+        if num_streams:
+            step_s = scheduler.predictor.decode_s(num_streams, num_tokens)
+            slack_s = min(stream_slack_s(own, step_s, now_s), carried.slack_s(step_s, now_s, is_launched=True))
         busy_s = self._ends[0] - now_s if self._ends else 0.0
         prompts = tuple([(due_s - now_s, seconds) for due_s, seconds in jobs])
         num_free = pool.num_free * pool.block_size - num_promised
-        return Load(scheduler.predictor, prompts, busy_s, num_streams, num_tokens, num_free)
+        return Load(scheduler.predictor, prompts, busy_s, num_streams, num_tokens, slack_s, num_free)
 
     def launch(self, now_s: float) -> bool:
         """Schedule a step if none is in flight; called after everything that is handed to the scheduler.

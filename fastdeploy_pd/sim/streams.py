@@ -86,16 +86,16 @@ class Streams:
         """Returns: the least TPOT SLO of them; infinite where none has one."""
         return min(self._paces, default=math.inf)
 
-    def slack_s(self, step_s: float, now_s: float) -> float:
-        """Returns: see `order.stream_slack_s`; as it was when the step launched last was to be chosen."""
-        least_s = math.inf
+    def slack_s(self, step_s: float, now_s: float, is_launched: bool = False) -> float:
+        """Returns: see `order.stream_slack_s`; as it was when the step launched last was to be chosen, or with its tokens."""
+        least_s, num_steps = math.inf, self.num_steps + is_launched
         for slo_s, by_slack in self._paces.items():
             tpot_s = slo_s * TPOT_AIM
             limit_s = least_slack_s(tpot_s, step_s)
             # A stream's slack is its key and what all gain by a step; the first one above the limit is looked at closely.
-            index = bisect_left(by_slack, (limit_s + now_s + step_s - tpot_s * self.num_steps,))
+            index = bisect_left(by_slack, (limit_s + now_s + step_s - tpot_s * num_steps,))
             for _, _, begun_s, num_tokens in by_slack[index - 1 if index else 0 : index + 2]:
-                slack_s = begun_s + tpot_s * (num_tokens + self.num_steps) - now_s - step_s
+                slack_s = begun_s + tpot_s * (num_tokens + num_steps) - now_s - step_s
                 if limit_s <= slack_s < least_s:
                     least_s = slack_s
         return least_s
