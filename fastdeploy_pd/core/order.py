@@ -23,7 +23,7 @@ from fastdeploy_pd.request import Phase, Request
 LATE_EVERY = 10  # steps
 RECOVERY_S = 1.0
 TPOT_AIM = 0.95  # of the SLO: predictions are not exact, and the last token has no later one to make up for it
-WORTH_S = 0.35  # of a chunk: prompts wait for streams until so much fits into a step
+WORTH_S = 0.5  # of a chunk: prompts wait for streams until so much fits into a step
 MAX_WAIT_S = 60.0  # what says nothing about its first token is due after so long
 
 
