@@ -1,0 +1,134 @@
+"""The simulator beside a real pair on this machine's CPU: the same requests, the step times that `fastdeploy-pd profile` measures here.
+
+    python -m benchmarks.bench_fidelity
+
+A prefill and a decode instance of the demo model serve random prompts, none of them alike, that arrive as a Poisson process; `simulate` gets
+their lengths and arrivals, 1P1D, the profile, and what a hand-over takes beside its steps. Both are judged by the same objectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.client import Answer, ask
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+from fastdeploy_pd.launch.local import LocalCluster
+from fastdeploy_pd.sim.report import summary
+
+FLAGS = [
+    "--ops",
+    "torch",
+    "--max-num-seqs",
+    "32",
+    "--max-num-batched-tokens",
+    "512",
+    "--num-gpu-blocks-override",
+    "800",
+]
+ENV = {"OMP_NUM_THREADS": "1"}
+BLOCKS, BLOCK_TOKENS = 800, 64
+KV_BYTES = 2048  # a token of the demo model; a link in memory is no limit
+LENGTHS, NUM_OUTPUT = (32, 1500), (16, 64)
+
+
+def offered(count: int, rate: float, seed: int) -> list[dict[str, Any]]:
+    """Returns: rows of a trace, `rate` a second."""
+    rng, rows, now_s = random.Random(seed), [], 0.0
+    for _ in range(count):
+        low, high = LENGTHS
+        num_input = round(low * (high / low) ** rng.random())
+        rows.append(
+            {
+                "timestamp": now_s * 1e3,
+                "input_length": num_input,
+                "output_length": rng.randint(*NUM_OUTPUT),
+                "hash_ids": [],
+            }
+        )
+        now_s += rng.expovariate(rate)
+    return rows
+
+
+async def serve(url: str, rows: list[dict[str, Any]]) -> list[Answer]:
+    """Returns: the answers, each request sent when it is due."""
+    rng = random.Random(7)
+    prompts = [[rng.randrange(10, 1500) for _ in range(r["input_length"])] for r in rows]
+    begun_s = asyncio.get_running_loop().time()
+
+    async def one(row: dict[str, Any], prompt: list[int]) -> Answer:
+        await asyncio.sleep(begun_s + row["timestamp"] / 1e3 - asyncio.get_running_loop().time())
+        return await ask(url, "demo", prompt, row["output_length"])
+
+    return await asyncio.gather(*(one(r, p) for r, p in zip(rows, prompts, strict=True)))
+
+
+def real(rows: list[dict[str, Any]], profile: Path) -> list[Answer]:
+    """Returns: what a prefill and a decode instance answer."""
+    with (
+        EmbeddedRedis() as redis,
+        LocalCluster(redis.url, "fidelity", [*FLAGS, "--profile-path", str(profile)], ENV) as cluster,
+    ):
+        cluster.start(["prefill", "decode"])
+        url = cluster.instances[1].http_url
+        asyncio.run(serve(url, offered(12, 4.0, 99)))  # connections, first hand-overs
+        return asyncio.run(serve(url, rows))
+
+
+def simulated(rows: list[dict[str, Any]], profile: Path, rate: float, latency_ms: float) -> list[dict[str, Any]]:
+    """Returns: rows of the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace, out = Path(folder) / "trace.jsonl", Path(folder) / "out.json"
+        trace.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        command = [
+            *(sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "simulate", "--trace", str(trace), "--latency", str(profile)),
+            *("--layout", "1P1D", "--num-blocks", str(BLOCKS), "--kv-bytes-per-token", str(KV_BYTES), "--max-num-seqs", "32"),
+            *("--max-num-batched-tokens", "512", "--kv-latency-ms", str(latency_ms), "--per-request", "--json", str(out)),
+            "--no-prefix-caching",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found: list[dict[str, Any]] = json.loads(out.read_text())["requests"]
+        return found
+
+
+def line(name: str, values: list[float]) -> str:
+    """Returns: mean and percentiles, for a person."""
+    found = summary(values)
+    return f"{name:22}" + "".join(f"{k} {v:8.1f}   " for k, v in found.items() if v is not None)
+
+
+def main() -> int:
+    """Returns: exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--rate", type=float, default=1.5, help="requests/s (default 1.5)")
+    parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=40.0)
+    parser.add_argument("--latency-ms", type=float, default=12.0, help="of a hand-over, besides steps (default 12)")
+    parser.add_argument("--profile", type=Path, help="measured before; default: measured now")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        profile = args.profile or Path(folder) / "profile.json"
+        if args.profile is None:
+            command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "profile", "--model", "demo", *FLAGS]
+            subprocess.run([*command, "--profile-path", str(profile)], check=True)
+        rows = offered(args.requests, args.rate, 3)
+        answers, found = real(rows, profile), simulated(rows, profile, args.rate, args.latency_ms)
+    ours = [(a.ttft_s * 1e3, a.tpot_s * 1e3) for a in answers]
+    theirs = [(r["ttft_s"] * 1e3, r["tpot_ms"]) for r in found]
+    for name, pairs in (("real", ours), ("simulated", theirs)):
+        met = sum(t <= args.slo_ttft_ms and p <= args.slo_tpot_ms for t, p in pairs) / len(pairs)
+        sys.stdout.write(line(f"{name} TTFT ms", [t for t, _ in pairs]) + "\n")
+        sys.stdout.write(line(f"{name} TPOT ms", [p for _, p in pairs]) + f"attainment {met:.1%}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
