@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def main() -> int:
         profile = args.profile or Path(folder) / "profile.json"
         if args.profile is None:
             command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "profile", "--model", "demo", *FLAGS]
-            subprocess.run([*command, "--profile-path", str(profile)], check=True)
+            subprocess.run([*command, "--profile-path", str(profile)], check=True, env={**os.environ, **ENV})
         rows = offered(args.requests, args.rate, 3)
         answers, found = real(rows, profile), simulated(rows, profile, args.rate, args.latency_ms)
     ours = [(a.ttft_s * 1e3, a.tpot_s * 1e3) for a in answers]
