@@ -12,11 +12,11 @@ Source: the toggle of Tropical (DAC 2025) and the argmin of Mooncake's Conductor
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from fastdeploy_pd.core.order import MAX_WAIT_S, WORTH_S, late
-from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement
+from fastdeploy_pd.core.order import WORTH_S, late, most_wait_s
+from fastdeploy_pd.core.placement import NO_SLO, Candidate, FewestTokens, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.request import Slo
 
 MOST_SHARE = 0.9  # of an instance's time that streams may need before it takes no prompt
@@ -47,7 +47,7 @@ class Multiplexing:
         """See `PlacementPolicy.place`."""
         if any(c.load is None for c in candidates):
             return self._by_tokens.place(num_tokens, candidates, rng, slo, age_s)
-        due_s = min((x for x in (slo.ttft_s, slo.deadline_s) if x is not None), default=MAX_WAIT_S) - age_s
+        due_s = most_wait_s(slo) - age_s
         if not any(c.can_decode for c in candidates):
             return None
         shuffled = sorted(candidates, key=lambda c: c.instance_id)
@@ -68,6 +68,14 @@ class Multiplexing:
         if chosen.can_decode or decoder is None:
             return Placement(None, chosen.instance_id)
         return Placement(chosen.instance_id, decoder.instance_id)
+
+
+#: the placement policies by the name that flags give them
+PLACEMENTS: dict[str, Callable[[], PlacementPolicy]] = {
+    "fewest-tokens": FewestTokens,
+    "round-robin": RoundRobin,
+    "slo": Multiplexing,
+}
 
 
 def stream_share(candidate: Candidate, slo: Slo, num_tokens: int = 0) -> float:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.request import Phase, Request
+from fastdeploy_pd.request import Phase, Request, Slo
 
 LATE_EVERY = 10  # steps
 RECOVERY_S = 1.0
@@ -46,13 +46,17 @@ def num_left(request: Request) -> int:
     return request.num_tokens - max(local.num_computed_tokens, local.num_matched_tokens)
 
 
-def due_s(request: Request) -> float:
-    """Returns: when its first token is due, on the clock of its arrival; MAX_WAIT_S after it where nothing is said."""
-    slo = request.slo
+def most_wait_s(slo: Slo) -> float:
+    """Returns: seconds from arrival until the first token is due; MAX_WAIT_S where nothing is said."""
     ttft_s, deadline_s = slo.ttft_s, slo.deadline_s
     if ttft_s is None or (deadline_s is not None and deadline_s < ttft_s):
         ttft_s = deadline_s
-    return request.arrival_s + (MAX_WAIT_S if ttft_s is None else ttft_s)
+    return MAX_WAIT_S if ttft_s is None else ttft_s
+
+
+def due_s(request: Request) -> float:
+    """Returns: when its first token is due, on the clock of its arrival."""
+    return request.arrival_s + most_wait_s(request.slo)
 
 
 class Sorted:

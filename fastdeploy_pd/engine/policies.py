@@ -6,20 +6,14 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from fastdeploy_pd.core import order
-from fastdeploy_pd.core.multiplexing import Multiplexing
+from fastdeploy_pd.core.multiplexing import PLACEMENTS
 from fastdeploy_pd.core.order import PrefillPolicy
-from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
+from fastdeploy_pd.core.placement import PlacementPolicy
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
 
 PREFILL_GROUP = "fastdeploy_pd.prefill_policies"
 PLACEMENT_GROUP = "fastdeploy_pd.placement_policies"
-
-PLACEMENTS: dict[str, Callable[[], PlacementPolicy]] = {
-    "fewest-tokens": FewestTokens,
-    "round-robin": RoundRobin,
-    "slo": Multiplexing,
-}
 
 
 def prefill_policy(name: str, predictor: Callable[[], Predictor | None]) -> PrefillPolicy | None:

@@ -7,15 +7,12 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastdeploy_pd.clock import WallClock
-from fastdeploy_pd.core import order
-from fastdeploy_pd.core.multiplexing import Multiplexing
-from fastdeploy_pd.core.placement import FewestTokens, PlacementPolicy, RoundRobin
+from fastdeploy_pd.core import multiplexing, order
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import baselines, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
@@ -24,12 +21,7 @@ from fastdeploy_pd.sim.report import Slo, rates_table, report, table
 from fastdeploy_pd.sim.step_times import add_flags as add_step_time_flags
 from fastdeploy_pd.sim.step_times import step_times
 
-POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
-    "fewest-tokens": FewestTokens,
-    "round-robin": RoundRobin,
-    "slo": Multiplexing,
-}
-PLACEMENTS = sorted([*POLICIES, *baselines.NAMES])
+PLACEMENTS = sorted([*multiplexing.PLACEMENTS, *baselines.NAMES])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +143,7 @@ def make_cluster(
     """Returns: a cluster that places as one of PLACEMENTS does. Raises: ConfigError: the options are wrong."""
     if placement in baselines.NAMES:
         return baselines.make_cluster(placement, options, times, slo, rng)
-    return Cluster(options, times, POLICIES[placement](), rng)
+    return Cluster(options, times, multiplexing.PLACEMENTS[placement](), rng)
 
 
 def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
