@@ -1,9 +1,10 @@
-"""The simulator beside a real pair on this machine's CPU: the same requests, the step times that `fastdeploy-pd profile` measures here.
+"""The simulator beside a real pair on this machine's CPU: the same requests, 1P1D, the same objectives.
 
     python -m benchmarks.bench_fidelity
 
-A prefill and a decode instance of the demo model serve random prompts, none of them alike, that arrive as a Poisson process; `simulate` gets
-their lengths and arrivals, 1P1D, the profile, and what a hand-over takes beside its steps. Both are judged by the same objectives.
+A prefill and a decode instance of the demo model serve random prompts, none of them alike, that arrive as a Poisson process, and then others
+that do so. `simulate` gets the lengths and arrivals of the second run, what a hand-over takes beside its steps, and step times of two kinds:
+those that `fastdeploy-pd profile` measures on an idle machine, and those that `fastdeploy-pd calibrate` finds in the requests of the first run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FLAGS = [
     "800",
 ]
 ENV = {"OMP_NUM_THREADS": "1"}
+CLI = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli"]
 BLOCKS, BLOCK_TOKENS = 800, 64
 KV_BYTES = 2048  # a token of the demo model; a link in memory is no limit
 LENGTHS, NUM_OUTPUT = (32, 1500), (16, 64)
@@ -71,8 +73,8 @@ async def serve(url: str, rows: list[dict[str, Any]]) -> list[Answer]:
     return await asyncio.gather(*(one(r, p) for r, p in zip(rows, prompts, strict=True)))
 
 
-def real(rows: list[dict[str, Any]], profile: Path) -> list[Answer]:
-    """Returns: what a prefill and a decode instance answer."""
+def real(runs: list[list[dict[str, Any]]], profile: Path) -> list[list[Answer]]:
+    """Returns: what a prefill and a decode instance answer, run by run."""
     with (
         EmbeddedRedis() as redis,
         LocalCluster(redis.url, "fidelity", [*FLAGS, "--profile-path", str(profile)], ENV) as cluster,
@@ -80,20 +82,37 @@ def real(rows: list[dict[str, Any]], profile: Path) -> list[Answer]:
         cluster.start(["prefill", "decode"])
         url = cluster.instances[1].http_url
         asyncio.run(serve(url, offered(12, 4.0, 99)))  # connections, first hand-overs
-        return asyncio.run(serve(url, rows))
+        return [asyncio.run(serve(url, rows)) for rows in runs]
 
 
-def simulated(rows: list[dict[str, Any]], profile: Path, rate: float, latency_ms: float) -> list[dict[str, Any]]:
+def calibrated(rows: list[dict[str, Any]], answers: list[Answer], latency_ms: float, out: Path) -> Path:
+    """Returns: `out`, with the step times that these requests' times speak of."""
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        for row, answer in zip(rows, answers, strict=True):
+            names = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
+            times = (answer.sent_s, answer.sent_s, answer.event_s[0], answer.event_s[-1])
+            values = (row["input_length"], row["output_length"], *times)
+            file.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
+    subprocess.run([*CLI, "calibrate", "--requests", str(log), "--json", str(out), *pool(latency_ms)], check=True)
+    return out
+
+
+def pool(latency_ms: float) -> list[str]:
+    """Returns: the flags that say what the instances are like."""
+    return [
+        *("--layout", "1P1D", "--num-blocks", str(BLOCKS), "--block-size", str(BLOCK_TOKENS), "--max-num-seqs", "32"),
+        *("--max-num-batched-tokens", "512", "--kv-bytes-per-token", str(KV_BYTES), "--kv-latency-ms", str(latency_ms)),
+    ]
+
+
+def simulated(rows: list[dict[str, Any]], profile: Path, latency_ms: float) -> list[dict[str, Any]]:
     """Returns: rows of the report."""
     with tempfile.TemporaryDirectory() as folder:
         trace, out = Path(folder) / "trace.jsonl", Path(folder) / "out.json"
         trace.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        command = [
-            *(sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "simulate", "--trace", str(trace), "--latency", str(profile)),
-            *("--layout", "1P1D", "--num-blocks", str(BLOCKS), "--kv-bytes-per-token", str(KV_BYTES), "--max-num-seqs", "32"),
-            *("--max-num-batched-tokens", "512", "--kv-latency-ms", str(latency_ms), "--per-request", "--json", str(out)),
-            "--no-prefix-caching",
-        ]  # fmt: skip
+        flags = ["--trace", str(trace), "--latency", str(profile), "--no-prefix-caching", *pool(latency_ms)]
+        command = [*CLI, "simulate", *flags, "--per-request", "--json", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found: list[dict[str, Any]] = json.loads(out.read_text())["requests"]
         return found
@@ -118,13 +137,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         profile = args.profile or Path(folder) / "profile.json"
         if args.profile is None:
-            command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "profile", "--model", "demo", *FLAGS]
-            subprocess.run([*command, "--profile-path", str(profile)], check=True, env={**os.environ, **ENV})
-        rows = offered(args.requests, args.rate, 3)
-        answers, found = real(rows, profile), simulated(rows, profile, args.rate, args.latency_ms)
-    ours = [(a.ttft_s * 1e3, a.tpot_s * 1e3) for a in answers]
-    theirs = [(r["ttft_s"] * 1e3, r["tpot_ms"]) for r in found]
-    for name, pairs in (("real", ours), ("simulated", theirs)):
+            command = [*CLI, "profile", "--model", "demo", *FLAGS, "--profile-path", str(profile)]
+            subprocess.run(command, check=True, env={**os.environ, **ENV})
+        before, rows = (offered(args.requests, args.rate, seed) for seed in (3, 4))
+        answers, judged = real([before, rows], profile)
+        fitted = calibrated(before, answers, args.latency_ms, Path(folder) / "calibrated.json")
+        found = {
+            "real": [(a.ttft_s * 1e3, a.tpot_s * 1e3) for a in judged],
+            **{
+                name: [(r["ttft_s"] * 1e3, r["tpot_ms"]) for r in simulated(rows, path, args.latency_ms)]
+                for name, path in (("profile", profile), ("calibrated", fitted))
+            },
+        }
+    for name, pairs in found.items():
         met = sum(t <= args.slo_ttft_ms and p <= args.slo_tpot_ms for t, p in pairs) / len(pairs)
         sys.stdout.write(line(f"{name} TTFT ms", [t for t, _ in pairs]) + "\n")
         sys.stdout.write(line(f"{name} TPOT ms", [p for _, p in pairs]) + f"attainment {met:.1%}\n")

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fastdeploy_pd.core.placement import RoundRobin
+from fastdeploy_pd.core.placement import FewestTokens
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import from_coefficients
+from fastdeploy_pd.sim.main import parse_layout
 from fastdeploy_pd.sim.report import summary
 from fastdeploy_pd.sim.trace import Offered
 
@@ -101,9 +102,9 @@ def _row(line: dict[str, Any]) -> tuple[float, int, int, float, float, float]:
 
 
 def replay(measured: Sequence[Measured], predictor: Predictor, options: ClusterOptions) -> list[Record]:
-    """Returns: [len(measured)] what a simulated instance makes of the same requests."""
+    """Returns: [len(measured)] what simulated instances make of the same requests."""
     latency = from_coefficients(predictor.prefill, predictor.decode)
-    return Cluster(options, latency, RoundRobin(), random.Random(0)).run([m.offered for m in measured])
+    return Cluster(options, latency, FewestTokens(), random.Random(0)).run([m.offered for m in measured])
 
 
 def fit(
@@ -211,6 +212,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=16, help="tokens a KV block (default 16)")
     add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default 256)")
     add("--max-num-batched-tokens", type=int, default=2048, help="most tokens in a step (default 2048)")
+    add("--layout", default="1M", help="instances that served them, all alike, as in 1P1D (default 1M)")
+    add("--kv-bytes-per-token", type=int, default=0, help="KV bytes of a token, where prefill instances send them")
+    add("--kv-gb-per-s", type=float, default=50.0, help="10^9 bytes/s that a prefill instance can send (default 50)")
+    add("--kv-latency-ms", type=float, default=1.0, help="from a hand-over's last byte to decode's start (default 1)")
     add("--fit-to", choices=sorted(SPLITS), default="alternate", help="the half that is fitted to (default alternate)")
     add("--json", type=Path, metavar="OUT", help="where the coefficients go, for `simulate --latency OUT`")
 
@@ -219,9 +224,12 @@ def run(args: argparse.Namespace) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
     measured = load(args.requests)
     options = ClusterOptions(
-        kinds="M",
+        kinds=parse_layout(args.layout),
         num_blocks=args.num_blocks,
         block_size=args.block_size,
+        kv_bytes_per_token=args.kv_bytes_per_token,
+        link_bytes_per_s=args.kv_gb_per_s * 1e9,
+        link_latency_s=args.kv_latency_ms / 1e3,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         enable_prefix_caching=False,  # what the prompts have in common is not in the log

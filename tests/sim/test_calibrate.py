@@ -50,10 +50,10 @@ def simulated(predictor: Predictor, options: ClusterOptions) -> list[Measured]:
     return [Measured(r.offered, r.first_token_s or 0.0, r.end_s or 0.0) for r in records]
 
 
-@pytest.mark.parametrize("fit_to", SPLITS)
-def test_coefficients_are_found_again(fit_to: str) -> None:
+@pytest.mark.parametrize(("fit_to", "kinds"), [*((split, "M") for split in SPLITS), ("alternate", "PD")])
+def test_coefficients_are_found_again(fit_to: str, kinds: str) -> None:
     truth = Predictor((1e-9, 6e-5, 0.004), (2e-7, 3e-4, 0.015))
-    options = ClusterOptions("M", 4000, 16, max_num_batched_tokens=2048, enable_prefix_caching=False)
+    options = ClusterOptions(kinds, 4000, 16, 2048, max_num_batched_tokens=2048, enable_prefix_caching=False)
     found = calibrate(simulated(truth, options), options, fit_to)
     assert found["judged_requests"] == 30
     assert abs(found["judged"]["ttft_s"]["error"]["mean"]) < 0.10
@@ -80,6 +80,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "TTFT error" in capsys.readouterr().out
     flags = ["--trace", "synthetic", "--rate", "1", "--num-prompts", "5", "--layout", "1M", "--num-blocks", "4000"]
     assert main(["simulate", *flags, "--latency", str(out)]) == 0
+    assert main(["calibrate", "--requests", str(log), "--num-blocks", "4000", "--layout", "1P"]) == 1
+    assert "at least one instance that decodes" in capsys.readouterr().err
     assert main(["calibrate", "--requests", str(log), "--num-blocks", "4"]) == 1
     assert "--num-blocks is 4; a request of" in capsys.readouterr().err
 
