@@ -275,7 +275,7 @@ def test_a_client_that_leaves_aborts_on_both_instances(pair: LocalCluster) -> No
         lines = httpx.get(pair.instances[1].http_url + "/metrics", headers=head).text.splitlines()
         return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith("fastdeploy_pd:num_requests_running{"))
 
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 20
     while running():
         assert time.monotonic() < deadline_s, "the request still runs"
         time.sleep(0.05)

@@ -69,7 +69,7 @@ def pair() -> Iterator[tuple[Rank, Rank]]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 5
+    end_s = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.001)

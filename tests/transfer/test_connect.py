@@ -57,7 +57,7 @@ def test_fresh_pairs_are_quick_and_leave_nothing_behind(backend: str) -> None:
     times_s = [connect_once(target, pools[0], backend, 1 + number) for number in range(num_pairs)]
     assert bytes(pools[1].block(1, 1)) == bytes([90]) * LAYOUT.block_bytes
     assert statistics.median(times_s) <= limit_s
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 30
     while time.monotonic() < deadline_s and (num_descriptors() > before[0] or threading.active_count() > before[1]):
         time.sleep(0.01)
     assert num_descriptors() <= before[0]

@@ -99,7 +99,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     for transfer in made:
         transfer.close()
         transfer.close()
-    deadline_s = time.monotonic() + 3
+    deadline_s = time.monotonic() + 20
     while threading.active_count() > num_threads and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert threading.active_count() <= num_threads, [t.name for t in threading.enumerate()]

@@ -49,7 +49,7 @@ class Instance:
 
     def events(self, count: int = 1) -> list[TransferEvent]:
         found: list[TransferEvent] = []
-        end_s = time.monotonic() + 5
+        end_s = time.monotonic() + 30
         while len(found) < count:
             assert time.monotonic() < end_s, f"only {found}"
             found += self.transfer.poll()
