@@ -9,7 +9,7 @@ import pytest
 
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster
-from tests.acceptance.conftest import Case, answers_of, differences
+from tests.acceptance.conftest import OUTPUT_TOKENS, Case, answers_of, differences, make_prompts
 from tests.transfer.gpu import num_gpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(num_gpus() == 0, reason="no GPU here")]
@@ -46,6 +46,20 @@ def test_tokens_are_those_of_transformers(
             metrics = "".join(httpx.get(f"{url}/metrics").text for url in urls)
             moved = [line for line in metrics.splitlines() if line.startswith("fastdeploy_pd:handover_bytes_total{")]
             assert len(moved) == 1 and 'backend="ipc"' in moved[0] and float(moved[0].split()[-1]) > 1e6, moved
+
+
+def test_500_prompts_in_bfloat16_have_the_same_answers_from_a_pair_and_from_one(redis_server: EmbeddedRedis) -> None:
+    """One at a time: what is computed beside a sequence changes products' shapes, and so what bfloat16 makes of near ties."""
+    prompts = [Case(prompt, []) for prompt in make_prompts(500, 1900)]
+    flags = ["--device", "cuda", "--dtype", "bfloat16", "--max-num-seqs", "16", "--max-model-len", "2048"]
+    answers = []
+    for roles in (["mixed"], ["prefill", "decode"]):
+        # No prefix cache: it cuts prompts elsewhere, and so do chunks.
+        more = ["--num-gpu-blocks-override", "700", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+        with LocalCluster(redis_server.url, f"gpu-500-{len(roles)}", [*flags, *more]) as cluster:
+            answers.append(asyncio.run(answers_of(start(cluster, roles)[-1:], prompts, concurrency=1)))
+    assert len(answers[0]) == 500 and all(len(a) == OUTPUT_TOKENS for a in answers[0])
+    assert answers[0] == answers[1]
 
 
 def test_what_does_not_fit_is_said(redis_server: EmbeddedRedis) -> None:
