@@ -8,6 +8,7 @@ All keys of a topic share the hash tag {fd:TOPIC}: one slot, so that scripts sta
 | {fd:T}:member:ID       | string (JSON) | 2 s, renewed   | engine ID              | front ends   |
 | {fd:T}:changes         | pub/sub       | -              | engines                | front ends   |
 | {fd:T}:leader          | string        | 3 s, renewed   | the engine that leads  | engines      |
+| {fd:T}:flip            | string        | 30 s           | who flips a role       | the same     |
 | {fd:T}:requests        | stream        | none, bounded  | clients                | front ends   |
 | {fd:T}:out:REQUEST     | stream        | scheduler-ttl  | claiming front end     | its client   |
 | {fd:T}:cancel:REQUEST  | string        | scheduler-ttl  | its client             | front ends   |
@@ -55,6 +56,11 @@ class Keys:
     def leader(self) -> str:
         """Id of the engine that decides on flips of roles (--elastic auto); its TTL is the lease."""
         return f"{{fd:{self.topic}}}:leader"
+
+    @property
+    def flip(self) -> str:
+        """Id of the flip of a role that is under way; its TTL is the lease."""
+        return f"{{fd:{self.topic}}}:flip"
 
     @property
     def requests(self) -> str:

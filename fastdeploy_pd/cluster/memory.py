@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastdeploy_pd.clock import Clock
 from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, MAX_PAYLOAD_BYTES, MAX_QUEUED, Claimed, OutputEntry
-from fastdeploy_pd.cluster.registry import LEADER_LEASE_S, LEASE_S, MemberRecord
+from fastdeploy_pd.cluster.registry import FLIP_LEASE_S, LEADER_LEASE_S, LEASE_S, MemberRecord
 from fastdeploy_pd.errors import InvalidRequest, QueueFull
 
 
@@ -17,6 +17,7 @@ class MemoryRegistry:
     def __init__(self, clock: Clock, lease_s: float = LEASE_S, leader_lease_s: float = LEADER_LEASE_S) -> None:
         self._clock, self._lease_s, self._leader_lease_s = clock, lease_s, leader_lease_s
         self._leader, self._leads_until_s = "", 0.0
+        self._flip, self._flips_until_s = "", 0.0
         self._members: dict[str, tuple[MemberRecord, float]] = {}
 
     def heartbeat(self, record: MemberRecord, is_change: bool = False) -> bool:
@@ -42,6 +43,19 @@ class MemoryRegistry:
             return False
         self._leader, self._leads_until_s = instance_id, now_s + self._leader_lease_s
         return True
+
+    def begin_flip(self, flip_id: str, lease_s: float = FLIP_LEASE_S) -> bool:
+        """See Registry."""
+        now_s = self._clock.now_s()
+        if self._flip != flip_id and now_s < self._flips_until_s:
+            return False
+        self._flip, self._flips_until_s = flip_id, now_s + lease_s
+        return True
+
+    def end_flip(self, flip_id: str) -> None:
+        """See Registry."""
+        if self._flip == flip_id:
+            self._flips_until_s = 0.0
 
 
 @dataclass(slots=True)

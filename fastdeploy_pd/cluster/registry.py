@@ -25,6 +25,7 @@ log = logging.getLogger("fastdeploy_pd.registry")
 
 LEASE_S = 2.0
 LEADER_LEASE_S = 3.0
+FLIP_LEASE_S = 30.0  #: longer than an engine may take to obey and its record to say so
 HEARTBEAT_S = 0.5
 POLL_S = 0.25
 MAX_BACKOFF_S = 2.0
@@ -99,6 +100,14 @@ class Registry(Protocol):
         """Take or renew the leader's lease. Returns: whether it is this member's now. Raises: CoordinatorLost."""
         ...
 
+    def begin_flip(self, flip_id: str, lease_s: float = FLIP_LEASE_S) -> bool:
+        """Take or renew the lease of flips: one at a time. Returns: whether it is this flip's now. Raises: CoordinatorLost."""
+        ...
+
+    def end_flip(self, flip_id: str) -> None:
+        """Give that lease back; one that is somebody else's by now stays. Raises: CoordinatorLost."""
+        ...
+
 
 class RedisRegistry:
     """The registry in Redis."""
@@ -137,6 +146,14 @@ class RedisRegistry:
     def lead(self, instance_id: str) -> bool:
         """See Registry."""
         return bool(self.connection.script("lead", [self.connection.keys.leader], [instance_id, self._leader_lease_ms]))
+
+    def begin_flip(self, flip_id: str, lease_s: float = FLIP_LEASE_S) -> bool:
+        """See Registry."""
+        return bool(self.connection.script("lead", [self.connection.keys.flip], [flip_id, int(lease_s * 1000)]))
+
+    def end_flip(self, flip_id: str) -> None:
+        """See Registry."""
+        self.connection.script("lead", [self.connection.keys.flip], [flip_id, 1])
 
     def close(self) -> None:
         """Close the connection."""

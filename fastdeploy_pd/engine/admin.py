@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fastdeploy_pd.cluster.messages import Command, Peer, RoleName, Standing
 from fastdeploy_pd.engine.client import ClusterClient
@@ -16,6 +17,24 @@ from fastdeploy_pd.errors import Conflict, InvalidRequest, NoCapacity
 
 RECORD_WAIT_S = 0.5  # for Redis to have the new role; without Redis the front ends hear of it by the next beat
 RECORD_POLL_S = 0.005
+TURN_WAIT_S = 2.0  # for another flip of the topic to be over
+TURN_POLL_S = 0.02
+
+
+class Topic(Protocol):
+    """The topic's members and flips, as Redis has them."""
+
+    async def read(self) -> Sequence[Instance] | None:
+        """Returns: the members as of now; None while it is away, or the instance is alone."""
+        ...
+
+    async def begin_flip(self, flip_id: str) -> bool:
+        """Returns: whether no other flip is under way, as far as can be known; none may begin then."""
+        ...
+
+    async def end_flip(self, flip_id: str) -> None:
+        """Others may flip."""
+        ...
 
 
 class InstanceAdmin:
@@ -25,16 +44,15 @@ class InstanceAdmin:
         self,
         client: ClusterClient,
         run_dir: Path,
-        read_members: Callable[[], Awaitable[list[Instance] | None]],
+        topic: Topic,
         is_alone: bool,
     ) -> None:
         """
         Args:
             run_dir: has engine.json, which names the engine.
-            read_members: the topic's members as Redis has them now; None while it is away.
             is_alone: the instance is in no topic.
         """
-        self._client, self._run_dir, self._read_members, self._is_alone = client, run_dir, read_members, is_alone
+        self._client, self._run_dir, self._topic, self._is_alone = client, run_dir, topic, is_alone
 
     @property
     def own(self) -> Peer:
@@ -52,35 +70,64 @@ class InstanceAdmin:
     async def set_role(self, name: RoleName, is_forced: bool) -> Standing:
         """Flip the instance's role; returns when the topic's record says so.
 
-        Raises: InvalidRequest: it is alone. Conflict: it drains, or nobody else could do what it did (and it is not forced).
-            NoCapacity: the engine does not answer.
+        Raises: InvalidRequest: it is alone. Conflict: it drains, or (unless it is forced) nobody else could do what it did, or another
+            flip goes on. NoCapacity: the engine does not answer.
         """
         if self._is_alone:
             raise InvalidRequest("with --scheduler-name local an instance is alone, so it must be mixed", param="role")
-        own, role, before = self.own, Role(name), await self.standing()
-        if before.drain_left_s is not None:
-            raise Conflict("the instance drains; it takes no work in any role")
-        if not is_forced:
-            await self._check_others(own.instance_id, Role(before.role), role)
-        standing = await self._tell(name)
-        for _ in range(int(RECORD_WAIT_S / RECORD_POLL_S)):
-            members = await self._read_members()
-            present = {m.instance_id: (m.can_prefill, m.can_decode) for m in members or ()}
-            if members is None or present.get(own.instance_id) == (role.can_prefill, role.can_decode):
-                break
-            await asyncio.sleep(RECORD_POLL_S)
+        own_id, flip_id = self.own.instance_id, uuid.uuid4().hex
+        await self._await_turn(flip_id, is_forced)
+        is_settled = True  # else the lease has to lapse: the others can't see yet what this instance is, or will be
+        try:
+            await self._check(Role(name), is_forced)
+            is_settled = False
+            standing = await self._tell(name)
+            is_settled = await self._is_recorded(Role(name))
+        finally:
+            if is_settled or own_id not in {i.instance_id for i in self._client.front_end.live_instances()}:
+                await self._topic.end_flip(flip_id)
         return standing
 
     async def drain(self, timeout_s: float) -> Standing:
         """Leave the topic; the instance ends when nothing is served any more. Raises: NoCapacity: the engine does not answer."""
         return await self._tell(None, timeout_s)
 
+    async def _await_turn(self, flip_id: str, is_forced: bool) -> None:
+        """One flip at a time: else two could each count on the other's instance. Raises: Conflict."""
+        for _ in range(int(TURN_WAIT_S / TURN_POLL_S)):
+            if await self._topic.begin_flip(flip_id):
+                return
+            await asyncio.sleep(TURN_POLL_S)
+        if not is_forced:
+            raise Conflict(
+                "another instance of the topic is changing its role; try again in some seconds", param="role"
+            )
+
+    async def _check(self, role: Role, is_forced: bool) -> None:
+        """Raises: Conflict."""
+        own, before = self.own, await self.standing()
+        if before.drain_left_s is not None:
+            raise Conflict("the instance drains; it takes no work in any role")
+        if not is_forced:
+            await self._check_others(own.instance_id, Role(before.role), role)
+
+    async def _is_recorded(self, role: Role) -> bool:
+        """Wait until Redis has the role. Returns: whether it does; also if it is away."""
+        own = self.own
+        for _ in range(int(RECORD_WAIT_S / RECORD_POLL_S)):
+            members = await self._topic.read()
+            present = {m.instance_id: (m.can_prefill, m.can_decode) for m in members or ()}
+            if members is None or present.get(own.instance_id) == (role.can_prefill, role.can_decode):
+                return True
+            await asyncio.sleep(RECORD_POLL_S)
+        return False
+
     async def _tell(self, role: RoleName | None, drain_s: float | None = None) -> Standing:
         return await self._client.command(self.own, Command(uuid.uuid4().hex, role, drain_s))
 
     async def _check_others(self, own_id: str, before: Role, after: Role) -> None:
         live = self._client.front_end.live_instances()
-        fresh = await self._read_members()
+        fresh = await self._topic.read()
         ids = {i.instance_id for i in live}
         members = live if fresh is None else [m for m in fresh if m.instance_id in ids]
         others = [m for m in members if m.instance_id != own_id and not m.is_draining]

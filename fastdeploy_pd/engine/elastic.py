@@ -1,7 +1,7 @@
 """`--elastic auto`: one engine of the topic, the leader, watches the members' loads and has an instance flip its role when that helps.
 
-The leader holds a lease in Redis; when it dies another takes the lease once that has lapsed. Two that believe themselves leaders for a
-moment at worst ask for two flips: each is idempotent, and the age of the first, in its record, holds back whoever reads it.
+The leader holds a lease in Redis; when it dies another takes the lease once that has lapsed. Flips, an operator's included, have a lease of
+their own, so that each sees what the one before has made of the topic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from fastdeploy_pd.clock import Clock
 from fastdeploy_pd.cluster.messages import Command, Peer
-from fastdeploy_pd.cluster.registry import MemberRecord, Registry
+from fastdeploy_pd.cluster.registry import FLIP_LEASE_S, MemberRecord, Registry
 from fastdeploy_pd.core.elastic import Demand, ElasticOptions, InstanceLoad, decide
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost
@@ -95,6 +95,7 @@ class ElasticThread(threading.Thread):
         super().__init__(name="elastic", daemon=True)
         self._registry, self._source, self._tell, self._clock = registry, source, tell, clock
         self._elastic = Elastic(options)
+        self._flip: tuple[Peer, Command, float] | None = None  # told when; the lease is ours until the record says so
         self._stop_event = threading.Event()
 
     def run(self) -> None:
@@ -105,17 +106,35 @@ class ElasticThread(threading.Thread):
                 if own is None or own.is_draining or not self._registry.lead(own.instance_id):
                     self._elastic.forget()
                     continue
-                command = self._elastic.look(self._fitting(own), self._clock.now_s())
+                self._flip_if_it_helps(own)
             except (CoordinatorLost, ConfigError):
                 continue  # the heartbeat says so in the log
-            if command is not None:
-                self._tell(*command)
 
     def stop(self) -> None:
         """End. Idempotent."""
         self._stop_event.set()
         if self.is_alive():
             self.join(3.0)
+
+    def _flip_if_it_helps(self, own: MemberRecord) -> None:
+        members, now_s = self._fitting(own), self._clock.now_s()
+        roles = {m.instance_id: m.role for m in members}
+        flip = self._elastic.look(members, now_s)
+        if self._flip is not None:
+            peer, command, told_s = self._flip
+            is_lost = flip is not None or now_s - told_s > FLIP_LEASE_S
+            if is_lost or roles.get(peer.instance_id) in (None, command.role):
+                self._registry.end_flip(command.command_id)
+                self._flip = None
+            else:
+                self._registry.begin_flip(command.command_id, 6 * LOOK_S)
+        if flip is None or not self._registry.begin_flip(flip[1].command_id, 6 * LOOK_S):
+            return
+        if {m.instance_id: m.role for m in self._fitting(own)} != roles:  # somebody was flipped meanwhile
+            self._registry.end_flip(flip[1].command_id)
+            return
+        self._flip = (*flip, now_s)
+        self._tell(*flip)
 
     def _fitting(self, own: MemberRecord) -> list[MemberRecord]:
         """Members of another model or version are nobody's help."""

@@ -94,6 +94,16 @@ def test_one_leads_and_another_when_it_is_dead(registry: Registry) -> None:
     assert not registry.lead("a")
 
 
+def test_one_flip_at_a_time(registry: Registry) -> None:
+    assert registry.begin_flip("a", LEASE_S) and registry.begin_flip("a", LEASE_S)
+    assert not registry.begin_flip("b") and registry.lead("b"), "leading is another lease"
+    registry.end_flip("b")
+    assert not registry.begin_flip("b"), "only who has it gives it back"
+    registry.end_flip("a")
+    until(lambda: registry.begin_flip("b", LEASE_S), 0.2)
+    until(lambda: registry.begin_flip("a"), LEASE_S + 1)
+
+
 # queue
 
 

@@ -49,6 +49,31 @@ def test_who_drains_or_stays_out_is_not_flipped() -> None:
     assert leader.look(members, 60.0) is None, "who drains is no instance that is left"
 
 
+def test_the_leader_leaves_it_when_an_operator_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look and its turn the roles have changed: what it has decided would leave nobody to decode."""
+    monkeypatch.setattr(elastic, "LOOK_S", 0.02)
+
+    class Topic(MemoryRegistry):
+        def begin_flip(self, flip_id: str, lease_s: float = 30.0) -> bool:
+            self.heartbeat(record("d2", "prefill"))  # what an operator's flip has come to
+            asked.append(flip_id)
+            return super().begin_flip(flip_id, lease_s)
+
+    asked: list[str] = []
+    told: list[Command] = []
+    registry, own = Topic(WallClock()), record("d1", "decode")
+    for member in (record("p", "prefill", BUSY), own, record("d2", "decode")):
+        registry.heartbeat(member)
+    options = ElasticOptions(cooldown_s=0.1, window_s=0.05)
+    thread = ElasticThread(registry, lambda: own, lambda _, c: told.append(c), options, WallClock())
+    thread.start()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    thread.stop()
+    assert not told
+
+
 def test_a_dead_leader_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic, "LOOK_S", 0.02)
     registry = MemoryRegistry(WallClock(), lease_s=60.0, leader_lease_s=1.0)

@@ -13,11 +13,14 @@ import pytest
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.links import AsyncLinks, Links
+from fastdeploy_pd.cluster.memory import MemoryRegistry
 from fastdeploy_pd.cluster.messages import Beat, Command, Peer, Standing
+from fastdeploy_pd.engine import admin
 from fastdeploy_pd.engine.admin import InstanceAdmin
 from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd, Instance
 from fastdeploy_pd.entrypoints.openai.app import create_app
+from fastdeploy_pd.errors import Conflict
 from tests.entrypoints.stub_engine import default_options, demo_tokenizer
 
 REMOTE, LOCAL = ("10.1.2.3", 4567), ("127.0.0.1", 4567)
@@ -34,7 +37,8 @@ class Cluster:
         self.engines = {i: Links(i, [f"ipc://{run_dir}/{i}.sock"]) for i in roles}
         self.peers = {i: Peer(i, links.addresses[0]) for i, links in self.engines.items()}
         self.client = ClusterClient(self.front_end, self.links, WallClock())
-        self.admin = InstanceAdmin(self.client, run_dir, self.read, is_alone)
+        self.registry = MemoryRegistry(WallClock())
+        self.admin = InstanceAdmin(self.client, run_dir, self, is_alone)
         first = next(iter(roles), None)
         if first is not None:
             facts = {"instance_id": first, "links_address": self.peers[first].address}
@@ -42,6 +46,12 @@ class Cluster:
 
     async def read(self) -> list[Instance]:
         return [Instance(self.peers[i], r != "decode", r != "prefill") for i, r in self.roles.items()]
+
+    async def begin_flip(self, flip_id: str) -> bool:
+        return self.registry.begin_flip(flip_id)
+
+    async def end_flip(self, flip_id: str) -> None:
+        self.registry.end_flip(flip_id)
 
     async def obey(self) -> None:
         while True:
@@ -114,6 +124,37 @@ def test_the_last_one_of_a_side_is_kept_unless_forced(tmp_path: Path) -> None:
                 lambda c, w=wanted: c.post(ROLE, json={"role": w, "force": True})
             )
             assert (forced.status_code, forced.json()["role"]) == (200, wanted)
+
+
+def test_of_two_flips_at_once_one_sees_what_the_other_has_done(tmp_path: Path) -> None:
+    """Each would leave the other as the last one that prefills."""
+    cluster = Cluster(tmp_path, {"a": "prefill", "b": "prefill", "c": "decode"})
+    other_dir = tmp_path / "b"
+    other_dir.mkdir()
+    facts = {"instance_id": "b", "links_address": cluster.peers["b"].address}
+    (other_dir / "engine.json").write_text(json.dumps(facts))
+    other = InstanceAdmin(cluster.client, other_dir, cluster, is_alone=False)
+
+    async def both(http: httpx.AsyncClient) -> httpx.Response:
+        flips = [a.set_role("decode", is_forced=False) for a in (cluster.admin, other)]
+        done = await asyncio.gather(*flips, return_exceptions=True)
+        assert sorted(isinstance(d, Conflict) for d in done) == [False, True], done
+        assert cluster.registry.begin_flip("next"), "both have given the lease back"
+        return await http.get(ROLE)
+
+    assert cluster.run(both).status_code == 200
+    assert sorted(cluster.roles.values()) == ["decode", "decode", "prefill"]
+
+
+def test_a_flip_waits_for_another_one_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "TURN_WAIT_S", 0.1)
+    for is_forced, status in ((False, 409), (True, 200)):
+        cluster = Cluster(tmp_path, {"a": "mixed", "b": "mixed"})
+        cluster.registry.begin_flip("other")
+        answer = cluster.run(lambda c, f=is_forced: c.post(ROLE, json={"role": "decode", "force": f}))
+        assert answer.status_code == status, answer.text
+        assert status == 200 or "changing its role" in answer.json()["error"]["message"]
+        assert not cluster.registry.begin_flip("mine"), "the other's lease is not given back for it"
 
 
 def test_what_is_left_of_the_old_role(tmp_path: Path) -> None:

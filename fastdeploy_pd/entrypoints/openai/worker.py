@@ -89,6 +89,21 @@ class Membership:
         except (CoordinatorLost, ConfigError):
             return None
 
+    async def begin_flip(self, flip_id: str) -> bool:
+        """Returns: whether no other flip of the topic is under way; also if Redis is away: nobody knows then."""
+        if self._registry is None:
+            return True
+        try:
+            return await asyncio.to_thread(self._registry.begin_flip, flip_id)
+        except (CoordinatorLost, ConfigError):
+            return True
+
+    async def end_flip(self, flip_id: str) -> None:
+        """Let others flip."""
+        if self._registry is not None:
+            with contextlib.suppress(CoordinatorLost, ConfigError):  # the lease lapses
+                await asyncio.to_thread(self._registry.end_flip, flip_id)
+
     def _warn_of_strangers(self, records: tuple[MemberRecord, ...]) -> None:
         strangers = {r.instance_id for r in records if r.fingerprint != self._fingerprint}
         if strangers - self._strangers:
@@ -222,7 +237,7 @@ async def serve_api(
     metrics = FrontEndMetrics(options.model_names[0])
     client = ClusterClient(front_end, links, WallClock(), metrics)
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
-    admin = InstanceAdmin(client, run_dir, membership.read, config.cluster.scheduler_name == "local")
+    admin = InstanceAdmin(client, run_dir, membership, config.cluster.scheduler_name == "local")
     app = create_app(client, tokenizer, options, metrics=render, observer=metrics, admin=admin)
     consumer = None
     if config.cluster.scheduler_name != "local":
