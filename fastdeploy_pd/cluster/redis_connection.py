@@ -61,7 +61,9 @@ class RedisOptions:
         try:
             parsed = dict(redis.connection.parse_url(url))  # type: ignore[no-untyped-call]
         except ValueError as error:
-            raise ConfigError("the Redis URL must begin with redis://, rediss:// or unix://") from error
+            raise ConfigError(
+                "the Redis URL must begin with redis://, rediss:// or unix://; its port must be from 1 to 65535"
+            ) from error
         names = {
             "path": "unix_socket",
             "ssl_ca_certs": "tls_ca_file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -14,11 +15,12 @@ import urllib.request
 from typing import Any
 
 from fastdeploy_pd.config import ROLES
-from fastdeploy_pd.errors import ConfigError, FastDeployPDError, LinkLost
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError, LinkLost, NoCapacity
 
 POLL_S = 0.2
 TIMEOUT_S = 30.0
-ADDRESS = re.compile(r"[^/\s:]+:\d+|\[[0-9A-Fa-f:.]+\]:\d+")
+ADDRESS = re.compile(r"([^/\s:\[\]]+|\[[0-9A-Fa-f:.]+\]):\d+")
+URL = re.compile(r"https?://([^/\s:\[\]]+|\[[0-9A-Fa-f:.]+\])(:\d+)?(/\S*)?")
 
 
 def add_commands(commands: Any) -> None:
@@ -52,22 +54,27 @@ def _add_instance(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns: exit status 0. Raises: FastDeployPDError: there is no such instance, or what it answers."""
+    """Returns: exit status 0. Raises: ConfigError: there is no such instance. FastDeployPDError: what it answers, or that it cannot be reached."""
+    if args.command == "role" and args.force and not args.role:
+        raise ConfigError("--force is given without a role to flip to")
     url = find_url(args.instance, args.redis_url, args.scheduler_topic)
     key = args.api_key or os.environ.get("FD_API_KEY", "")
     if args.command == "drain":
         return _drain(url, key, args.timeout_s)
     body = {"role": args.role, "force": args.force} if args.role else None
     answer = call(url + "/v1/admin/role", key, body)
-    left = answer["left_of_old_role"]
-    _say(f"{answer['instance_id']} at {url} is {answer['role']}; left of its old role: {_list(left)}")
+    _say(f"{answer['instance_id']} at {url} is {answer['role']}; left of its old role: {_list(answer['left'])}")
     return 0
 
 
 def find_url(instance: str, redis_url: str, topic: str) -> str:
     """Returns: the base URL of an instance. Raises: ConfigError: none or several fit; CoordinatorLost."""
     if "://" in instance:
+        if not URL.fullmatch(instance):
+            raise ConfigError(f"INSTANCE is {instance!r}; a URL must be http:// or https://, a host and perhaps a port")
         return instance.rstrip("/").removesuffix("/v1")
+    if not instance:
+        raise ConfigError("INSTANCE is ''; it must be an instance's id (or how it begins), URL or host:port")
     if ADDRESS.fullmatch(instance):
         return f"http://{instance}"
     from fastdeploy_pd.cluster.redis_connection import RedisOptions
@@ -92,37 +99,54 @@ def find_url(instance: str, redis_url: str, topic: str) -> str:
 
 
 def call(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns: the answer to a GET, or to a POST if there is a body. Raises: FastDeployPDError: what the instance says, or that it cannot be reached."""
+    """Returns: the answer to a GET, or to a POST if there is a body, what is left under "left".
+
+    Raises: ConfigError: no key can look like this. LinkLost: nobody answers. NoCapacity: it takes the instance too long, or it is about to end.
+        FastDeployPDError: what the instance says.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("--api-key (or FD_API_KEY) has characters that no key has; it must be printable ASCII")
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT_S) as answer:
-            return dict(json.loads(answer.read()))
+            found = json.loads(answer.read())
+            left = found["left_of_old_role"] if "left_of_old_role" in found else found["left"]
+            return {**found, "left": {str(k): int(v) for k, v in left.items()}, "instance_id": found["instance_id"]}
     except urllib.error.HTTPError as error:
         try:
             text = json.loads(error.read())["error"]["message"]
         except (ValueError, KeyError, TypeError):
             text = error.reason
-        raise FastDeployPDError(f"{url} answers {error.code}: {text}") from error
+        kind = NoCapacity if error.code == 503 else FastDeployPDError
+        raise kind(f"{url} answers {error.code}: {text}") from error
+    except TimeoutError as error:
+        raise NoCapacity(f"{url} has not answered for {TIMEOUT_S:g} s") from error
     except OSError as error:
         raise LinkLost(f"{url} cannot be reached: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, http.client.HTTPException) as error:
+        raise FastDeployPDError(f"{url} does not answer as an instance does: {error!r}") from error
 
 
 def _drain(url: str, key: str, timeout_s: float | None) -> int:
     """Ask, and show what is left until the instance is gone."""
     address, last = url + "/v1/admin/drain", ""
     answer = call(address, key, {} if timeout_s is None else {"timeout_s": timeout_s})
-    while True:
-        text = f"{answer['instance_id']} drains; left: {_list(answer['left'])}"
+    own_id = answer["instance_id"]
+    while answer["instance_id"] == own_id and answer.get("is_draining"):  # else another was started in its place
+        text = f"{own_id} drains; left: {_list(answer['left'])}"
         if text != last:
             _say(text)
         last = text
         threading.Event().wait(POLL_S)
         try:
             answer = call(address, key)
+        except NoCapacity:
+            continue  # its engine is in a long step, or has ended already
         except FastDeployPDError:
-            _say(f"{answer['instance_id']} has left")
-            return 0
+            break
+    _say(f"{own_id} has left")
+    return 0
 
 
 def _list(left: dict[str, int]) -> str:
