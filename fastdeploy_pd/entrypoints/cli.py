@@ -7,7 +7,7 @@ import sys
 
 from fastdeploy_pd import __version__
 from fastdeploy_pd.entrypoints import operate, sim_plots
-from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.sim import calibrate, plan
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
@@ -113,7 +113,7 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns: exit status."""
+    """Returns: exit status; 2: what was given is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["serve"]:
         from fastdeploy_pd.entrypoints.openai.api_server import main as serve
@@ -146,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
             from fastdeploy_pd.doctor.main import run
         return run(args)
     except FastDeployPDError as error:
-        sys.stderr.write(f"\nerror: {error.message}\n")
-        return 1
+        sys.stderr.write(("\n" if is_up else "") + f"error: {error.message}\n")
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -106,10 +106,22 @@ def load(paths: Sequence[Path]) -> list[Series]:
             flags = report["flags"]
             if not runs:
                 raise ValueError("it has no runs")
-            found.append(Series(name or f"{flags['layout']} {flags['placement']}", runs, colour, marker))
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            for run in runs:
+                _check(run)
+            name = (name or f"{flags['layout']} {flags['placement']}").replace("$", r"\$")  # no formula of TeX's
+            found.append(Series(name, runs, colour, marker))
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{file} is not a report of `simulate --json`: {error!r}") from error
     return found
+
+
+def _check(run: dict[str, Any]) -> None:
+    """Raises: KeyError, TypeError, ValueError: something is missing that is drawn, or is no number."""
+    numbers = [run["rate"] or 0.0, *(run[f"{name}_attainment"] for name in ("slo", "ttft", "tpot"))]
+    numbers += [run["queue_s"][key] or 0.0 for key in ("p50", "p90")]
+    numbers += [row[key] or 0.0 for row in run.get("requests", ()) for key, _ in LATENCIES]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number in it is not finite")
 
 
 def pictures(series: Sequence[Series], goal: float, is_linear: bool) -> Iterator[tuple[str, Figure]]:

@@ -8,24 +8,24 @@ simulations. It looks at one half of the requests; the errors that are told are 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from fastdeploy_pd.core.placement import FewestTokens
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import from_coefficients
-from fastdeploy_pd.sim.main import parse_layout
+from fastdeploy_pd.sim.main import check_output, check_positive, parse_layout, write_json
 from fastdeploy_pd.sim.report import summary
-from fastdeploy_pd.sim.trace import Offered
+from fastdeploy_pd.sim.trace import UNREADABLE, WRONG_LINE, Offered, opened
 
 SPLITS: dict[str, Callable[[int, int], bool]] = {
     "alternate": lambda number, total: number % 2 == 0,
@@ -72,13 +72,13 @@ def load(path: Path) -> list[Measured]:
     """
     rows = []
     try:
-        with cast("IO[str]", gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+        with opened(path) as file:
             for number, line in enumerate(file, 1):
                 try:
                     rows.append(_row(json.loads(line)))
-                except (KeyError, TypeError, ValueError) as error:
+                except WRONG_LINE as error:
                     raise ConfigError(f"--requests {path}, line {number}: {error!r}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"--requests {path} cannot be read: {error}") from error
     if len(rows) < 10:
         raise ConfigError(f"--requests {path} has {len(rows)} requests; at least 10 are needed")
@@ -95,7 +95,9 @@ def _row(line: dict[str, Any]) -> tuple[float, int, int, float, float, float]:
     arrival, queued, first, last = (
         float(line[name]) for name in ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
     )
-    num_input, num_output = int(line["input_toks"]), int(line["output_toks"])
+    num_input, num_output = index(line["input_toks"]), index(line["output_toks"])
+    if not all(map(math.isfinite, (arrival, queued, first, last))):
+        raise ValueError("arrival_time, queued_ts, first_token_ts and last_token_ts must be finite")
     if num_input < 1 or num_output < 1 or not queued <= first <= last:
         raise ValueError("input_toks and output_toks must be at least 1, queued_ts, first_token_ts, last_token_ts rise")
     return arrival, num_input, num_output, queued, first, last
@@ -198,10 +200,15 @@ def compare(measured: Sequence[Measured], records: Sequence[Record]) -> dict[str
     real = ([m.ttft_s for m in measured], [m.tpot_s for m in measured])
     for name, one, other in zip(("ttft_s", "tpot_s"), real, simulated, strict=True):
         left, right = (cast("dict[str, float]", summary(x)) for x in (one, other))
-        error = {key: right[key] / left[key] - 1 for key in left}
-        error["per_request"] = sum(abs(s / m - 1) for m, s in zip(one, other, strict=True)) / len(one)
+        error = {key: _error(left[key], right[key]) for key in left}
+        error["per_request"] = sum(abs(_error(m, s)) for m, s in zip(one, other, strict=True)) / len(one)
         found[name] = {"measured": left, "simulated": right, "error": error}
     return found
+
+
+def _error(measured_s: float, simulated_s: float) -> float:
+    """Returns: relative error; a request of one token has no time between tokens."""
+    return max(simulated_s, LEAST_S) / max(measured_s, LEAST_S) - 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +229,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
+    check_positive(args, "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
+    check_output(args.json)
     measured = load(args.requests)
     options = ClusterOptions(
         kinds=parse_layout(args.layout),
@@ -240,10 +249,7 @@ def run(args: argparse.Namespace) -> int:
     found = calibrate(measured, options, args.fit_to)
     sys.stdout.write(_table(found))
     if args.json:
-        try:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--json {args.json} cannot be written: {error}") from error
+        write_json(args.json, found)
     return 0
 
 

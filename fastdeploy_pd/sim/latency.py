@@ -22,6 +22,7 @@ from fastdeploy_pd.core.predictor import Predictor, fit
 from fastdeploy_pd.errors import ConfigError
 
 MODELS = ("grid", "formula", "dynosim")
+MOST_S = 1e6  #: a coefficient
 
 KNOWN_BLOCK_TOKENS = 64
 #: profile -> (KV blocks of so many tokens of an instance, KV bytes a token)
@@ -135,14 +136,17 @@ def read(directory: Path, profile: str, model: str = "grid") -> Latency:
         quadratic, linear = _read_fits(directory, found[0])
         return _formula(quadratic, linear)
     prefill = _read_grid(directory / f"{found[0]}_prefill.csv", ("isl", "prefill_ms"))
-    curve = Curve([(n, ms) for n, ms in prefill])
+    curve = _curve([(n, ms) for n, ms in prefill], directory / f"{found[0]}_prefill.csv")
     if model == "dynosim":
         _, linear = _read_fits(directory, found[0])
         return Latency(curve, lambda num: _line(linear, num), is_like_dynosim=True)
-    rows: dict[float, list[tuple[float, float]]] = {}
-    for batch, context, ms in _read_grid(directory / f"{found[0]}_decode.csv", ("batch", "context", "itl_ms")):
-        rows.setdefault(batch, []).append((context, ms))
-    batches = sorted((int(batch), Curve(points)) for batch, points in rows.items())
+    rows: dict[int, list[tuple[float, float]]] = {}
+    path = directory / f"{found[0]}_decode.csv"
+    for batch, context, ms in _read_grid(path, ("batch", "context", "itl_ms")):
+        rows.setdefault(int(batch), []).append((context, ms))
+    if len(rows) < 2:
+        raise ConfigError(f"{path} has {len(rows)} batch sizes; a grid needs 2")
+    batches = sorted((batch, _curve(points, path)) for batch, points in rows.items())
     return Latency(curve, lambda num: _between(batches, num))
 
 
@@ -156,7 +160,7 @@ def read_profile(path: Path) -> Latency:
         found = json.loads(path.read_text())
         found = found.get("predictor", found)
         prefill, decode = ([float(x) for x in found[name]] for name in ("prefill", "decode"))
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f'--latency {path} is not a profile, JSON with "prefill": [a, b, c] and "decode": [d, e, f]: {error!r}'
         ) from error
@@ -169,13 +173,15 @@ def from_coefficients(prefill: Sequence[float], decode: Sequence[float], where: 
     Args:
         prefill, decode: [3] a, b, c and d, e, f.
         where: what an error is about.
-    Raises: ConfigError: these are not three finite numbers each, or a step could take no time.
+    Raises: ConfigError: these are not three finite numbers of sensible size each, or a step could take no time.
     """
     for name, values in (("prefill", prefill), ("decode", decode)):
-        if len(values) != 3 or not all(map(math.isfinite, values)):
-            raise ConfigError(f"{where}: {name} is {list(values)}; it must be three finite numbers")
+        if len(values) != 3 or not all(abs(x) <= MOST_S for x in values):
+            raise ConfigError(
+                f"{where}: {name} is {list(values)}; it must be three finite numbers of seconds, {MOST_S:g} at most"
+            )
     (a, b, c), (d, e, f) = ([1e3 * x for x in values] for values in (prefill, decode))
-    if a < 0 or a + b + max(c, 0.0) <= 0 or d < 0 or e < 0 or d + e + f <= 0:
+    if a < 0 or a + b < 0 or a + b + max(c, 0.0) <= 0 or d < 0 or e < 0 or d + e + f <= 0:
         raise ConfigError(f"{where}: with prefill {list(prefill)} and decode {list(decode)} a step takes no time")
     return _formula((a, b, c), (d, e, f))
 
@@ -200,12 +206,25 @@ def _between(batches: Sequence[tuple[int, Curve]], num_sequences: int) -> Curve:
     return Curve([(x * num_sequences, below(x) * (1 - share) + above(x) * share) for x in contexts])
 
 
+def _curve(points: Sequence[tuple[float, float]], path: Path) -> Curve:
+    """Raises: ConfigError: there are fewer than two points, or two at one place."""
+    places = [x for x, _ in points]
+    if len(set(places)) < max(2, len(places)):
+        raise ConfigError(
+            f"{path} has points at {', '.join(f'{x:g}' for x in places)}; two or more, all different, are needed"
+        )
+    return Curve(points)
+
+
 def _read_grid(path: Path, columns: Sequence[str]) -> list[tuple[float, ...]]:
-    """Returns: the rows in order. Raises: ConfigError: there is no such file, or it has other columns, or fewer than two rows."""
+    """Returns: the rows in order, the last column above 0. Raises: ConfigError: there is no such file, or it is no such grid."""
     try:
         with path.open() as file:
             rows = sorted(tuple(float(row[c]) for c in columns) for row in csv.DictReader(file))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        for row in rows:
+            if not (all(0 <= x < math.inf for x in row) and row[-1] > 0):
+                raise ValueError(f"{row} must be finite and not negative, {columns[-1]} above 0")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise ConfigError(f"{path} is not a grid of {', '.join(columns)}: {error!r}") from error
     if len(rows) < 2:
         raise ConfigError(f"{path} has {len(rows)} rows; a grid needs 2")
@@ -222,6 +241,11 @@ def _read_fits(directory: Path, name: str) -> tuple[tuple[float, float, float], 
         for line in path.read_text().splitlines():
             match = re.search(rf" quad {number}.* lin\(kvtok,bs,1\) {number}", line)
             if match and name.endswith(line.split()[0]):
-                (a, b, c), (d, e, f) = json.loads(match[1]), json.loads(match[2])
+                try:
+                    (a, b, c), (d, e, f) = (map(float, json.loads(text)) for text in match.groups())
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(
+                        f"{path}: {line!r} must have three numbers behind quad and lin: {error}"
+                    ) from error
                 return (a, b, c), (d, e, f)
     raise ConfigError(f"{directory} has no *fits.txt with a line about {name}; --latency-model grid needs none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -73,6 +74,7 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
+    check_output(args.json)
     clock = WallClock()
     runs = []
     for rate in args.rate or (None,):
@@ -91,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, runs[0])
     return 0
+
+
+def check_output(path: Path | None) -> None:
+    """Raises: ConfigError: the file cannot be written, which is better known before a long run than behind it."""
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise ConfigError(f"--json {path} cannot be written; it must be a file in a directory that is there")
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
@@ -113,7 +121,8 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
-    check_positive(args, "rate", "max_requests", "repeat", "slo_ttft_x", "slo_tpot_ms")
+    check_positive(args, "rate", "max_requests", "repeat", "num_blocks", "kv_bytes_per_token", "max_num_batched_tokens")
+    check_instance_flags(args)
     is_auto = args.layout.startswith("auto:")
     args.placement = args.placement or ("slo" if is_auto else "fewest-tokens")
     args.prefill_policy = args.prefill_policy or ("slack" if is_auto else "fcfs")
@@ -130,11 +139,18 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_positive(args: argparse.Namespace, *flags: str) -> None:
-    """Raises: ConfigError: one of these flags is given and not above 0."""
+    """Raises: ConfigError: one of these flags is given and not above 0, or beyond all reason."""
     for flag in flags:
         value = getattr(args, flag)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0")
+        if value is not None and not 1e-9 <= value <= 1e15:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0, from 1e-9 to 1e15")
+
+
+def check_instance_flags(args: argparse.Namespace) -> None:
+    """Raises: ConfigError: a flag of `add_instance_flags` is out of range."""
+    check_positive(args, "slo_ttft_x", "slo_tpot_ms", "block_size", "kv_gb_per_s", "max_num_seqs")
+    if not 0 <= args.kv_latency_ms <= 1e9:
+        raise ConfigError(f"--kv-latency-ms is {args.kv_latency_ms}; it must be from 0 to 1e9")
 
 
 def make_cluster(
@@ -159,12 +175,15 @@ def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
 
 def parse_layout(text: str) -> str:
     """Returns: a letter an instance: 2P1D is "PPD", auto:3 "MMM". Raises: ConfigError: that is no layout."""
-    if match := re.fullmatch(r"auto:([1-9]\d*)", text):
+    if match := re.fullmatch(r"auto:([1-9]\d{0,5})", text):
         return int(match[1]) * "M"
-    parts = re.findall(r"(\d+)([PDM])", text.upper())
+    parts = re.findall(r"(\d{1,6})([PDM])", text.upper())
     if not parts or "".join(n + kind for n, kind in parts) != text.upper():
         raise ConfigError(f"--layout {text}: it must be counts before P, D or M, as in 6P2D or 8M, or auto:8")
-    return "".join(int(n) * kind for n, kind in parts)
+    kinds = "".join(int(n) * kind for n, kind in parts)
+    if not {"D", "M"} & set(kinds):
+        raise ConfigError(f"--layout {text}: it must have at least one instance that decodes, D or M")
+    return kinds
 
 
 def _options(args: argparse.Namespace) -> ClusterOptions:

@@ -238,7 +238,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status, 1 if nothing meets the goal. Raises: ConfigError: a flag or a file is wrong."""
-    simulator.check_positive(args, "rate", "max_requests", "slo_ttft_x", "slo_tpot_ms", "gpus")
+    simulator.check_positive(args, "rate", "max_requests", "gpus")
+    simulator.check_instance_flags(args)
+    simulator.check_output(args.json)
     if not 0 < args.goal <= 1:
         raise ConfigError(f"--goal is {args.goal}; it must be above 0 and at most 1")
     placements = _names(args.placement, "--placement", simulator.PLACEMENTS)

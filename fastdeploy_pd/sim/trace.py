@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,6 +24,8 @@ from typing import IO, cast, overload
 from fastdeploy_pd.core.blocks import HASH_BYTES
 from fastdeploy_pd.errors import ConfigError
 
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)  #: what reading a file may raise
+WRONG_LINE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)  #: and making sense of a line
 TRACE_BLOCK_TOKENS = 512  # that a hash id of a Mooncake trace stands for
 _TAILS = [n.to_bytes(2, "big") for n in range(TRACE_BLOCK_TOKENS)]
 
@@ -98,9 +102,13 @@ class Synthetic:
         """
         if not 0 <= self.random_range_ratio < 1:
             raise ConfigError(f"--random-range-ratio is {self.random_range_ratio}; it must be from 0 to below 1")
+        if self.num_prompts == 1:
+            raise ConfigError("--num-prompts is 1; it must be at least 2")
         for flag in ("num_prompts", "random_input_len", "random_output_len", "burstiness"):
-            if getattr(self, flag) <= 0:
-                raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be above 0")
+            if not 0 < getattr(self, flag) <= 1e9:
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be above 0, and 1e9 at most"
+                )
         if self.random_prefix_len < 0:
             raise ConfigError(f"--random-prefix-len is {self.random_prefix_len}; it must be 0 or more")
         requests, arrival_s = [], 0.0
@@ -123,10 +131,10 @@ def load(path: Path, max_requests: int | None = None) -> list[Offered]:
     Raises: ConfigError: it cannot be read, a line is wrong, or it has too few requests.
     """
     try:
-        with cast("IO[str]", gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+        with opened(path) as file:
             is_csv = path.name.removesuffix(".gz").endswith(".csv")
             requests = _azure(file, path) if is_csv else _mooncake(file, path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"--trace {path} cannot be read: {error}") from error
     requests.sort(key=lambda r: r.arrival_s)
     requests = requests[:max_requests]
@@ -134,6 +142,11 @@ def load(path: Path, max_requests: int | None = None) -> list[Offered]:
         raise ConfigError(f"--trace {path} has {len(requests)} requests; at least 2, not all at one time, are needed")
     first_s = requests[0].arrival_s
     return [replace(r, number=n, arrival_s=r.arrival_s - first_s) for n, r in enumerate(requests)]
+
+
+def opened(path: Path) -> IO[str]:
+    """Returns: a text file, gzipped if its name says so."""
+    return cast("IO[str]", gzip.open(path, "rt") if path.suffix == ".gz" else path.open())
 
 
 def _mooncake(file: IO[str], path: Path) -> list[Offered]:
@@ -144,12 +157,14 @@ def _mooncake(file: IO[str], path: Path) -> list[Offered]:
             row = json.loads(line)
             num_input, num_output = index(row["input_length"]), index(row["output_length"])
             hash_ids = tuple(map(index, row["hash_ids"]))
-            if num_input < 1 or min(hash_ids, default=0) < 0:
-                raise ValueError("input_length must be at least 1, hash_ids not negative")
+            if num_input < 1 or min(hash_ids, default=0) < 0 or max(hash_ids, default=0) >= 1 << 63:
+                raise ValueError("input_length must be at least 1, hash_ids not negative and below 2^63")
+            if not math.isfinite(row["timestamp"]):
+                raise ValueError(f"timestamp is {row['timestamp']}; it must be finite")
             if len(hash_ids) > -(-num_input // TRACE_BLOCK_TOKENS):
                 raise ValueError(f"{len(hash_ids)} hash_ids for {num_input} tokens, one for each {TRACE_BLOCK_TOKENS}")
             requests.append(Offered(0, row["timestamp"] / 1e3, num_input, max(1, num_output), hash_ids))
-        except (KeyError, TypeError, ValueError) as error:
+        except WRONG_LINE as error:
             raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
     return requests
 
@@ -162,7 +177,7 @@ def _azure(file: IO[str], path: Path) -> list[Offered]:
             arrival_s = (datetime.fromisoformat(row["TIMESTAMP"]) - datetime(2000, 1, 1)).total_seconds()
             num_input, num_output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             requests.append(Offered(0, arrival_s, max(1, num_input), max(1, num_output)))
-        except (KeyError, TypeError, ValueError) as error:
+        except WRONG_LINE as error:
             raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
     return requests
 

@@ -120,7 +120,7 @@ def test_the_command_flips_by_id_and_by_address(cluster: LocalCluster, redis_ser
     assert shown["role"] == "decode" and abs(time.time() - shown["since_unix_s"]) < 30
     assert shown["left_of_old_role"] == {"requests": 0, "prefill_orders": 0}
     unknown = fastdeploy_pd(redis_server, "role", "nobody", "decode")
-    assert unknown.returncode == 1 and first.instance_id in unknown.stderr
+    assert unknown.returncode == 2 and first.instance_id in unknown.stderr
 
 
 def test_a_drain_under_load_ends_when_all_is_served(cluster: LocalCluster, redis_server: EmbeddedRedis) -> None:

@@ -80,9 +80,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "TTFT error" in capsys.readouterr().out
     flags = ["--trace", "synthetic", "--rate", "1", "--num-prompts", "5", "--layout", "1M", "--num-blocks", "4000"]
     assert main(["simulate", *flags, "--latency", str(out)]) == 0
-    assert main(["calibrate", "--requests", str(log), "--num-blocks", "4000", "--layout", "1P"]) == 1
+    assert main(["calibrate", "--requests", str(log), "--num-blocks", "4000", "--layout", "1P"]) == 2
     assert "at least one instance that decodes" in capsys.readouterr().err
-    assert main(["calibrate", "--requests", str(log), "--num-blocks", "4"]) == 1
+    assert main(["calibrate", "--requests", str(log), "--num-blocks", "4"]) == 2
     assert "--num-blocks is 4; a request of" in capsys.readouterr().err
 
 

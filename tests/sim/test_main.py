@@ -77,7 +77,7 @@ def test_tight_and_loose_objectives(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FLAGS, *flags]) == 1
+    assert main([*FLAGS, *flags]) == 2
     assert text in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_step_times_of_a_file_and_of_coefficients(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_step_times_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*WORK, *flags]) == 1
+    assert main([*WORK, *flags]) == 2
     assert text in capsys.readouterr().err
 
 

@@ -115,5 +115,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ],
 )  # fmt: skip
 def test_wrong_flags_are_named(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FLAGS, *flags]) == 1
+    assert main([*FLAGS, *flags]) == 2
     assert text in capsys.readouterr().err
