@@ -86,7 +86,7 @@ class RedisClient:
                     continue
                 chunk = {"finish_reason": None, "usage": None, **msgspec.msgpack.decode(entry.payload)}
                 if chunk.get("error"):
-                    raise FastDeployPDError(chunk["error"]["message"], code=chunk["error"].get("code"))
+                    raise _failure(chunk["error"])
                 yield chunk
                 if chunk["finish_reason"] is not None:
                     return
@@ -104,3 +104,10 @@ class RedisClient:
     def close(self) -> None:
         """Close the connections."""
         self._queue.close()
+
+
+def _failure(record: dict[str, Any]) -> FastDeployPDError:
+    """Returns: the error of which an output stream's last entry tells."""
+    error = FastDeployPDError(record["message"], code=record.get("code"), param=record.get("param"))
+    error.retry_after_s = record.get("retry_after_s", error.retry_after_s)
+    return error

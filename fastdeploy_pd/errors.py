@@ -17,6 +17,9 @@ class FastDeployPDError(Exception):
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
     retryable: ClassVar[bool] = False
+    retry_after_s: int = (
+        1  #: whole seconds after which a retryable request may succeed; the class's, unless one error says otherwise
+    )
 
     def __init__(self, message: str | None = None, *, param: str | None = None, code: str | None = None) -> None:
         """
@@ -80,6 +83,20 @@ class Overloaded(FastDeployPDError):
     type = "rate_limit_exceeded"
     default_code = "overloaded"
     retryable = True
+
+
+class DeadlineUnreachable(Overloaded):
+    """The request cannot end by its deadline, as busy as the cluster is."""
+
+    default_code = "deadline_unreachable"
+
+    def __init__(self, message: str | None = None, *, retry_after_s: int = 1) -> None:
+        """
+        Args:
+            retry_after_s: after so long its deadline can be met, as predicted.
+        """
+        super().__init__(message, param="deadline")
+        self.retry_after_s = retry_after_s
 
 
 class NoCapacity(FastDeployPDError):

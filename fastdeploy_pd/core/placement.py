@@ -31,6 +31,7 @@ class Load:
     stream_tokens: int = 0  #: their tokens in sum
     slack_s: float = math.inf  #: that streams can wait before their SLO suffers
     num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
+    priority: int | None = None  #: of all the prompts, computed by due time or as they came; None: not so
 
     @property
     def is_sane(self) -> bool:

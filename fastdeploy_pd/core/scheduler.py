@@ -35,6 +35,7 @@ from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
+BY_DUE = ("fcfs", "edf", "slack")  # policies under which a prompt does not overtake those that are due before it
 MAX_PROMPTS = 256  # that placement is told of: those that are due first
 MOST_SHARE = 0.8  # of the time, that streams are taken to need
 DUE_AIM = (
@@ -151,7 +152,11 @@ class Scheduler:
         slack_s = stream_slack_s(streams, predictor.decode_s(len(streams), num_tokens), now_s) if streams else math.inf
         num_free = self.pool.num_free * self.pool.block_size - num_promised
         prompts = tuple([(due - now_s, seconds) for due, seconds in jobs])
-        return Load(predictor, prompts, busy_s, len(streams), num_tokens, slack_s, num_free)
+        found = Load(predictor, prompts, busy_s, len(streams), num_tokens, slack_s, num_free)
+        priorities = {r.priority for r in requests if is_prompt(r)}
+        if self.options.prefill_policy in BY_DUE and len(priorities) < 2:
+            found.priority = max(priorities, default=0)
+        return found
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how

@@ -25,6 +25,7 @@ from fastdeploy_pd.cluster.messages import (
     Tokens,
     Unknown,
 )
+from fastdeploy_pd.core.admission import refusal
 from fastdeploy_pd.core.blocks import extend_hashes
 from fastdeploy_pd.core.order import due_s
 from fastdeploy_pd.core.placement import Candidate, FewestTokens, Load, Placement, PlacementPolicy
@@ -215,7 +216,11 @@ class FrontEnd:
         request.slo = self._slo_of(request)
         tracked = Tracked(request, now_s)
         self.requests[request.request_id] = tracked
-        self._place(tracked, now_s)
+        error = self._refusal(request, now_s)
+        if error is None:
+            self._place(tracked, now_s)
+        else:
+            self._fail(tracked, error, now_s)
 
     def look_up(self, request: Request) -> bool:
         """Hash some more of a request's blocks, as long as an instance holds all that are hashed.
@@ -286,6 +291,12 @@ class FrontEnd:
         ttft_s = slo.ttft_s or self._default_ttft_s(len(request.prompt_token_ids))
         return replace(slo, ttft_s=ttft_s, tpot_s=slo.tpot_s or options.slo_tpot_s)
 
+    def _refusal(self, request: Request, now_s: float) -> FastDeployPDError | None:
+        """Returns: why a request cannot end by its deadline; None if it may, or the client has a part of its answer already."""
+        if request.slo.deadline_s is None or request.output_token_ids:
+            return None
+        return refusal(request, self._candidates({}, self._cached_tokens(request), now_s))
+
     def _default_ttft_s(self, num_tokens: int) -> float | None:
         """Returns: the multiple of what a prompt takes on the fastest instance when it is idle, or the fixed time."""
         factor = self.options.slo_ttft_x
@@ -344,6 +355,8 @@ class FrontEnd:
                 computes = instance_id == (placement.prefill_id or placement.decode_id)
                 seconds = view.load.predictor.prefill_s(request.num_tokens, num_cached) if computes else 0.0
                 view.added.append((due_s(request), seconds, request.num_tokens - num_cached))
+                if request.priority != view.load.priority:
+                    view.load = replace(view.load, priority=None)
         tracked.heard_s = now_s
         self._send_reserve(tracked, now_s)
 

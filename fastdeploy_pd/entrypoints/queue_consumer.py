@@ -48,7 +48,7 @@ class OutputChunk(msgspec.Struct, omit_defaults=True):
     token_ids: list[int]
     text: str
     finish_reason: str | None = None
-    error: dict[str, str | None] | None = None
+    error: dict[str, str | int | None] | None = None
     usage: dict[str, int] | None = None
 
 
@@ -146,7 +146,7 @@ class QueueConsumer:
             await self._with_retries(self._queue.discard, claimed)
         except FastDeployPDError as error:
             if not isinstance(error, CoordinatorLost):
-                await self._end(claimed, num_known, {"message": error.message, "code": error.code}, "error")
+                await self._end(claimed, num_known, error_record(error), "error")
 
     def _choice(self, claimed: Claimed, delivered: list[int]) -> Choice:
         try:
@@ -194,7 +194,7 @@ class QueueConsumer:
         reason = delta.finish_reason.value if delta.finish_reason is not None else None
         return msgspec.msgpack.encode(OutputChunk(index, list(delta.token_ids), delta.text, reason, usage=usage))
 
-    async def _end(self, claimed: Claimed, index: int, error: dict[str, str | None], reason: str) -> None:
+    async def _end(self, claimed: Claimed, index: int, error: dict[str, str | int | None], reason: str) -> None:
         payload = msgspec.msgpack.encode(OutputChunk(index, [], "", reason, error))
         # Behind every token there may be: the end has to be the newest entry.
         await self._with_retries(self._queue.append, self._consumer, claimed, [(2**40, payload)], True)
@@ -208,6 +208,12 @@ class QueueConsumer:
                 if self._is_stopping or isinstance(error, ForeignData):
                     raise
                 await asyncio.sleep(PAUSE_S)
+
+
+def error_record(error: FastDeployPDError) -> dict[str, str | int | None]:
+    """Returns: what an output stream says of a request's failure."""
+    record: dict[str, str | int | None] = {"message": error.message, "code": error.code, "param": error.param}
+    return {**record, "retry_after_s": error.retry_after_s} if error.retryable else record
 
 
 def _tokens(entries: Sequence[OutputEntry]) -> list[int]:

@@ -152,7 +152,8 @@ def test_redis_submission(redis_server: EmbeddedRedis, pair: LocalCluster) -> No
 
 def test_a_deadline_ends_a_request_however_it_came(redis_server: EmbeddedRedis, pair: LocalCluster) -> None:
     url, head = pair.instances[0].http_url + "/v1/completions", {"authorization": "Bearer k-1"}
-    body = {"model": "demo", "prompt": "Once", "max_tokens": 3900, "ignore_eos": True}
+    endless = {"model": "demo", "prompt": "Once", "max_tokens": 3900, "ignore_eos": True}
+    body = {**endless, "stop": ["it could stop at once"]}
     began_s = time.monotonic()
     whole = httpx.post(url, json={**body, "deadline": 0.4}, headers=head, timeout=60)
     assert 0.4 <= time.monotonic() - began_s < 3
@@ -169,6 +170,13 @@ def test_a_deadline_ends_a_request_however_it_came(redis_server: EmbeddedRedis, 
     assert failed.value.code == "timeout"
     with pytest.raises(FastDeployPDError, match="Invalid 'deadline'"):
         client.result(client.submit({**body, "deadline": 0}, "completions"), 30)
+    # By now instances have said what a step takes: 3,900 of them take longer.
+    refused = httpx.post(url, json={**endless, "deadline": 0.4}, headers=head, timeout=60)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "deadline", "deadline_too_short")
+    with pytest.raises(FastDeployPDError, match=r"it is 0\.4 s, and a prompt of .* an answer of 3900 takes") as failed:
+        client.result(client.submit({**endless, "deadline": 0.4}, "completions"), 30)
+    assert (failed.value.param, failed.value.code) == ("deadline", "deadline_too_short")
 
 
 SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from fastdeploy_pd.cluster.messages import Abort, Peer, Reserve
+from fastdeploy_pd.cluster.messages import Abort, Beat, Peer, Reserve
+from fastdeploy_pd.core.placement import Load
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.frontend import Failed, FrontEnd, FrontEndOptions, Instance
 from fastdeploy_pd.engine.outbox import Send
-from fastdeploy_pd.errors import DeadlineExceeded
-from fastdeploy_pd.request import Request, SamplingParams, Slo
+from fastdeploy_pd.errors import DeadlineExceeded, DeadlineUnreachable, FastDeployPDError, InvalidRequest
+from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
 
 
 def front_end_of(*instance_ids: str, **options: Any) -> FrontEnd:
@@ -53,3 +55,51 @@ def test_the_deadline_ends_a_request_everywhere(limit_s: float) -> None:
     assert f"did not end within {min(limit_s, 10.0):g} s" in event.error.message
     assert Abort("r", 1) in sent(front_end)
     assert not front_end.requests
+
+
+def beats(load: Load) -> FrontEnd:
+    """A front end that has heard what waits on its one instance."""
+    front_end = front_end_of("one")
+    front_end.receive("one", Beat(1, load=load), 10.0)
+    return front_end
+
+
+def refused(front_end: FrontEnd) -> FastDeployPDError:
+    (event,) = front_end.take_events()
+    assert isinstance(event, Failed) and not front_end.requests and sent(front_end) == []
+    return event.error
+
+
+def test_who_cannot_end_in_time_is_refused_at_once() -> None:
+    """A prompt's token takes 10 ms, a step 20 ms; 1 s of prompts waits."""
+    load = Load(Predictor((0.0, 0.01, 0.0), (0.0, 0.0, 0.02)), ((0.6, 0.5), (1.2, 0.5)), priority=0)
+    for deadline_s, error_type, status in ((0.5, InvalidRequest, 400), (1.3, DeadlineUnreachable, 429)):
+        front_end = beats(load)
+        request = submit(front_end, Slo(ttft_s=9.0, deadline_s=deadline_s), 10.0)
+        error = refused(front_end)
+        assert isinstance(error, error_type) and (error.status, error.param) == (status, "deadline")
+        assert request.phase is Phase.FAILED
+    assert error.retry_after_s == 1 and "0.8 s of them behind others" in error.message
+    for slo in (Slo(), Slo(ttft_s=9.0, deadline_s=1.9), Slo(ttft_s=0.001)):
+        front_end = beats(load)
+        assert submit(front_end, slo, 10.0).phase is Phase.PLACED
+
+
+def test_what_was_placed_since_the_report_counts() -> None:
+    front_end = beats(Load(Predictor((0.0, 0.01, 0.0), (0.0, 0.0, 0.02)), priority=0))
+    for number in range(3):
+        front_end.submit(Request(f"{number}", [1] * 50, SamplingParams(), slo=Slo(deadline_s=3.0)), 10.0)
+    assert front_end.take_events() == []
+    sent(front_end)
+    front_end.submit(Request("late", [1] * 300, SamplingParams(), slo=Slo(ttft_s=9.0, deadline_s=3.2)), 10.0)
+    (event,) = front_end.take_events()
+    assert isinstance(event, Failed) and isinstance(event.error, DeadlineUnreachable) and len(front_end.requests) == 3
+
+
+def test_what_was_begun_goes_on_and_nobody_known_refuses_nobody() -> None:
+    front_end = front_end_of("one")
+    assert submit(front_end, Slo(deadline_s=0.001)).phase is Phase.PLACED
+    front_end = beats(Load(Predictor((0.0, 0.01, 0.0), (0.0, 0.0, 0.02))))
+    resumed = Request("r", [1] * 100, SamplingParams(), output_token_ids=[5], slo=Slo(deadline_s=0.001))
+    front_end.submit(resumed, 10.0)
+    assert resumed.phase is Phase.PLACED

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from fastdeploy_pd.errors import NoCapacity, Overloaded
+from fastdeploy_pd.errors import DeadlineUnreachable, NoCapacity, Overloaded
 from tests.entrypoints.stub_engine import (
     EOS,
     MODEL,
@@ -289,6 +289,18 @@ def test_errors_before_the_first_token_have_their_status(stream: bool) -> None:
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1" and response.headers["retry-after-ms"] == "1000"
     error = {"message": "no room", "type": "rate_limit_exceeded", "param": None, "code": "overloaded"}
+    assert response.json() == {"error": error}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_that_cannot_be_met_says_when_to_come_again(stream: bool) -> None:
+    engine = StubEngine(scripted([]), error=DeadlineUnreachable("in 7 s", retry_after_s=7))
+    body = {"model": MODEL, "prompt": "x", "deadline": 2, "stream": stream, "n": 2}
+    with serving(engine) as url:
+        response = httpx.post(f"{url}/v1/completions", json=body)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7" and response.headers["retry-after-ms"] == "7000"
+    error = {"message": "in 7 s", "type": "rate_limit_exceeded", "param": "deadline", "code": "deadline_unreachable"}
     assert response.json() == {"error": error}
 
 

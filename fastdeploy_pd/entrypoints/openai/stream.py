@@ -40,7 +40,8 @@ def error_headers(error: FastDeployPDError) -> list[tuple[bytes, bytes]]:
     """Returns: headers that tell OpenAI's clients whether to try again."""
     headers = [(b"content-type", b"application/json")]
     if error.retryable:
-        headers += [(b"retry-after", b"1"), (b"retry-after-ms", b"1000")]
+        wait_s = error.retry_after_s
+        headers += [(b"retry-after", b"%d" % wait_s), (b"retry-after-ms", b"%d" % (1000 * wait_s))]
     elif error.code == "poison":
         headers.append((b"x-should-retry", b"false"))
     if error.status in (408, 413):
