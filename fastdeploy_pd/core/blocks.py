@@ -10,9 +10,10 @@ Source: Kwon et al., SOSP 2023, PagedAttention; chained hashes as in vLLM's auto
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -46,6 +47,12 @@ def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int
     for start in range(0, len(tokens) - block_size + 1, block_size):
         parent = chain_hash(parent, tokens[start : start + block_size])
         hashes.append(parent)
+
+
+@lru_cache(maxsize=1)
+def _numbers(num_blocks: int) -> tuple[int, ...]:
+    """Returns: the block ids, the last first; pools of one size share them, which keeps thousands of simulated ones small."""
+    return tuple(range(num_blocks - 1, -1, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,13 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # Free blocks are in one of two: content nobody can ask for is given up first, the rest in the order of becoming free.
+        self._unused = list(_numbers(num_blocks))  # the next to take last
+        self._kept: deque[int] = deque()  # the next to take first; also where blocks were that are held again since
+        self._outdated: dict[
+            int, int
+        ] = {}  # block id -> how many of its entries in _kept, the first ones, count no more
+        self._num_outdated = 0  # in sum
         self._hash_of: list[bytes | None] = [None] * num_blocks  # of the findable ones
         self._block_of: dict[bytes, int] = {}
         self.listener: HeldBlocks | None = None  #: is told what can be found
@@ -100,11 +113,11 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` could hand out now."""
-        return len(self._free)
+        return len(self._unused) + len(self._kept) - self._num_outdated
 
     def counts(self) -> BlockCounts:
         """Returns: the numbers behind the metrics and the leak tests."""
-        return BlockCounts(free=len(self._free), held=self.num_blocks - len(self._free), cached=len(self._block_of))
+        return BlockCounts(free=self.num_free, held=self.num_blocks - self.num_free, cached=len(self._block_of))
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Returns: blocks that num_tokens take."""
@@ -116,16 +129,41 @@ class BlockPool:
         Returns: [num_blocks] block ids, each held once.
         Raises: OutOfBlocks: fewer are free; nothing has changed then.
         """
-        if num_blocks > len(self._free):
-            raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {len(self._free)} of {self.num_blocks} are free")
-        take_oldest, ref_counts = self._free.popitem, self._ref_counts
-        taken = [take_oldest(last=False)[0] for _ in range(num_blocks)]
-        if self.lower is not None:
-            self._move_down(taken, self.lower)
-        self.forget(taken)
+        if num_blocks > self.num_free:
+            raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {self.num_free} of {self.num_blocks} are free")
+        unused, ref_counts = self._unused, self._ref_counts
+        first = max(0, len(unused) - num_blocks)
+        taken = unused[first:]
+        taken.reverse()
+        del unused[first:]
+        if len(taken) < num_blocks:
+            kept = self._take_kept(num_blocks - len(taken))
+            if self.lower is not None:
+                self._move_down(kept, self.lower)
+            self.forget(kept)
+            taken += kept
         for block_id in taken:
             ref_counts[block_id] = 1
         return taken
+
+    def _take_kept(self, num_blocks: int) -> list[int]:
+        """Returns: [num_blocks] free blocks taken out of _kept, which has as many."""
+        kept, outdated = self._kept, self._outdated
+        taken: list[int] = []
+        while len(taken) < num_blocks:
+            found = [kept.popleft() for _ in range(num_blocks - len(taken))]
+            taken += [b for b in found if b not in outdated or not self._drops(b)]
+        return taken
+
+    def _drops(self, block_id: int) -> bool:
+        """Whether an entry that leaves _kept is one that counts no more."""
+        count = self._outdated.get(block_id, 0)
+        if count > 1:
+            self._outdated[block_id] = count - 1
+        elif count:
+            del self._outdated[block_id]
+        self._num_outdated -= count > 0
+        return count > 0
 
     def allocate_filled(self, num_blocks: int, hashes: Sequence[bytes]) -> tuple[list[int], int]:
         """As `allocate`, and bring back from the lower tier what it has of these blocks.
@@ -134,7 +172,7 @@ class BlockPool:
             hashes: [at most num_blocks] of the first of them.
         Returns: block ids, and how many of the first hold their content and are findable. Raises: OutOfBlocks: as `allocate`.
         """
-        if self.lower is None or num_blocks > len(self._free):
+        if self.lower is None or num_blocks > self.num_free:
             return self.allocate(num_blocks), 0
         saved = self.lower.take(hashes)  # before `allocate` pushes them out
         taken = self.allocate(num_blocks)
@@ -164,28 +202,30 @@ class BlockPool:
 
         Raises: ValueError: one of them is free and its content not findable, so nobody can know what it holds.
         """
+        ref_counts, outdated = self._ref_counts, self._outdated
         for block_id in block_ids:
-            if self._ref_counts[block_id] == 0:
+            if ref_counts[block_id] == 0:
                 if self._hash_of[block_id] is None:
                     raise ValueError(f"block {block_id} is free")
-                del self._free[block_id]
-            self._ref_counts[block_id] += 1
+                outdated[block_id] = outdated.get(block_id, 0) + 1
+                self._num_outdated += 1
+            ref_counts[block_id] += 1
+        if self._num_outdated > self.num_blocks:
+            self._kept = deque([b for b in self._kept if not self._drops(b)])
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give up one hold of each block. The last of a table becomes reusable first: prefixes outlive their continuations.
 
         Raises: ValueError: a block was not held.
         """
-        ref_counts, free, hash_of = self._ref_counts, self._free, self._hash_of
+        ref_counts, hash_of, unused, kept = self._ref_counts, self._hash_of, self._unused, self._kept
         for block_id in reversed(block_ids):
             count = ref_counts[block_id]
             if count == 0:
                 raise ValueError(f"block {block_id} was released more often than held")
             ref_counts[block_id] = count - 1
             if count == 1:
-                free[block_id] = None
-                if hash_of[block_id] is None:
-                    free.move_to_end(block_id, last=False)
+                (unused if hash_of[block_id] is None else kept).append(block_id)
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Returns: block ids of the longest findable run of `hashes` from the first on. Holds nothing: see `hold`."""
@@ -215,27 +255,31 @@ class BlockPool:
         Raises: ValueError: nobody holds one of them.
         """
         ref_counts, hash_of, block_of = self._ref_counts, self._hash_of, self._block_of
+        is_told = self.lower is not None or self.listener is not None
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
             if ref_counts[block_id] == 0:
                 raise ValueError(f"block {block_id} is free")
-            if hash_of[block_id] is None and block_hash not in block_of:
-                block_of[block_hash] = block_id
+            if hash_of[block_id] is None and block_of.setdefault(block_hash, block_id) == block_id:
                 hash_of[block_id] = block_hash
-                if self.lower is not None:
-                    self.lower.drop(block_hash)
-                if self.listener is not None:
-                    self.listener.found(block_hash)
+                if is_told:
+                    self._tell_found(block_hash)
+
+    def _tell_found(self, block_hash: bytes) -> None:
+        if self.lower is not None:
+            self.lower.drop(block_hash)
+        if self.listener is not None:
+            self.listener.found(block_hash)
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """Make the content of these blocks findable no more; whoever holds them keeps them."""
-        hash_of, block_of = self._hash_of, self._block_of
+        hash_of, block_of, is_told = self._hash_of, self._block_of, self.listener is not None
         for block_id in block_ids:
             block_hash = hash_of[block_id]
             if block_hash is not None:
                 del block_of[block_hash]
                 hash_of[block_id] = None
-                if self.listener is not None:
-                    self.listener.gone(block_hash)
+                if is_told:
+                    self._tell_gone([block_hash])
 
     def forget_all(self) -> None:
         """Make no block findable any more."""

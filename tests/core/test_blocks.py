@@ -18,6 +18,7 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(12, 4)
         self.tables: list[list[int]] = []
+        self.free = list(range(12))  # the next to be taken first
         self.content: dict[int, bytes] = {}  # what a findable block was registered as
         self.count = 0
 
@@ -32,7 +33,8 @@ class PoolMachine(RuleBasedStateMachine):
         table = self.pool.allocate(count)
         held = {b for t in self.tables for b in t}
         assert not held & set(table)
-        assert len(set(table)) == count
+        assert table == self.free[:count]
+        del self.free[:count]
         for block_id in table:
             self.content.pop(block_id, None)
         self.tables.append(table)
@@ -40,7 +42,20 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 50))
     def release(self, which: int) -> None:
         if self.tables:
-            self.pool.release(self.tables.pop(which % len(self.tables)))
+            table = self.tables.pop(which % len(self.tables))
+            self.pool.release(table)
+            held = {b for t in self.tables for b in t}
+            for block_id in reversed(table):
+                if block_id not in held:
+                    self.free.insert(len(self.free) if block_id in self.content else 0, block_id)
+
+    @rule(which=st.integers(0, 50))
+    def forget(self, which: int) -> None:
+        if self.tables:
+            table = self.tables[which % len(self.tables)]
+            self.pool.forget(table)
+            for block_id in table:
+                self.content.pop(block_id, None)
 
     @rule(which=st.integers(0, 50))
     def make_findable(self, which: int) -> None:
@@ -62,17 +77,19 @@ class PoolMachine(RuleBasedStateMachine):
             assert found == [block_id]
             self.pool.hold(found)
             self.tables.append(found)
+            if block_id in self.free:
+                self.free.remove(block_id)
 
     @invariant()
     def conserved(self) -> None:
         counts = self.pool.counts()
         held = {b for t in self.tables for b in t}
         assert counts.free + counts.held == 12
-        assert counts.held == len(held)
+        assert (counts.held, counts.free, self.pool.num_free) == (len(held), len(self.free), len(self.free))
         assert counts.cached == len(self.content)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestPool = PoolMachine.TestCase
 
 
