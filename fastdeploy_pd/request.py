@@ -31,6 +31,8 @@ class Phase(enum.Enum):
     ABORTED = "aborted"  #: ended by its client
     FAILED = "failed"  #: ended by an error
 
+    __hash__ = object.__hash__  # there is one of each; Enum's own is written in Python, and each step asks for some
+
 
 TERMINAL_PHASES = frozenset({Phase.FINISHED, Phase.ABORTED, Phase.FAILED})
 

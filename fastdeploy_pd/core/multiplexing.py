@@ -102,6 +102,11 @@ def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> E
     own_s = load.predictor.prefill_s(num_tokens, min(candidate.num_cached_tokens, num_tokens - 1))
     lacking_s = max(0.0, min(WORTH_S, own_s) - load.slack_s)  # by which streams get ahead first
     wait_s = load.busy_s + lacking_s * share / (1 - min(share, MOST_SHARE))
+    is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
+    spent_s = own_s * stretch * (1 if candidate.can_prefill else 2)  # a decode instance's streams feel it
+    if not load.prompts:  # what follows, with nobody else to look at
+        ends_s = wait_s + own_s * stretch
+        return Estimate((ends_s > due_s) + is_short, ends_s + spent_s)
     jobs = [(d, s * stretch) for d, s in load.prompts]
     num_lost_before = sum(late(jobs, wait_s))
     place = next((n for n, (d, _) in enumerate(jobs) if d > due_s), len(jobs))
@@ -110,6 +115,4 @@ def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> E
     ahead_s = sum(s for (_, s), x in zip(jobs[:place], is_late[:place], strict=True) if not x)
     if is_late[place]:
         ahead_s = sum(s for _, s in jobs) - own_s * stretch
-    is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
-    spent_s = own_s * stretch * (1 if candidate.can_prefill else 2)  # a decode instance's streams feel it
     return Estimate(sum(is_late) - num_lost_before + is_short, wait_s + ahead_s + own_s * stretch + spent_s)

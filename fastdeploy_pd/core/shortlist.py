@@ -121,12 +121,16 @@ class RecentPlacements:
 
     def note(self, block_hashes: Sequence[bytes], instance_id: str) -> None:
         """A request with these blocks has been placed."""
-        known = self._holders
-        for block_hash in reversed(
-            block_hashes[self._stride - 1 :: self._stride]
-        ):  # a prefix outlives its continuations
-            before = known.pop(block_hash, ())
-            known[block_hash] = (instance_id, *[i for i in before if i != instance_id][: NUM_HOLDERS - 1])
+        known, alone = self._holders, (instance_id,)
+        # The longest first: a prefix outlives its continuations.
+        for block_hash in reversed(block_hashes[self._stride - 1 :: self._stride]):
+            before = known.get(block_hash)
+            if before is None:
+                known[block_hash] = alone
+                continue
+            known.move_to_end(block_hash)
+            if before[0] != instance_id:
+                known[block_hash] = (instance_id, *[i for i in before if i != instance_id][: NUM_HOLDERS - 1])
         while len(known) > self._max_prefixes:
             known.popitem(last=False)
 

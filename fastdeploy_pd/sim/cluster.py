@@ -11,8 +11,9 @@ import gc
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.core.batch import ScheduledSequence
@@ -138,6 +139,8 @@ class Cluster:
         self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance
         self._on_link: dict[int, Served] = {}  # by number of their HANDED_OVER event
         self._num_sent = 0
+        self._sampling = lru_cache(1 << 12)(lambda num_output: SamplingParams(max_tokens=num_output))
+        self._slo_of = lru_cache(1 << 14)(self._make_slo)  # many requests are as long as another
         self.on_arrival: Callable[[int], object] = lambda number: None  #: told each request's number when it arrives
         self._recent = RecentPlacements(TRACE_BLOCK_TOKENS // options.block_size)
         self._shortlist: Shortlist | None = None  # None: placement looks at all
@@ -146,10 +149,13 @@ class Cluster:
             for instance in self.instances:
                 self._shortlist.put(instance.instance_id, instance.kind, 0)
 
-    def run(self, offered: Sequence[Offered]) -> list[Record]:
+    def run(self, offered: Iterable[Offered]) -> list[Record]:
         """Serve requests to the end.
 
-        Returns: [len(offered)] in order of arrival, each ended once: finished, or refused.
+        Args:
+            offered: in order of arrival; each is asked for when the one before it arrives.
+        Returns: [len(offered)] in this order, each ended once: finished, or refused.
+        Raises: ValueError: one arrives before the one before it.
         """
         was_enabled = gc.isenabled()
         gc.disable()  # it finds no cycles, and looks for them a fifth of the time
@@ -159,14 +165,16 @@ class Cluster:
             if was_enabled:
                 gc.enable()
 
-    def _run(self, offered: Sequence[Offered]) -> list[Record]:
-        records = [Record(o) for o in offered]
-        self._events = [(r.offered.arrival_s, ARRIVAL, n) for n, r in enumerate(records)]
-        heapq.heapify(self._events)
+    def _run(self, offered: Iterable[Offered]) -> list[Record]:
+        records: list[Record] = []
+        arrivals = iter(offered)
+        self._expect(arrivals, records)
         while self._events:
             now_s, kind, number = heapq.heappop(self._events)
             self.clock.advance_to(now_s)
             if kind == ARRIVAL:
+                if number == len(records) - 1:
+                    self._expect(arrivals, records)
                 self.on_arrival(number)
                 self._arrive(records[number], now_s)
             elif kind == HANDED_OVER:
@@ -177,6 +185,13 @@ class Cluster:
         if lost or self._served:
             raise RuntimeError(f"{len(lost)} requests never ended, the first of them {lost[:5]}")
         return records
+
+    def _expect(self, arrivals: Iterator[Offered], records: list[Record]) -> None:
+        """Let the next request arrive when it is time, if there is one; the heap is small with one at a time."""
+        offered = next(arrivals, None)
+        if offered is not None:
+            heapq.heappush(self._events, (offered.arrival_s, ARRIVAL, len(records)))
+            records.append(Record(offered))
 
     def _arrive(self, record: Record, now_s: float) -> None:
         offered = record.offered
@@ -191,13 +206,16 @@ class Cluster:
         self._place(record, request, placement, now_s)
 
     def _make_request(self, offered: Offered, now_s: float) -> Request:
-        request = Request(str(offered.number), offered.prompt(), SamplingParams(max_tokens=offered.num_output))
-        ttft_x = self.options.ttft_x
-        ttft_s = None if ttft_x is None else ttft_x * self._latency.alone_s(offered.num_input)
-        ttft_s, tpot_s = (s if s is not None and s < MAX_SLO_S else None for s in (ttft_s, self.options.tpot_s))
-        request.slo, request.arrival_s = Slo(ttft_s, tpot_s), now_s
+        request = Request(str(offered.number), offered.prompt(), self._sampling(offered.num_output))
+        request.slo, request.arrival_s = self._slo_of(offered.num_input), now_s
         request.local.block_hashes = offered.block_hashes(self.options.block_size)
         return request
+
+    def _make_slo(self, num_input: int) -> Slo:
+        ttft_x, tpot_s = self.options.ttft_x, self.options.tpot_s
+        ttft_s = None if ttft_x is None else ttft_x * self._latency.alone_s(num_input)
+        ttft_s, tpot_s = (s if s is not None and s < MAX_SLO_S else None for s in (ttft_s, tpot_s))
+        return Slo(ttft_s, tpot_s)
 
     def _place(self, record: Record, request: Request, placement: Placement, now_s: float) -> None:
         request.advance(Phase.PLACED, now_s)

@@ -124,10 +124,12 @@ class Streams:
         while full and full[0][0] <= self.num_steps:
             step, due = full[0][0], []
             while full and full[0][0] == step:
-                stream = heapq.heappop(full)[2]
+                stream = full[0][2]
                 if stream.request in self._streams:
                     due.append(stream)
-                    heapq.heappush(full, (step + block_size, stream.number, stream))
+                    heapq.heapreplace(full, (step + block_size, stream.number, stream))
+                else:
+                    heapq.heappop(full)
             if len(due) > 1:  # in the scheduler's order
                 places = {r: n for n, r in enumerate(self._scheduler.running)}
                 due.sort(key=lambda s: places[s.request])

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
 from operator import index
 from pathlib import Path
 from typing import IO, cast, overload
@@ -48,7 +47,9 @@ class Prompt(Sequence[int]):
     def __getitem__(self, place: int | slice) -> int | list[int]:
         """Returns: a token id, or a list of them."""
         if isinstance(place, slice):
-            return [0 if n < self._num_shared else self._token_id for n in range(self._length)[place]]
+            places = range(self._length)[place]
+            num_shared = sum(n < self._num_shared for n in places) if self._num_shared else 0
+            return [0] * num_shared + [self._token_id] * (len(places) - num_shared)
         return 0 if range(self._length)[place] < self._num_shared else self._token_id
 
 
@@ -70,18 +71,11 @@ class Offered:
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """Returns: hashes of the prompt's full blocks as far as the trace tells them; block_size must divide 512."""
-        hashes: list[bytes] = []
-        for hash_id in self.hash_ids:
-            hashes += _cut(hash_id + self.shift, TRACE_BLOCK_TOKENS // block_size)
+        shift, tails = self.shift, _TAILS[: TRACE_BLOCK_TOKENS // block_size]
+        heads = [(hash_id + shift).to_bytes(HASH_BYTES - 2, "big") for hash_id in self.hash_ids]
+        hashes = [head + tail for head in heads for tail in tails]
         del hashes[self.num_input // block_size :]
         return hashes
-
-
-@lru_cache(maxsize=1 << 16)
-def _cut(hash_id: int, num_blocks: int) -> tuple[bytes, ...]:
-    """Returns: [num_blocks] hashes of the blocks that a hash id's tokens are cut into."""
-    head = hash_id.to_bytes(HASH_BYTES - 2, "big")
-    return tuple([head + tail for tail in _TAILS[:num_blocks]])
 
 
 @dataclass(frozen=True, slots=True)
