@@ -114,6 +114,13 @@ class ClusterClient:
             self._links.disconnect(peer_id)
             del self._connected[peer_id]
 
+    def give_up(self, error: FastDeployPDError) -> None:
+        """End every request that is still running with an error."""
+        for request_id, mailbox in self._mailboxes.items():
+            self.front_end.abort(request_id, self._clock.now_s())
+            mailbox.fail(error)
+        self._flush()
+
     async def health(self) -> HealthReport:
         """Returns: ready when a request submitted now would find an instance."""
         instances = [i.instance_id for i in self.front_end.live_instances()]

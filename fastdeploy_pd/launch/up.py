@@ -139,15 +139,22 @@ def show_next(instance: LocalInstance, name: str) -> None:
 
 
 def tend(cluster: LocalCluster, instances: list[LocalInstance], first_port: int | None) -> int:
-    """Start whatever ends again: the others go on meanwhile. Returns: 1 when instances keep dying."""
-    num_restarts, awaited = 0, set[str]()
-    while True:
+    """Start whatever dies again: the others go on meanwhile.
+
+    Returns: 1 when instances keep dying; 0 when all were told to end (SIGTERM, `fastdeploy-pd drain`).
+    """
+    num_restarts, awaited, left = 0, set[str](), set[str]()
+    while len(left) < len(instances):
         for index, instance in enumerate(instances):
             if instance.name in awaited and instance.is_ready:
                 awaited.discard(instance.name)
                 say(f"{instance.name} is ready at {instance.http_url}")
             status = instance.process.poll()
-            if status is None:
+            if status is None or instance.name in left:
+                continue
+            if status == 0:
+                left.add(instance.name)
+                say(f"{instance.name} was told to end, and has left")
                 continue
             say(
                 f"{instance.name} ended with status {status}; the others go on. Its last words:\n{instance.last_lines()}"
@@ -162,6 +169,7 @@ def tend(cluster: LocalCluster, instances: list[LocalInstance], first_port: int 
             awaited.add(instances[index].name)
             say(f"starting {instances[index].name} in its place")
         threading.Event().wait(0.5)
+    return 0
 
 
 def check_redis(url: str) -> None:

@@ -23,7 +23,7 @@ from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.latency import from_coefficients
-from fastdeploy_pd.sim.main import check_output, check_positive, parse_layout, write_json
+from fastdeploy_pd.sim.main import check_link, check_output, check_positive, parse_layout, write_json
 from fastdeploy_pd.sim.report import summary
 from fastdeploy_pd.sim.trace import UNREADABLE, WRONG_LINE, Offered, opened
 
@@ -230,6 +230,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
     check_positive(args, "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
+    check_link(args)
     check_output(args.json)
     measured = load(args.requests)
     options = ClusterOptions(

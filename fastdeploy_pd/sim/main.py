@@ -148,7 +148,13 @@ def check_positive(args: argparse.Namespace, *flags: str) -> None:
 
 def check_instance_flags(args: argparse.Namespace) -> None:
     """Raises: ConfigError: a flag of `add_instance_flags` is out of range."""
-    check_positive(args, "slo_ttft_x", "slo_tpot_ms", "block_size", "kv_gb_per_s", "max_num_seqs")
+    check_positive(args, "slo_ttft_x", "slo_tpot_ms", "block_size", "max_num_seqs")
+    check_link(args)
+
+
+def check_link(args: argparse.Namespace) -> None:
+    """Raises: ConfigError: --kv-gb-per-s or --kv-latency-ms is out of range."""
+    check_positive(args, "kv_gb_per_s")
     if not 0 <= args.kv_latency_ms <= 1e9:
         raise ConfigError(f"--kv-latency-ms is {args.kv_latency_ms}; it must be from 0 to 1e9")
 

@@ -151,6 +151,8 @@ def test_logs_of_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         path.write_text(line + call() * 12)
         told = refused(capsys, "calibrate", "--num-blocks", "100", "--requests", path)
         assert f"--requests {path}, {text}" in told
+    told = refused(capsys, "calibrate", "--num-blocks", "100", "--requests", path, "--kv-latency-ms", "inf")
+    assert "--kv-latency-ms is inf; it must be from 0 to 1e9" in told
     told = refused(capsys, "calibrate", "--num-blocks", "100", "--requests", path, "--json", tmp_path / "no" / "x")
     assert "x cannot be written" in told, "said before the search"
 

@@ -103,7 +103,7 @@ class EngineSupervisor:
                 return
             if status == 0:
                 log.info("the engine has drained; stopping the instance")
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGUSR1)  # as SIGTERM, but the operator's own may still come
                 return
             self._num_restarts += 1
             if self._num_restarts > MAX_ENGINE_RESTARTS:
@@ -245,13 +245,13 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> tuple[bool, int]
         received.append(number)
         stop.set()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
     while not stop.wait(0.2):
         if any(worker.poll() is not None for worker in workers):
             log.error("an API process ended; stopping the instance")
             return True, 1
-    return received[0] == signal.SIGTERM, 0
+    return received[0] != signal.SIGINT, 0
 
 
 def run_worker(config: InstanceConfig, run_dir: Path) -> int:

@@ -33,7 +33,7 @@ from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
 from fastdeploy_pd.entrypoints.tokenizer import NoTokenizer, Tokenizer
-from fastdeploy_pd.errors import ConfigError, CoordinatorLost
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, NoCapacity
 from fastdeploy_pd.model.weights import model_directory
 from fastdeploy_pd.observe.metrics import FrontEndMetrics, enable_multiprocess, render
 
@@ -41,6 +41,7 @@ log = logging.getLogger("fastdeploy_pd.api")
 
 LOCAL_POLL_S = 0.25
 DRAIN_S = 30.0  # how long SIGTERM waits for answers to end
+LAST_WORDS_S = 1.0  # before that, for answers that have not: an error, rather than an end in the middle
 
 
 def fitting_instances(records: tuple[MemberRecord, ...], fingerprint: str) -> list[Instance]:
@@ -247,7 +248,7 @@ async def serve_api(
     membership.start()
     if consumer is not None:
         consumer.start()
-    is_gentle = await _serve_http(app, (http_socket, metrics_socket), consumer, on_ready, on_drain)
+    is_gentle = await _serve_http(app, (http_socket, metrics_socket), client, consumer, on_ready, on_drain)
     if consumer is not None:
         await consumer.stop()
     await membership.stop()
@@ -259,11 +260,15 @@ async def serve_api(
 async def _serve_http(
     app: ASGIApp,
     sockets: tuple[socket.socket, socket.socket | None],
+    client: ClusterClient,
     consumer: QueueConsumer | None,
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
 ) -> bool:
-    """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended. Returns: whether it was SIGTERM."""
+    """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended. Returns: whether it was SIGTERM.
+
+    SIGUSR1 is our own SIGTERM, of an engine that has drained: a SIGTERM that follows is the first one, and not in a hurry.
+    """
     stop = asyncio.Event()
     received: list[int] = []
 
@@ -272,7 +277,7 @@ async def _serve_http(
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, on_signal, number)
     servers = [uvicorn_server(app)]
     running = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
@@ -284,7 +289,7 @@ async def _serve_http(
     on_ready()
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
-    is_gentle = received[:1] == [signal.SIGTERM]
+    is_gentle = received[:1] in ([signal.SIGTERM], [signal.SIGUSR1])
     for server in servers:
         server.should_exit = True
         server.force_exit = not is_gentle
@@ -293,12 +298,16 @@ async def _serve_http(
         on_drain()
     if is_gentle and consumer is not None:
         running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
+    giving_up = asyncio.create_task(_give_up(client, consumer))
     ended = asyncio.create_task(_all_ended(running))
     while not ended.done():
         stop.clear()
         hurried = asyncio.create_task(stop.wait())
         await asyncio.wait([ended, hurried], return_when=asyncio.FIRST_COMPLETED)
-        if hurried.done():  # a second signal: whoever sends it doesn't want to wait
+        if hurried.done() and received != [
+            signal.SIGUSR1,
+            signal.SIGTERM,
+        ]:  # a second signal: who sends it doesn't want to wait
             is_gentle = False
             for server in servers:
                 server.force_exit = True
@@ -306,7 +315,17 @@ async def _serve_http(
                 task.cancel()
         hurried.cancel()
     stopping.cancel()
+    giving_up.cancel()
     return is_gentle
+
+
+async def _give_up(client: ClusterClient, consumer: QueueConsumer | None) -> None:
+    """When a drain has lasted, end what still runs with an error; what came through Redis is left for another front end."""
+    await asyncio.sleep(DRAIN_S - LAST_WORDS_S)
+    if consumer is not None:
+        await consumer.stop()
+    text = f"This instance was told to end, and the answer was not whole within {DRAIN_S - LAST_WORDS_S:g} s."
+    client.give_up(NoCapacity(text, code="draining"))
 
 
 async def _all_ended(tasks: list[asyncio.Task[None]]) -> None:
