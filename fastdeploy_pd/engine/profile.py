@@ -44,6 +44,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises: ConfigError: that is not possible there; names the path."""
+        check_target(path)
         data = msgspec.json.format(msgspec.json.encode(self), indent=1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +60,15 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"--profile-path: the profile cannot be written to {path}: {error.strerror or error}"
             ) from error
+
+
+def check_target(path: Path) -> None:
+    """Raises: ConfigError: no profile can be written there. A device or a pipe would be replaced by a file."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--profile-path is '{path}'; it must be a file, or one that is not there yet")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"--profile-path is '{path}'; {parent} must be a directory that may be written to")
 
 
 def conditions_of(config: InstanceConfig, fingerprint: str) -> Conditions:

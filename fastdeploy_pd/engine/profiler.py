@@ -23,7 +23,7 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.predictor import fit
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine
 from fastdeploy_pd.engine.context import NoObserver, Step
-from fastdeploy_pd.engine.profile import VERSION, Profile, conditions_of, profile_path
+from fastdeploy_pd.engine.profile import VERSION, Profile, check_target, conditions_of, profile_path
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.model.checkpoint import ModelConfig
 from fastdeploy_pd.request import Request
@@ -178,6 +178,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     try:
         config = InstanceConfig.from_args(flags, os.environ, "fastdeploy-pd profile")
+        if config.scheduling.profile_path is not None:
+            check_target(Path(config.scheduling.profile_path))  # measuring takes minutes
         profile = measure(config, args.repeats)
         path = profile_path(config, profile.conditions)
         profile.save(path)

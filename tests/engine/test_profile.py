@@ -129,6 +129,9 @@ def test_a_bad_file_is_said_and_not_used(
         (["--max-num-seqs", "1"], "--max-num-seqs is 1; a profile tells sequences from steps only if it is at least 2"),
         (["--modle", "demo"], "there is no flag --modle; did you mean --model?"),
         (["--max-model-len", "99999"], "--max-model-len is 99999"),
+        (["--profile-path", "/"], "--profile-path is '/'; it must be a file, or one that is not there yet"),
+        (["--profile-path", "/dev/zero"], "--profile-path is '/dev/zero'; it must be a file"),
+        (["--profile-path", __file__ + "/p.json"], f"{__file__} must be a directory that may be written to"),
     ],
 )
 def test_wrong_flags(flags: list[str], text: str, tmp_path: Path) -> None:
