@@ -7,7 +7,7 @@ is said in each class. `links.py` puts them on the wire (MessagePack, with PROTO
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -228,8 +228,7 @@ class Beat:
     outstanding_tokens: int = 0
     longest_step_s: float = 0.0
     is_draining: bool = False
-    load: Load | None = None  #: of an instance that knows what its steps take
-    extra: dict[str, float] = field(default_factory=dict)
+    load: Load | None = None  #: of an instance that knows what its steps take; says it, too
     role: RoleName | None = None  #: of an engine, as it is now: the member record may come later
 
 

@@ -35,9 +35,9 @@ class Load:
 
     @property
     def is_sane(self) -> bool:
-        """Whether every number in it is finite."""
+        """Whether every number in it is finite, and no time negative."""
         numbers = (*self.predictor.prefill, *self.predictor.decode, self.busy_s)
-        return all(math.isfinite(x) for x in numbers) and all(math.isfinite(d + s) for d, s in self.prompts)
+        return all(0 <= x < math.inf for x in numbers) and all(math.isfinite(d + s) for d, s in self.prompts)
 
     def after(self, elapsed_s: float, added: Sequence[tuple[float, float, int]] = ()) -> Load:
         """What it will be a little later, with what was placed there since.

@@ -9,13 +9,12 @@ Source: T is DistServe's and Tropical's; Tropical's D has no term in B, which ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from fastdeploy_pd.errors import ConfigError
 
-WIRE_NAMES = ("prefill_a", "prefill_b", "prefill_c", "decode_d", "decode_e", "decode_f")
 MANY_TOKENS = 2**31  # where a token costs nothing
 
 
@@ -25,19 +24,6 @@ class Predictor:
 
     prefill: tuple[float, float, float]  #: a, b, c
     decode: tuple[float, float, float]  #: d (KV token), e (sequence), f
-
-    @classmethod
-    def from_wire(cls, values: Mapping[str, float]) -> Predictor | None:
-        """Returns: what `to_wire` was called on; None if not all of it is there, or not as it must be."""
-        found = [values.get(name, -1.0) for name in WIRE_NAMES]
-        if not all(math.isfinite(v) and v >= 0 for v in found):
-            return None
-        a, b, c, d, e, f = found
-        return cls((a, b, c), (d, e, f))
-
-    def to_wire(self) -> dict[str, float]:
-        """Returns: the coefficients by name."""
-        return dict(zip(WIRE_NAMES, (*self.prefill, *self.decode), strict=True))
 
     @property
     def knows_prefill(self) -> bool:

@@ -119,7 +119,6 @@ class EngineOptions:
     min_fetch_tokens: int = 0  #: see core/fetch.py; 0: nothing is fetched
     local_prefill_tokens: int = 0  #: no more left of a prompt than so many: decode computes them itself
     beat_s: float = 0.25
-    publish_s: float = 2.0  #: a beat says what steps take
     peer_timeout_s: float = 3.0  #: a prefill instance whose step counter stands still is lost
     front_end_timeout_s: float = 7.0  #: a silent front end's requests are aborted
     record_s: float = 60.0  #: ended requests and grants are remembered so long, for repeated messages

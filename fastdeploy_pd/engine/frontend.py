@@ -125,7 +125,6 @@ class _View:
     added_tokens: int = 0
     is_lost: bool = False
     is_draining: bool = False
-    predictor: Predictor | None = None
     load: Load | None = None
     load_s: float = 0.0  #: when it said so
     added: list[tuple[float, float, int]] = field(default_factory=list)  #: placed there since: (due, seconds, tokens)
@@ -174,7 +173,7 @@ class FrontEnd:
     def predictor_of(self, instance_id: str) -> Predictor | None:
         """Returns: what steps take on an instance, as it said last; None if it is not here, or has said nothing."""
         view = self._views.get(instance_id)
-        return None if view is None or view.is_lost else view.predictor
+        return None if view is None or view.is_lost or view.load is None else view.load.predictor
 
     # membership
 
@@ -518,7 +517,6 @@ class FrontEnd:
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
         if beat.load is not None and beat.load.is_sane:
             view.load, view.load_s, view.added = beat.load, now_s, []
-        view.predictor = Predictor.from_wire(beat.extra) or view.predictor
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
 
     def _tell_abort(self, tracked: Tracked) -> None:

@@ -100,7 +100,6 @@ class Engine:
         self._longest_step_s = self._last_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
-        self._next_publish_s = 0.0
         self._served_peers: set[str] = set()  # prefill instances we have connected to
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
@@ -406,9 +405,6 @@ class Engine:
                 load=self.load(now_s),
                 role=self.role.value,
             )
-            if self.predictor is not None and now_s >= self._next_publish_s:
-                self._next_publish_s = now_s + self.context.options.publish_s
-                beat.extra.update(self.predictor.to_wire())
             self._longest_step_s *= LONGEST_STEP_MEMORY
             for peer_id in self._served_peers | self._callers:
                 self.context.outbox.send(peer_id, beat)

@@ -56,7 +56,6 @@ def wait_for(links: Links, wanted: type, timeout_s: float = 5.0) -> tuple[str, I
             0.5,
             True,
             Load(Predictor((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)), ((0.5, 0.1),), 0.2, 3, 99, 640),
-            {"x": 1.0},
         ),
         Tokens((CHUNK, CHUNK)),
         Reserve(Request("r", [1, 2]).to_wire(), Peer("p", "tcp://127.0.0.1:1")),

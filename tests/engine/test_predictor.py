@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 
@@ -12,6 +11,7 @@ from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Beat, Reserve
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext
@@ -126,20 +126,19 @@ def test_beats_tell_front_ends() -> None:
         one.run()
     one.submit("stream", 100, 600)
     one.run()
-    beats = [(s, b) for s, b in one.beats if b.extra]
-    assert len(one.beats) > 7 * len(beats) > 0
-    assert all(b - a >= 2.0 for (a, _), (b, _) in pairwise(beats))
     for now_s, beat in one.beats:
         front_end.receive("one", beat, now_s)
     found = front_end.predictor_of("one")
-    assert found == Predictor.from_wire(beats[-1][1].extra) and found is not None
+    told = [b.load.predictor for _, b in one.beats if b.load is not None]
+    assert found == told[-1] and len(set(told)) > 10
     assert found.prefill_s(1000) == pytest.approx(TRUE.prefill_s(1000), rel=0.05)
     assert submit(front_end, Slo(), 1e3, 1000).slo.ttft_s == pytest.approx(4 * found.prefill_s(1000))
     assert submit(front_end, Slo(ttft_s=9.0), 1e3, 1000).slo.ttft_s == 9.0
     faster = Predictor((0, 1e-5, 0.001), (0, 0, 0))
-    front_end.receive("two", Beat(1, extra=faster.to_wire()), 1e3)
+    front_end.receive("two", Beat(1, load=Load(faster)), 1e3)
     assert submit(front_end, Slo(), 1e3, 1000).slo.ttft_s == pytest.approx(4 * 0.011)
-    front_end.receive("two", Beat(2, extra={**faster.to_wire(), "decode_f": float("nan")}), 1e3)
+    for wrong in (float("nan"), -0.1):
+        front_end.receive("two", Beat(2, load=Load(Predictor((0, 0, wrong), (0, 0, 0)))), 1e3)
     assert front_end.predictor_of("two") == faster
     front_end.peer_lost("two", 1e3)
     assert front_end.predictor_of("two") is None
