@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
 
 # What happens at the same time happens in this order.
-ARRIVAL, HANDED_OVER, STEP_END = range(3)
+ACTION, ARRIVAL, HANDED_OVER, STEP_END = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Record:
     num_cached: int = 0  #: prompt tokens that were in the prefix cache where the prompt was computed
     num_preemptions: int = 0
     is_refused: bool = False  #: too long for an instance's pool
+    is_failed: bool = False  #: too many instances have died, or nobody was left; see `failures`
+    num_lost: int = 0  #: instances that died while they served it
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +95,8 @@ class Served:
     order: Request | None = None
     num_sent_blocks: int = 0  #: of the order's table, written or in decode's cache
     pinned: list[int] = field(default_factory=list)  #: prefill's blocks that the link still reads
+    sent_s: float = math.inf  #: when the last byte has left prefill
+    lost_by: int | None = None  #: number of the failure that ended prefill before it was ordered anything
 
 
 class Cluster:
@@ -134,6 +139,8 @@ class Cluster:
         self._by_id = {i.instance_id: i for i in self.instances}
         self._policy, self._rng = policy, rng
         self._events: list[tuple[float, int, int]] = []  # (time, kind, number)
+        self._actions: dict[int, Callable[[float], None]] = {}  # by number of their ACTION event
+        self._num_actions = 0
         self._served: dict[Request, Served] = {}  # by decode's request and by prefill's order
         self._queued: dict[Instance, deque[Served]] = {i: deque() for i in self.instances}  # no room yet
         self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance
@@ -142,6 +149,11 @@ class Cluster:
         self._sampling = lru_cache(1 << 12)(lambda num_output: SamplingParams(max_tokens=num_output))
         self._slo_of = lru_cache(1 << 14)(self._make_slo)  # many requests are as long as another
         self.on_arrival: Callable[[int], object] = lambda number: None  #: told each request's number when it arrives
+        self.on_unplaced: Callable[[Record, Request, float], None] = _nobody_decodes  #: told of whom nobody can take
+        self.on_lost: Callable[[Served, float], None] = (
+            _never  #: told whose prefill instance has died, in place of ordering
+        )
+        self._live = self.instances
         self._recent = RecentPlacements(TRACE_BLOCK_TOKENS // options.block_size)
         self._shortlist: Shortlist | None = None  # None: placement looks at all
         if len(self.instances) > MOST and not isinstance(policy, RoundRobin):
@@ -172,13 +184,17 @@ class Cluster:
         while self._events:
             now_s, kind, number = heapq.heappop(self._events)
             self.clock.advance_to(now_s)
-            if kind == ARRIVAL:
+            if kind == ACTION:
+                self._actions.pop(number)(now_s)
+            elif kind == ARRIVAL:
                 if number == len(records) - 1:
                     self._expect(arrivals, records)
                 self.on_arrival(number)
                 self._arrive(records[number], now_s)
             elif kind == HANDED_OVER:
-                self._take_over(self._on_link.pop(number), now_s)
+                served = self._on_link.pop(number, None)
+                if served is not None:  # else: decode, or prefill before it had sent all, has died
+                    self._take_over(served, now_s)
             elif self.instances[number].due_s == now_s:  # else: it was interrupted, or somebody else's event ended it
                 self._end_step(self.instances[number], now_s)
         lost = [r.offered.number for r in records if r.end_s is None]
@@ -198,12 +214,17 @@ class Cluster:
         if offered.num_input >= self._max_tokens:
             record.is_refused, record.end_s = True, now_s
             return
-        request = self._make_request(offered, now_s)
+        self.place(record, self._make_request(offered, now_s), now_s)
+
+    def place(self, record: Record, request: Request, now_s: float) -> None:
+        """Choose instances for a request and give it to them."""
         candidates = [self._candidate(i, request, now_s) for i in self._shortlisted(request)]
-        placement = self._policy.place(offered.num_input, candidates, self._rng, request.slo)
+        age_s = now_s - request.arrival_s
+        placement = self._policy.place(request.num_tokens, candidates, self._rng, request.slo, age_s)
         if placement is None:
-            raise ValueError("no instance decodes")
-        self._place(record, request, placement, now_s)
+            self.on_unplaced(record, request, now_s)
+        else:
+            self._place(record, request, placement, now_s)
 
     def _make_request(self, offered: Offered, now_s: float) -> Request:
         request = Request(str(offered.number), offered.prompt(), self._sampling(offered.num_output))
@@ -241,12 +262,12 @@ class Cluster:
     def _shortlisted(self, request: Request) -> list[Instance]:
         """Returns: the instances that placement looks at."""
         if self._shortlist is None:
-            return self.instances
+            return self._live
         holders = self._recent.holders(request.local.block_hashes)
         return [self._by_id[i] for i in self._shortlist.choose(holders, self._rng)]
 
     def _note_load(self, instance: Instance) -> None:
-        if self._shortlist is not None:
+        if self._shortlist is not None and instance.is_up:
             self._shortlist.put(instance.instance_id, instance.kind, self._outstanding_tokens(instance))
 
     def _candidate(self, instance: Instance, request: Request, now_s: float) -> Candidate:
@@ -276,7 +297,10 @@ class Cluster:
                 if not is_alone or not scheduler.reserve(served.request):
                     return
             queued.popleft()
-            self._order(served, now_s)
+            if served.lost_by is None:
+                self._order(served, now_s)
+            else:
+                self.on_lost(served, now_s)
 
     def _order(self, served: Served, now_s: float) -> None:
         request, prefill = served.request, served.prefill
@@ -284,6 +308,7 @@ class Cluster:
         request.advance(Phase.RESERVED, now_s)
         request.advance(Phase.PREFILLING, now_s)
         order = Request(request.request_id, request.prompt_token_ids, request.sampling)
+        order.output_token_ids = list(request.output_token_ids)
         order.slo, order.arrival_s = request.slo, request.arrival_s
         order.local.block_hashes = list(request.local.block_hashes)
         order.local.is_preemptible, order.local.ends_with_next_token = False, True
@@ -331,7 +356,7 @@ class Cluster:
         prefill, order = served.prefill, sequence.request
         assert prefill is not None
         pool, options = prefill.scheduler.pool, self.options
-        is_last = sequence.stop == len(order.prompt_token_ids)
+        is_last = sequence.stop == order.num_known_tokens
         stop = pool.num_blocks_for(sequence.stop) if is_last else sequence.stop // options.block_size
         if stop <= served.num_sent_blocks:
             return
@@ -348,8 +373,8 @@ class Cluster:
         del self._served[order]
         order.advance(Phase.TRANSFERRING, now_s)
         prefill.scheduler.remove(order)
-        arrival_s = max(now_s, prefill.link_free_s) + self.options.link_latency_s
-        heapq.heappush(self._events, (arrival_s, HANDED_OVER, self._num_sent))
+        served.sent_s = max(now_s, prefill.link_free_s)
+        heapq.heappush(self._events, (served.sent_s + self.options.link_latency_s, HANDED_OVER, self._num_sent))
         self._on_link[self._num_sent] = served
         self._num_sent += 1
 
@@ -366,7 +391,7 @@ class Cluster:
         request.advance(Phase.TRANSFERRING, now_s)
         request.local.num_computed_tokens = request.num_tokens
         decode.scheduler.make_findable(request, request.num_tokens)
-        request.output_token_ids.extend(order.output_token_ids)
+        request.output_token_ids.append(order.output_token_ids[-1])
         request.advance(Phase.DECODING, now_s)
         if request.finish_reason_after(request.output_token_ids[-1], self._max_tokens) is None:
             decode.scheduler.add(request)
@@ -381,7 +406,64 @@ class Cluster:
         request, record = served.request, served.record
         request.advance(Phase.FINISHED, now_s)
         del self._served[request]
-        record.end_s, record.num_preemptions = now_s, request.local.num_preemptions
+        record.end_s = now_s
+        record.num_preemptions += request.local.num_preemptions
+
+    # what failures.Failures needs
+
+    def at(self, time_s: float, action: Callable[[float], None]) -> None:
+        """Do something at a point in time, before whatever else happens then."""
+        heapq.heappush(self._events, (time_s, ACTION, self._num_actions))
+        self._actions[self._num_actions] = action
+        self._num_actions += 1
+
+    def served(self) -> list[Served]:
+        """Returns: the requests that have been placed and not ended, as they were placed."""
+        return list(dict.fromkeys(self._served.values()))
+
+    def forget(self, served: Served) -> None:
+        """Have nothing to do with a request any more."""
+        for request in (served.request, served.order):
+            if request is not None:
+                self._served.pop(request, None)
+
+    def is_complete(self, request: Request) -> bool:
+        """Returns: whether a request's newest output token, if it has any, is its last."""
+        tokens = request.output_token_ids
+        return bool(tokens) and request.finish_reason_after(tokens[-1], self._max_tokens) is not None
+
+    def remove(self, instance: Instance) -> None:
+        """Place nothing there any more, and forget what waits for room there."""
+        instance.is_up = False
+        self._queued[instance].clear()
+        self._num_ordered[instance] = 0
+        self._live = [i for i in self.instances if i.is_up]
+        if self._shortlist is not None:
+            self._shortlist.remove(instance.instance_id)
+
+    def add(self, instance: Instance) -> None:
+        """Place requests there again."""
+        instance.is_up = True
+        self._live = [i for i in self.instances if i.is_up]
+        self._note_load(instance)
+
+    def take_off_link(self, served: Served) -> None:
+        """Let a hand-over that is on its way never arrive."""
+        del self._on_link[next(n for n, s in self._on_link.items() if s is served)]
+
+    def end_order(self, served: Served) -> None:
+        """Give up decode's blocks for a prompt that is not there yet."""
+        served.decode.scheduler.release_blocks(served.request)
+        self._num_ordered[served.decode] -= 1
+
+    def interrupt(self, instance: Instance, now_s: float) -> None:
+        """Let an instance decide anew after the step in flight; what it has may be changed now."""
+        self._interrupt(instance, now_s)
+
+    def go_on(self, instance: Instance, now_s: float) -> None:
+        """Let an instance use what was given back to it."""
+        self._admit_queued(instance, now_s)
+        self._launch(instance, now_s)
 
     def _interrupt(self, instance: Instance, now_s: float) -> None:
         if instance.interrupt(now_s):
@@ -395,3 +477,11 @@ class Cluster:
     def _push_end(self, instance: Instance) -> None:
         assert instance.due_s is not None
         heapq.heappush(self._events, (instance.due_s, STEP_END, instance.index))
+
+
+def _nobody_decodes(record: Record, request: Request, now_s: float) -> None:
+    raise ValueError("no instance decodes")
+
+
+def _never(served: Served, now_s: float) -> None:
+    raise AssertionError("nobody dies")

@@ -65,6 +65,7 @@ class Instance:
         self.can_prefill, self.can_decode = kind in "PM", kind in "DM"
         self.scheduler = Scheduler(pool, options)
         self.latency = latency
+        self.is_up = True  #: see `failures`
         self.start_s = 0.0  #: of the step in flight
         self.idle_s = 0.0  #: before and between steps
         self.link_free_s = 0.0  #: when everything put on its outgoing link until now has left
@@ -78,6 +79,7 @@ class Instance:
         self._left: tuple[list[tuple[float, float]], int, tuple[Request, ...]] | None = None  # see load; None: as above
         self._batch = Batch()  # without the carried streams
         self._num_stepped = 0  # sequences at its head that are streams
+        self._dropped: set[Request] = set()  # of the step in flight
         self._ends: list[float] = []  # of the step in flight and of those which repeat it
         self.due_s: float | None = None  #: when to call `end`; None: nothing is in flight
 
@@ -196,8 +198,34 @@ class Instance:
                 places = {r: n for n, r in enumerate(self.scheduler.running)}
                 first.sort(key=lambda s: places[s.request])
             sequences = first + sequences[self._num_stepped :]
+        if self._dropped:
+            sequences = [s for s in sequences if s.request not in self._dropped]
+            self._dropped.clear()
         self.scheduler.computed(sequences)
         return sequences
+
+    def drop(self, request: Request) -> None:
+        """Take a prompt out that nobody waits for any more; what the step in flight computes of it is for nothing."""
+        self.scheduler.remove(request)
+        self._own.pop(request, None)
+        self._outstanding_tokens = self._left = None
+        if self._ends:
+            self._dropped.add(request)
+
+    def lose(self, now_s: float) -> None:
+        """Be as after a start: without requests, blocks and a step in flight; what it has done until now still counts."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        if self._ends:
+            scheduler.computed(())
+            self._last_end_s = now_s
+        for request in (*scheduler.running, *scheduler.waiting):
+            scheduler.remove(request)
+        self._carried.forget()
+        self._dropped.clear()
+        scheduler.pool = BlockPool(pool.num_blocks, pool.block_size)
+        self._own, self._batch, self._num_stepped, self._ends, self.due_s = {}, Batch(), 0, [], None
+        self._outstanding_tokens = self._left = None
+        self.link_free_s = now_s
 
     def _carry(self) -> None:
         """Take the requests that have got a token in the step that ended from the scheduler's hands."""

@@ -15,7 +15,7 @@ from typing import Any
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core import multiplexing, order
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.sim import baselines, latency, trace
+from fastdeploy_pd.sim import baselines, failures, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.progress import Progress
 from fastdeploy_pd.sim.report import Slo, rates_table, report, table
@@ -45,6 +45,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
     add_instance_flags(parser)
+    fail_help = "at TIME (s) the instance of this number, from 0, dies; SECONDS later it is back, empty; repeatable"
+    add("--fail", action="append", metavar="TIME:INSTANCE[:SECONDS][,...]", help=fail_help)
     add("--seed", type=int, default=0, help="of placement's coins and of synthetic requests (default 0)")
     add("--json", type=Path, metavar="OUT", help="where the report goes; the table goes to stdout in any case")
     add("--per-request", action="store_true", help="a row a request in the report")
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         found = simulate(argparse.Namespace(**{**vars(args), "rate": rate}))
         taken_s = clock.now_s() - begun_s
         speed = f"simulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time"
-        sys.stdout.write(f"{table(found)}\n\n{speed}\n\n")
+        died = f"{failures.table(found)}\n\n" if args.fail else ""
+        sys.stdout.write(f"{table(found)}\n\n{died}{speed}\n\n")
         if not args.per_request:
             del found["requests"]
         runs.append(found)
@@ -131,11 +134,21 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     requests = trace.repeated(offer(args, rng), args.repeat)
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
     cluster = make_cluster(args.placement, _options(args), times, slo, rng)
+    died = None
+    if args.fail:
+        if args.placement in baselines.NAMES:
+            raise ConfigError(
+                f"--fail goes with a --placement of {', '.join(multiplexing.PLACEMENTS)}; it is {args.placement}"
+            )
+        died = failures.Failures(cluster, failures.parse(args.fail, len(cluster.instances)))
     with Progress("simulating", len(requests)) as progress:
         cluster.on_arrival = progress.reach
         records = cluster.run(requests)
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
-    return {"flags": flags, **report(records, cluster.instances, times, slo)}
+    found = {"flags": flags, **report(records, cluster.instances, times, slo)}
+    if died is not None:
+        found |= {"failed": sum(r.is_failed for r in records), "failures": died.rows()}
+    return found
 
 
 def check_positive(args: argparse.Namespace, *flags: str) -> None:

@@ -26,7 +26,12 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
     offered = record.offered
     ttft_s = tpot_ms = queue_s = None
     meets_ttft = meets_tpot = False
-    if record.first_token_s is not None and record.started_s is not None and record.end_s is not None:
+    if (
+        not record.is_failed
+        and record.first_token_s is not None
+        and record.started_s is not None
+        and record.end_s is not None
+    ):
         ttft_s = record.first_token_s - offered.arrival_s
         queue_s = record.started_s - offered.arrival_s
         tpot_ms = (record.end_s - record.first_token_s) / max(1, offered.num_output - 1) * 1e3
@@ -37,7 +42,7 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
         "arrival_s": offered.arrival_s,
         "input_tokens": offered.num_input,
         "output_tokens": offered.num_output,
-        "status": "refused" if record.is_refused else "finished",
+        "status": "refused" if record.is_refused else "failed" if record.is_failed else "finished",
         "prefill_id": record.prefill_id,
         "decode_id": record.decode_id,
         "cached_tokens": record.num_cached,
@@ -45,7 +50,9 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
         "queue_s": queue_s,
         "ttft_s": ttft_s,
         "tpot_ms": tpot_ms,
-        "e2e_s": None if record.is_refused or record.end_s is None else record.end_s - offered.arrival_s,
+        "e2e_s": None
+        if record.is_refused or record.is_failed or record.end_s is None
+        else record.end_s - offered.arrival_s,
         "meets_ttft": meets_ttft,
         "meets_tpot": meets_tpot,
     }
