@@ -111,6 +111,11 @@ def prefill_left_s(request: Request, predictor: Predictor) -> float:
     return predictor.prefill_s(request.num_tokens, computed if computed > matched else matched)
 
 
+def is_lost(request: Request, predictor: Predictor, now_s: float) -> bool:
+    """Returns: whether a prompt's first token is late even if nothing else is computed."""
+    return due_s(request) < now_s + prefill_left_s(request, predictor)
+
+
 def late(jobs: Sequence[tuple[float, float]], now_s: float) -> list[bool]:
     """Choose the jobs that one machine leaves for later so that the fewest are late (Moore and Hodgson).
 

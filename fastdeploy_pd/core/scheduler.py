@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
@@ -26,6 +27,7 @@ from fastdeploy_pd.core.order import (
     WORTH_S,
     PrefillPolicy,
     due_s,
+    is_lost,
     make_policy,
     num_left,
     prefill_left_s,
@@ -320,9 +322,9 @@ class Scheduler:
         Returns: whether there was room; if not, nothing has changed.
         """
         cached = self.match_prefix(request)
-        num_fresh = self.pool.num_blocks_for(request.num_tokens) - len(cached)
-        if num_fresh + self.pool.num_free_among(cached) + num_spare_blocks > self.pool.num_free:
+        if self._num_lacking(request, cached, num_spare_blocks) > 0:
             return False
+        num_fresh = self.pool.num_blocks_for(request.num_tokens) - len(cached)
         self.pool.hold(cached)
         num_matchable = (request.num_tokens - 1) // self.pool.block_size if self._looks_up(request) else 0
         lower = request.local.block_hashes[len(cached) : num_matchable]
@@ -336,6 +338,11 @@ class Scheduler:
             self.num_prefix_queries += request.num_tokens
             self.num_prefix_hits += request.local.num_cached_tokens
         return True
+
+    def _num_lacking(self, request: Request, cached: Sequence[int], num_spare_blocks: int) -> int:
+        """Returns: how many free blocks more `reserve` needs, with `cached` as the prefix; 0 or less: none."""
+        num_fresh = self.pool.num_blocks_for(request.num_tokens) - len(cached)
+        return num_fresh + self.pool.num_free_among(cached) + num_spare_blocks - self.pool.num_free
 
     def _looks_up(self, request: Request) -> bool:
         return self.options.enable_prefix_caching and request.sampling.prompt_logprobs is None
@@ -374,7 +381,7 @@ class Scheduler:
 
     def _schedule_waiting(
         self,
-        prompts: Iterable[Request],
+        prompts: Sequence[Request],
         budget: int,
         limit_s: float,
         others_wait: bool,
@@ -391,7 +398,7 @@ class Scheduler:
         predictor = self.predictor if self.options.guards_tpot and self.options.enable_chunked_prefill else None
         sequences: list[ScheduledSequence] = []
         is_blocked = False
-        for request in prompts:
+        for place, request in enumerate(prompts, 1):
             if budget <= 0 or limit_s <= 0:
                 break
             is_running = request in self.running
@@ -402,7 +409,9 @@ class Scheduler:
                 # A request that got no room must not be overtaken by one that would take the blocks it waits for; one that
                 # holds its blocks already takes none, and may be the one whose end frees some.
                 is_full = len(self.running) >= self.options.max_num_seqs
-                if is_full or (is_blocked and not request.local.block_table) or not self._admit(request, budget, now_s):
+                later = islice(prompts, place, None)
+                is_behind = is_blocked and not request.local.block_table
+                if is_full or is_behind or not self._admit(request, later, budget, now_s):
                     is_blocked = True
                     continue
                 self.waiting.remove(request)
@@ -445,7 +454,7 @@ class Scheduler:
         if self.predictor is None or slack_s == math.inf or not ordered:
             return math.inf
         first, start = ordered[0], ordered[0].local.num_computed_tokens
-        if due_s(first) < now_s + prefill_left_s(first, self.predictor):
+        if is_lost(first, self.predictor, now_s):
             slack_s -= LATE_BANK_S
         worth_s = min(WORTH_S, self.predictor.prefill_s(min(first.num_tokens, start + budget), start))
         if slack_s < worth_s:
@@ -484,18 +493,39 @@ class Scheduler:
             return True
         return request.local.num_pending_tokens > 0 and self._ends_with_pending_token(request)
 
-    def _admit(self, request: Request, budget: int, now_s: float) -> bool:
-        """Whether a waiting request can start in this step; reserves its blocks if so."""
+    def _admit(self, request: Request, later: Iterable[Request], budget: int, now_s: float) -> bool:
+        """Whether a waiting request can start in this step; reserves its blocks if so. `later` prompts may lose theirs to it."""
         if request.local.block_table and not self._complete_table(request, now_s):
             return False
         if not request.local.block_table and not self.reserve(request, num_spare_blocks=len(self.running)):
-            # Alone, a request may take the last block: nobody is there to need it.
-            if self.running or not self.reserve(request):
+            if not self._take_from_lost(request, later, now_s) or not self.reserve(request, len(self.running)):
                 return False
         num_left = request.num_tokens - request.local.num_computed_tokens
         if self.options.enable_chunked_prefill or num_left <= budget:
             return True
         return budget == self.options.max_num_batched_tokens  # longer than any budget: it must be cut all the same
+
+    def _take_from_lost(self, request: Request, later: Iterable[Request], now_s: float) -> bool:
+        """Free the blocks that a prompt lacks, if it can be on time, by preempting `later` ones that cannot, the last first.
+
+        The first of them keeps its blocks, so that they end one after the other.
+        Returns: whether it freed so many.
+        """
+        predictor = self.predictor
+        if self._policy is None or predictor is None or is_lost(request, predictor, now_s):
+            return False
+        lost = [r for r in later if r in self.running and not r.output_token_ids and is_lost(r, predictor, now_s)][1:]
+        victims = [r for r in lost if r.local.is_preemptible and r.local.last_step <= self._num_ended]
+        if not victims:
+            return False
+        num_lacking = self._num_lacking(request, self.match_prefix(request), len(self.running))
+        if num_lacking > sum(len(r.local.block_table) for r in victims):
+            return False
+        while num_lacking > 0:
+            victim = victims.pop()
+            num_lacking -= len(victim.local.block_table)
+            self._preempt(victim, now_s)
+        return True
 
     def _complete_table(self, request: Request, now_s: float) -> bool:
         """Extend the table of a request that came with blocks to its newest token.

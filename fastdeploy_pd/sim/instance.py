@@ -254,13 +254,14 @@ class Instance:
             return batch
         carried.launch()
         own = self._own
-        budget = scheduler.options.max_num_batched_tokens - carried.num
+        budget, num_preemptions = scheduler.options.max_num_batched_tokens - carried.num, scheduler.num_preemptions
         stepped, budget, _ = scheduler.schedule_streams(own, budget, now_s)
         streams = Beside(carried, ScheduledStreams(stepped)) if stepped else carried
         sequences = stepped + scheduler.schedule_prompts(own, streams, budget, now_s)
         for s in sequences:
             own[s.request] = None
-        if len(own) + carried.num != len(scheduler.running):  # one was admitted and could compute nothing
+        if len(own) + carried.num != len(scheduler.running) or scheduler.num_preemptions != num_preemptions:
+            # one was admitted and could compute nothing, or lost its blocks
             self._own = {r: None for r in scheduler.running if r not in carried}
         self._num_stepped = len(stepped)
         return Batch(sequences, scheduler.pool.block_size)

@@ -190,6 +190,46 @@ def test_slack_brings_more_first_tokens_on_time_than_any_other() -> None:
     assert counts["slack"] == max(counts.values()) and counts["slack"] > counts["fcfs"]
 
 
+def begun(policy: str, num_prompts: int, num_blocks: int) -> tuple[Scheduler, list[Request]]:
+    """Returns: a scheduler in which prompts that are due within 9 s have begun, and these: they hold 375, 338, 300 blocks."""
+    scheduler = Scheduler(BlockPool(num_blocks, 16), SchedulerOptions(64, 512, 40_000, prefill_policy=policy))
+    scheduler.predictor = PREDICTOR
+    prompts = [request(str(n), 6000 - 600 * n, 0.1 * n, Slo(9.0 - n)) for n in range(num_prompts)]
+    for r in prompts:
+        r.prompt_token_ids = [int(r.request_id) + 2] * len(r.prompt_token_ids)
+        scheduler.add(r)
+        batch = scheduler.schedule(r.arrival_s)
+        assert [s.request for s in batch.sequences] == [r], "the last one is due first, and the shortest"
+        scheduler.launched(batch)
+        scheduler.computed(batch.sequences)
+    return scheduler, prompts
+
+
+def test_lost_prompts_give_their_blocks_to_one_that_can_be_on_time() -> None:
+    scheduler, (oldest, middle, last) = begun("slack", 3, 1030)
+    newcomer = request("on time", 2000, 30.0, Slo(5.0))
+    scheduler.add(newcomer)
+    assert [s.request for s in scheduler.schedule(30.0).sequences] == [newcomer]
+    assert [bool(r.local.block_table) for r in (oldest, middle, last)] == [True, True, False]
+    assert last.local.num_preemptions == 1 and last in scheduler.waiting
+    large = request("large", 10_000, 30.0, Slo(3.0))
+    scheduler.add(large)
+    assert scheduler.schedule(30.0)
+    assert middle.local.block_table and not large.local.block_table, "the oldest one's blocks would be needed too"
+
+
+@pytest.mark.parametrize("why", ["", "late itself", "in flight", "read by a transfer", "has begun to generate"])
+def test_nothing_is_taken_in_vain(why: str) -> None:
+    scheduler, lost = begun("sjf", 2, 730)
+    for r in lost:
+        r.local.is_preemptible = why != "read by a transfer"
+        r.local.last_step += 9 * (why == "in flight")
+        r.output_token_ids += [1] * (why == "has begun to generate")
+    scheduler.add(request("new", 2000, 30.0, Slo(0.1 if why == "late itself" else 1.0)))
+    assert scheduler.schedule(30.0)
+    assert scheduler.num_preemptions == (why == "")
+
+
 def test_nobody_starves_however_many_arrive() -> None:
     scheduler = Scheduler(BlockPool(4000, 16), SchedulerOptions(64, 512, 40_000, prefill_policy="slack"))
     scheduler.predictor = PREDICTOR

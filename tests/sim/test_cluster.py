@@ -210,6 +210,13 @@ CASES = [
     ("PDMM", 2.6, Multiplexing, "formula", {**SLO, "prefill_policy": "slack", "num_blocks": 1800}),
     (
         "MM",
+        4.0,
+        Multiplexing,
+        "grid",
+        {**SLO, "prefill_policy": "slack", "num_blocks": 3000},
+    ),  # lost prompts lose blocks
+    (
+        "MM",
         1.5,
         Multiplexing,
         "grid",
