@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.core.online import LEAST_STEPS, OnlinePredictor, _nonnegative
+from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Request
 
@@ -157,13 +158,13 @@ def test_predictions_are_finite_and_not_negative(start: Predictor | None, steps:
 
 
 @given(predictors.filter(lambda p: p is not None))
-def test_wire_form(predictor: Predictor) -> None:
-    wire = predictor.to_wire()
-    assert Predictor.from_wire(wire) == predictor
-    for name in wire:
+def test_a_report_with_what_is_no_time_is_not_believed(predictor: Predictor) -> None:
+    assert Load(predictor).is_sane
+    numbers = [*predictor.prefill, *predictor.decode]
+    for place in range(6):
         for value in (float("nan"), float("inf"), -1e-9):
-            assert Predictor.from_wire({**wire, name: value}) is None
-        assert Predictor.from_wire({k: v for k, v in wire.items() if k != name}) is None
+            a, b, c, d, e, f = (value if i == place else x for i, x in enumerate(numbers))
+            assert not Load(Predictor((a, b, c), (d, e, f))).is_sane
 
 
 def test_a_step_costs_little() -> None:
