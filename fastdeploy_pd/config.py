@@ -67,6 +67,7 @@ class SchedulingOptions:
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
     prefill_policy: str
+    fairness: str
     placement: str
     profile_path: str | None
     profile_directory: str  #: of profiles of all models, for this user of this machine
@@ -512,6 +513,7 @@ def _add_slo_flags(add: Callable[..., Any]) -> None:
         default="slack",
         help="order of prompts: fcfs, sjf, ljf, edf, slack, or an entry point's name",
     )
+    add("--fairness", choices=("none", "vtc"), default="none", help="vtc: tenants with the least service come first")
     add(
         "--placement",
         default="fewest-tokens",

@@ -182,6 +182,7 @@ class Request:
     front_end_id: str = ""  #: who owns the request and receives its tokens
     slo: Slo = field(default_factory=Slo)
     arrival_s: float = 0.0  #: when its client sent it, on this process's clock; its age is what crosses processes
+    tenant: str = ""  #: who shares an instance fairly with others under --fairness vtc
     phase: Phase = Phase.ARRIVED
     timeline: Timeline = field(default_factory=Timeline)
     local: Local = field(default_factory=Local)
@@ -276,6 +277,7 @@ class Request:
             for name, kind in (
                 ("request_id", str),
                 ("cache_salt", str),
+                ("tenant", str),
                 ("front_end_id", str),
                 ("priority", int),
                 ("attempt", int),

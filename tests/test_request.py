@@ -59,7 +59,8 @@ def test_wire() -> None:
     changes = ({"nonsense": 1}, {"sampling": {"max_tokens": 0}}, {"sampling": 5}, {"attempt": "x"}, {"attempt": [1]}, {"attempt": 2**62},
                {"attempt": 0}, {"prompt_token_ids": ["a"]}, {"prompt_token_ids": [1.5]}, {"prompt_token_ids": [2**70]},
                {"prompt_token_ids": [-1]}, {"output_token_ids": [2**32]},
-               {"front_end_id": 5}, {"age_s": -1.0}, {"age_s": float("nan")}, {"slo": {"ttft_s": 0}}, {"slo": {"tpot_s": "fast"}}, {"slo": {"e2e_s": 1.0}},
+               {"front_end_id": 5}, {"tenant": 5},
+               {"age_s": -1.0}, {"age_s": float("nan")}, {"slo": {"ttft_s": 0}}, {"slo": {"tpot_s": "fast"}}, {"slo": {"e2e_s": 1.0}},
                {"slo": [1]}, {"eos_token_ids": [None]}, {"sampling": {"temperature": "hot"}})  # fmt: skip
     for damaged in ({}, *({**wire, **change} for change in changes)):
         with pytest.raises(InvalidRequest):

@@ -15,7 +15,7 @@ import msgspec
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 RoleName = Literal["prefill", "decode", "mixed"]
 
 

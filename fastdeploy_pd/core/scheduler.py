@@ -17,11 +17,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
+from fastdeploy_pd.core.fairness import make_counters
 from fastdeploy_pd.core.order import (
     LATE_EVERY,
     WORTH_S,
@@ -58,6 +60,7 @@ class SchedulerOptions:
     enable_prefix_caching: bool = True
     prefill_policy: str = "fcfs"  #: see `order`
     guards_tpot: bool = False  #: chunks are cut so that running streams keep their SLO, where the predictor is known
+    fairness: str = "none"  #: see `fairness`
 
 
 def is_prompt(request: Request) -> bool:
@@ -129,7 +132,9 @@ class Scheduler:
         self._num_ended = 0
         self._fenced: deque[tuple[int, list[int]]] = deque()  # (step that may write into them, block ids)
         self.predictor: Predictor | None = None  #: None: not known (yet)
-        self._policy = make_policy(options.prefill_policy, lambda: self.predictor)
+        make = partial(make_policy, options.prefill_policy, lambda: self.predictor)
+        self._counters = make_counters(options.fairness, make)
+        self._policy = self._counters or make()
         self._num_held_off = 0  # steps in a row in which prompts waited for streams
         self.num_preemptions = 0
         self.num_prefix_queries = 0  #: tokens looked up in the prefix cache
@@ -156,7 +161,7 @@ class Scheduler:
         prompts = tuple([(due - now_s, seconds) for due, seconds in jobs])
         found = Load(predictor, prompts, busy_s, len(streams), num_tokens, slack_s, num_free)
         priorities = {r.priority for r in requests if is_prompt(r)}
-        if self.options.prefill_policy in BY_DUE and len(priorities) < 2:
+        if self.options.prefill_policy in BY_DUE and len(priorities) < 2 and self._counters is None:
             found.priority = max(priorities, default=0)
         return found
 
@@ -264,6 +269,8 @@ class Scheduler:
     def launched(self, batch: Batch) -> None:
         """Record that a batch is being computed, the newest of those in flight: counts move on, sampled tokens are pending."""
         self._num_launched += 1
+        if self._counters is not None:
+            self._counters.serve(batch.sequences)
         for sequence in batch.sequences:
             local = sequence.request.local
             local.num_computed_tokens = sequence.stop

@@ -195,6 +195,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             config.cache.enable_prefix_caching,
             config.scheduling.prefill_policy,
             guards_tpot=True,
+            fairness=config.scheduling.fairness,
         ),
         runner.samples_on_device,
         prefill_policy,

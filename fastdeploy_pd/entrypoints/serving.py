@@ -281,6 +281,7 @@ class Serving:
             self.options.eos_token_ids,
             cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
+            tenant=body.user or "",
             output_token_ids=list(delivered),
             slo=Slo(_seconds(body.ttft_ms), _seconds(body.tpot_ms), body.deadline),
         )

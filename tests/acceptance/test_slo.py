@@ -16,6 +16,7 @@ from tests.acceptance.conftest import complete, stream_tokens
 FLAGS = [
     *("--ops", "torch", "--max-num-seqs", "16", "--num-gpu-blocks-override", "600", "--max-num-batched-tokens", "512"),
     *("--placement", "slo", "--prefill-policy", "slack", "--slo-ttft-x", "5", "--slo-tpot-ms", "200"),
+    *("--fairness", "vtc"),
 ]
 NUM_TOKENS, NUM_ROUNDS = 24, 5
 LENGTHS = (9, 40, 130, 300, 700, 1500)
@@ -40,7 +41,10 @@ def test_answers_are_the_same_under_any_load(cluster: LocalCluster) -> None:
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         prompt = number % len(prompts)
-        url, wishes = rng.choice(urls), {"ttft_ms": rng.choice([20, 500, 5000]), "priority": rng.randrange(3)}
+        url, wishes = (
+            rng.choice(urls),
+            {"ttft_ms": rng.choice([20, 500, 5000]), "priority": rng.randrange(3), "user": rng.choice("abc")},
+        )
         tokens, reason = await stream_tokens(
             client, url, prompts[prompt], max_tokens=NUM_TOKENS, cache_salt=f"{number}", **wishes
         )

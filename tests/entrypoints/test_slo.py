@@ -51,6 +51,13 @@ def test_body_and_head(engine: StubEngine, url: str, path: str) -> None:
         assert asked(engine) == expected
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_user_is_the_tenant(engine: StubEngine, url: str, path: str) -> None:
+    for fields, tenant in (({}, ""), ({"user": "red"}, "red")):
+        assert post(url, None, path, **fields).status_code == 200
+        assert Request.from_wire(engine.requests[-1].to_wire()).tenant == tenant
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
