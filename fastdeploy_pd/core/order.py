@@ -5,7 +5,8 @@ most first tokens come on time: by due time, but where that makes one late, the 
 are on time (Moore and Hodgson's rule, which is optimal on one machine). What has gone back is late or takes others' time: it follows, by
 arrival, one at a time since what has begun holds blocks, and every tenth step it comes first, so that nobody starves, however many arrive.
 
-Under all but fcfs a prompt that is overtaken keeps its blocks and its computed tokens: preemption costs nothing but memory.
+Under all but fcfs a prompt that is overtaken keeps its blocks and its computed tokens: preemption costs nothing but memory. Where memory
+is short, one that is late whatever is done (`is_lost`) gives its blocks to one that can be on time.
 Source: shortest remaining time and slack as in Tropical (DAC 2025); J. M. Moore, Management Science 15 (1968).
 """
 

@@ -2,12 +2,13 @@
 
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
 requests come first, so a stream never waits for a new prompt's turn; what is left of the token budget goes to the waiting ones, in
-order. When blocks run out, the youngest running request gives up its own and is computed again later (preemption by recompute).
+order. When blocks run out, the youngest running request gives up its own and is computed again later (preemption by recompute); so do
+prompts whose first token is late in any case, where one that can be on time lacks blocks.
 
 Steps run while the next ones are scheduled: `launched` says that a step has begun, `computed` that the oldest one has ended. Between
 the two a request's newest token may be pending: it counts, and its id is not known. Blocks that are given up while a launched step
 may write into them are fenced: they stay held until that step has ended. Preemption, which needs blocks at once, waits until no step
-is in flight.
+is in flight; lost prompts that no such step computes need not wait.
 Source: the budget rule is Sarathi-Serve's (Agrawal et al., OSDI 2024); recompute preemption is PagedAttention's.
 """
 
