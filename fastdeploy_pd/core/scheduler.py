@@ -319,8 +319,7 @@ class Scheduler:
             return []
         num_blocks = (request.num_tokens - 1) // self.pool.block_size
         self._hash_blocks(request, num_blocks)
-        hashes = request.local.block_hashes
-        return hashes if len(hashes) == num_blocks else hashes[:num_blocks]
+        return request.local.block_hashes[:num_blocks]
 
     def reserve(self, request: Request, num_spare_blocks: int = 0) -> bool:
         """Give a request all the blocks its known tokens need, the cached prefix first.

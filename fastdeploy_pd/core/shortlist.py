@@ -117,9 +117,9 @@ class RecentPlacements:
             stride: every so many blocks a prefix is remembered.
         """
         self._stride, self._max_prefixes = stride, max_prefixes
-        self._holders: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()  # newest last
+        self._holders: OrderedDict[Hashable, tuple[str, ...]] = OrderedDict()  # newest last
 
-    def note(self, block_hashes: Sequence[bytes], instance_id: str) -> None:
+    def note(self, block_hashes: Sequence[Hashable], instance_id: str) -> None:
         """A request with these blocks has been placed."""
         known, alone = self._holders, (instance_id,)
         # The longest first: a prefix outlives its continuations.
@@ -134,7 +134,7 @@ class RecentPlacements:
         while len(known) > self._max_prefixes:
             known.popitem(last=False)
 
-    def holders(self, block_hashes: Sequence[bytes]) -> tuple[str, ...]:
+    def holders(self, block_hashes: Sequence[Hashable]) -> tuple[str, ...]:
         """Returns: at most NUM_HOLDERS ids, the newest first, for the longest prefix that is remembered."""
         for block_hash in reversed(block_hashes[self._stride - 1 :: self._stride]):
             found = self._holders.get(block_hash)

@@ -24,8 +24,9 @@ from fastdeploy_pd.core.scheduler import SchedulerOptions
 from fastdeploy_pd.core.shortlist import MOST, RecentPlacements, Shortlist
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.request import MAX_SLO_S, Phase, Request, SamplingParams, Slo
-from fastdeploy_pd.sim.instance import MAX_LEAP, Instance, sampled_token
+from fastdeploy_pd.sim.instance import MAX_LEAP, Instance
 from fastdeploy_pd.sim.latency import Latency
+from fastdeploy_pd.sim.streams import SAMPLED_TOKEN
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
 
 # What happens at the same time happens in this order.
@@ -154,7 +155,7 @@ class Cluster:
             _never  #: told whose prefill instance has died, in place of ordering
         )
         self._live = self.instances
-        self._recent = RecentPlacements(TRACE_BLOCK_TOKENS // options.block_size)
+        self._recent = RecentPlacements(stride=1)
         self._shortlist: Shortlist | None = None  # None: placement looks at all
         if len(self.instances) > MOST and not isinstance(policy, RoundRobin):
             self._shortlist = Shortlist()
@@ -218,7 +219,7 @@ class Cluster:
 
     def place(self, record: Record, request: Request, now_s: float) -> None:
         """Choose instances for a request and give it to them."""
-        candidates = [self._candidate(i, request, now_s) for i in self._shortlisted(request)]
+        candidates = [self._candidate(i, request, now_s) for i in self._shortlisted(record.offered)]
         age_s = now_s - request.arrival_s
         placement = self._policy.place(request.num_tokens, candidates, self._rng, request.slo, age_s)
         if placement is None:
@@ -243,7 +244,7 @@ class Cluster:
         served = Served(record, request, self._by_id[placement.decode_id])
         record.decode_id, record.prefill_id = placement.decode_id, placement.prefill_id
         if self._shortlist is not None:
-            self._recent.note(request.local.block_hashes, placement.prefill_id or placement.decode_id)
+            self._recent.note(record.offered.prefix_ids(), placement.prefill_id or placement.decode_id)
         self._served[request] = served
         if placement.prefill_id is None:
             self._interrupt(served.decode, now_s)
@@ -259,11 +260,11 @@ class Cluster:
                 self._push_end(served.decode)
             self._note_load(served.decode)
 
-    def _shortlisted(self, request: Request) -> list[Instance]:
+    def _shortlisted(self, offered: Offered) -> list[Instance]:
         """Returns: the instances that placement looks at."""
         if self._shortlist is None:
             return self._live
-        holders = self._recent.holders(request.local.block_hashes)
+        holders = self._recent.holders(offered.prefix_ids())
         return [self._by_id[i] for i in self._shortlist.choose(holders, self._rng)]
 
     def _note_load(self, instance: Instance) -> None:
@@ -310,7 +311,7 @@ class Cluster:
         order = Request(request.request_id, request.prompt_token_ids, request.sampling)
         order.output_token_ids = list(request.output_token_ids)
         order.slo, order.arrival_s = request.slo, request.arrival_s
-        order.local.block_hashes = list(request.local.block_hashes)
+        order.local.block_hashes = request.local.block_hashes
         order.local.is_preemptible, order.local.ends_with_next_token = False, True
         order.advance(Phase.PLACED, now_s)
         order.advance(Phase.RESERVED, now_s)
@@ -330,7 +331,7 @@ class Cluster:
             if request is served.order:
                 self._send(served, sequence, start_s, now_s)
             if sequence.needs_sample:
-                request.output_token_ids.append(sampled_token(request))
+                request.output_token_ids.append(SAMPLED_TOKEN)
                 self._on_token(served, request, now_s)
         self._admit_queued(instance, now_s)
         self._launch(instance, now_s)

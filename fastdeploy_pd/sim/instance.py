@@ -164,7 +164,7 @@ class Instance:
     def catch_up(self, now_s: float) -> None:
         """Bring requests and blocks to where they are now: somebody is about to look at requests."""
         self.advance(now_s)
-        self._carried.settle(self._carried.num_steps - bool(self._ends), sampled_token)
+        self._carried.settle(self._carried.num_steps - bool(self._ends))
 
     def interrupt(self, now_s: float) -> bool:
         """Let the instance decide anew after the step that is in flight now: something is about to be handed to it.
@@ -190,7 +190,7 @@ class Instance:
         self.num_steps += 1
         self.num_computed_tokens += self._batch.num_tokens + self._carried.num
         self._last_end_s, self._ends, self.due_s = self._ends[-1], [], None
-        ended = self._carried.end(sampled_token)
+        ended = self._carried.end()
         sequences = self._batch.sequences
         if ended:
             first = sequences[: self._num_stepped] + ended
@@ -239,7 +239,7 @@ class Instance:
         self._batch = Batch()
 
     def _hand_back(self) -> None:
-        self._carried.settle(self._carried.num_steps, sampled_token)
+        self._carried.settle(self._carried.num_steps)
         self._carried.forget()
         self._own = dict(self.scheduler.running)
 
@@ -312,8 +312,3 @@ class Instance:
         num_held = pool.num_blocks - pool.num_free
         if num_held > self.max_held_blocks:
             self.max_held_blocks = num_held
-
-
-def sampled_token(request: Request) -> int:
-    """Returns: what every step samples for a request; like its prompt's last token it is nobody else's."""
-    return request.prompt_token_ids[-1]

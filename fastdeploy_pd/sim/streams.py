@@ -10,13 +10,14 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.core.order import TPOT_AIM, least_slack_s
 from fastdeploy_pd.core.scheduler import Scheduler
 from fastdeploy_pd.request import Phase, Request
+
+SAMPLED_TOKEN = 0  # what every step samples
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +137,7 @@ class Streams:
             for stream, block_id in zip(due, self._scheduler.pool.allocate(len(due)), strict=True):
                 stream.request.local.block_table.append(block_id)
 
-    def end(self, sampled_token: Callable[[Request], int]) -> list[ScheduledSequence]:
+    def end(self) -> list[ScheduledSequence]:
         """End the step in flight.
 
         Returns: what it computed for the streams of which it was the last; they have left, and are as after `Scheduler.launched`.
@@ -145,23 +146,23 @@ class Streams:
         while self._ends and self._ends[0][0] == self.num_steps:
             stream = heapq.heappop(self._ends)[2]
             request, local = stream.request, stream.request.local
-            self._settle(stream, self.num_steps - 1, sampled_token)
+            self._settle(stream, self.num_steps - 1)
             self._leave(stream)
             num_tokens = request.num_known_tokens
             sequences.append(ScheduledSequence(request, num_tokens - 1, num_tokens))
             local.num_computed_tokens, local.num_pending_tokens = num_tokens, 1
         return sequences
 
-    def settle(self, num_ended: int, sampled_token: Callable[[Request], int]) -> None:
+    def settle(self, num_ended: int) -> None:
         """Bring requests to where they are when so many steps have ended."""
         for stream in self._streams.values():
-            self._settle(stream, num_ended, sampled_token)
+            self._settle(stream, num_ended)
 
-    def _settle(self, stream: Stream, num_ended: int, sampled_token: Callable[[Request], int]) -> None:
+    def _settle(self, stream: Stream, num_ended: int) -> None:
         count = num_ended - stream.settled
         if count:
             request = stream.request
-            request.output_token_ids.extend([sampled_token(request)] * count)
+            request.output_token_ids.extend([SAMPLED_TOKEN] * count)
             request.local.num_computed_tokens += count
             stream.settled = num_ended
             self._scheduler.make_findable(request, request.local.num_computed_tokens)

@@ -1,8 +1,7 @@
 """What is offered to a simulated cluster: requests of a recorded trace, or random ones.
 
-A request's prompt is known by its length and by what it shares with others. Where the trace says so (Mooncake: an id for each 512
-tokens, equal ids being equal beginnings), block hashes are made from its ids and no token is ever hashed; elsewhere the prompt's
-own tokens are hashed as they are on an instance.
+A request's prompt is known by its length and by what it shares with others, as the trace says it (Mooncake: an id for each 512
+tokens, equal ids being equal beginnings). Block hashes are made from that; there are no tokens, and none is ever hashed.
 """
 
 from __future__ import annotations
@@ -18,39 +17,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import index
 from pathlib import Path
-from typing import IO, cast, overload
+from typing import IO, cast
 
-from fastdeploy_pd.core.blocks import HASH_BYTES
 from fastdeploy_pd.errors import ConfigError
 
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)  #: what reading a file may raise
 WRONG_LINE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)  #: and making sense of a line
 TRACE_BLOCK_TOKENS = 512  # that a hash id of a Mooncake trace stands for
-_TAILS = [n.to_bytes(2, "big") for n in range(TRACE_BLOCK_TOKENS)]
-
-
-class Prompt(Sequence[int]):
-    """Token ids that take no room: 0 the first few times, then one and the same."""
-
-    __slots__ = ("_length", "_num_shared", "_token_id")
-
-    def __init__(self, length: int, token_id: int, num_shared: int) -> None:
-        self._length, self._token_id, self._num_shared = length, token_id, num_shared
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[int]: ...
-    def __getitem__(self, place: int | slice) -> int | list[int]:
-        """Returns: a token id, or a list of them."""
-        if isinstance(place, slice):
-            places = range(self._length)[place]
-            num_shared = sum(n < self._num_shared for n in places) if self._num_shared else 0
-            return [0] * num_shared + [self._token_id] * (len(places) - num_shared)
-        return 0 if range(self._length)[place] < self._num_shared else self._token_id
+OWN_HASHES = 2_654_435_761  # kept apart for a request's own blocks; a number that spreads them well in a hash table
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +40,29 @@ class Offered:
     shift: int = 0  #: is added to hash_ids
 
     def prompt(self) -> list[int]:
-        """Returns: [num_input] token ids, unlike any other request's but for the shared ones."""
-        return cast("list[int]", Prompt(self.num_input, self.number + 1, min(self.num_shared, self.num_input)))
+        """Returns: [num_input] token ids that take no room; which ones is nobody's matter, blocks have their hashes."""
+        return cast("list[int]", range(self.num_input))
 
     def block_hashes(self, block_size: int) -> list[bytes]:
-        """Returns: hashes of the prompt's full blocks as far as the trace tells them; block_size must divide 512."""
-        shift, tails = self.shift, _TAILS[: TRACE_BLOCK_TOKENS // block_size]
-        heads = [(hash_id + shift).to_bytes(HASH_BYTES - 2, "big") for hash_id in self.hash_ids]
-        hashes = [head + tail for head in heads for tail in tails]
+        """Returns: hashes of all full blocks that the request will ever have; block_size must divide 512.
+
+        They are numbers: equal ones stand for equal beginnings, and nobody needs more of a hash here.
+        """
+        num_blocks = (self.num_input + self.num_output) // block_size
+        per_id = TRACE_BLOCK_TOKENS // block_size
+        hashes: list[int] = []
+        for hash_id in self.hash_ids:
+            first = (hash_id + self.shift) * per_id
+            hashes += range(first, first + per_id)
         del hashes[self.num_input // block_size :]
-        return hashes
+        hashes += range(-1 - len(hashes), -1 - min(self.num_shared, self.num_input) // block_size, -1)
+        own = -OWN_HASHES * (self.number + 1)
+        hashes += range(own - num_blocks + len(hashes), own)
+        return cast("list[bytes]", hashes)
+
+    def prefix_ids(self) -> list[int]:
+        """Returns: hash ids of the prompt's full 512 tokens, unlike those of another time (`repeated`)."""
+        return [hash_id + self.shift for hash_id in self.hash_ids[: self.num_input // TRACE_BLOCK_TOKENS]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,9 +43,10 @@ def test_equal_ids_are_equal_blocks(block_size: int) -> None:
     first = Offered(0, 0.0, 1000, 1, (0, 7)).block_hashes(block_size)
     second = Offered(1, 0.0, 1100, 1, (0, 7, 12)).block_hashes(block_size)
     other = Offered(2, 0.0, 1000, 1, (0, 8)).block_hashes(block_size)
-    assert len(first) == 1000 // block_size and len(second) == 1100 // block_size
-    assert len({*first, *second, *other}) == len(second) + len(other) - 512 // block_size
-    assert second[: len(first)] == first
+    num_blocks = 1000 // block_size
+    assert len(first) == 1001 // block_size and len(second) == 1101 // block_size
+    assert len({*first[:num_blocks], *second, *other}) == len(second) + len(other) - 512 // block_size
+    assert second[:num_blocks] == first[:num_blocks]
     assert other[: 512 // block_size] == first[: 512 // block_size]
 
 
@@ -100,17 +101,17 @@ def test_repeated(tmp_path: Path) -> None:
     assert [len(a & second[0]) for a in second] == [len(a & first[0]) for a in first]
 
 
-def test_a_prompt_is_like_a_list() -> None:
-    prompt, tokens = Offered(6, 0.0, 10, 1, num_shared=4).prompt(), [0] * 4 + [7] * 6
-    assert list(prompt) == tokens and len(prompt) == 10 and prompt[-1] == 7 and prompt[3] == 0
-    for start in range(-12, 12):
-        assert [prompt[start:], prompt[:start], prompt[start : start + 3]] == [
-            tokens[start:],
-            tokens[:start],
-            tokens[start : start + 3],
-        ]
-    with pytest.raises(IndexError):
-        prompt[10]
+def test_every_block_has_a_hash() -> None:
+    """What is not shared is like nobody else's, whoever asks how often."""
+    trace = [Offered(n, 0.0, 1100, 300, (0, 7, 12)[: n + 1]) for n in range(3)]
+    plain = [Offered(n, 0.0, 1100, 300, num_shared=500) for n in range(3, 6)]
+    found = [o.block_hashes(64) for o in (*trace, *plain)]
+    assert found == [o.block_hashes(64) for o in (*trace, *plain)]
+    assert {len(set(hashes)) for hashes in found} == {1400 // 64}
+    assert [len({*found[0]} & {*h}) for h in found[1:]] == [8, 8, 0, 0, 0]
+    assert [len({*found[2]} & {*h}) for h in found] == [8, 16, 1400 // 64, 0, 0, 0]
+    assert found[3][:7] == found[4][:7] and len({*found[3]} & {*found[4]}) == 500 // 64
+    assert [o.prefix_ids() for o in trace] == [[0], [0, 7], [0, 7]]
 
 
 def test_synthetic() -> None:
@@ -120,8 +121,8 @@ def test_synthetic() -> None:
     assert {o.num_input for o in offered} == set(range(80, 181))
     assert {o.num_output for o in offered} == set(range(10, 31))
     assert own_rate(offered) == pytest.approx(5, rel=0.1)
-    first, second = offered[0].prompt(), offered[1].prompt()
-    assert len(first) == offered[0].num_input
-    assert first[:30] == second[:30] and first[30] != second[30]
+    first, second = offered[0].block_hashes(16), offered[1].block_hashes(16)
+    assert first[0] == second[0] and len({*first, *second}) == len(first) + len(second) - 1
+    assert len(offered[0].prompt()) == offered[0].num_input
     with pytest.raises(ConfigError, match=r"--random-range-ratio is 1\.0"):
         Synthetic(random_range_ratio=1.0).offered(1.0, random.Random(0))
