@@ -204,12 +204,13 @@ class BlockPool:
         """
         ref_counts, outdated = self._ref_counts, self._outdated
         for block_id in block_ids:
-            if ref_counts[block_id] == 0:
+            count = ref_counts[block_id]
+            if count == 0:
                 if self._hash_of[block_id] is None:
                     raise ValueError(f"block {block_id} is free")
                 outdated[block_id] = outdated.get(block_id, 0) + 1
                 self._num_outdated += 1
-            ref_counts[block_id] += 1
+            ref_counts[block_id] = count + 1
         if self._num_outdated > self.num_blocks:
             self._kept = deque([b for b in self._kept if not self._drops(b)])
 
@@ -218,14 +219,19 @@ class BlockPool:
 
         Raises: ValueError: a block was not held.
         """
-        ref_counts, hash_of, unused, kept = self._ref_counts, self._hash_of, self._unused, self._kept
+        ref_counts, hash_of, forgo, keep = self._ref_counts, self._hash_of, self._unused.append, self._kept.append
         for block_id in reversed(block_ids):
             count = ref_counts[block_id]
-            if count == 0:
-                raise ValueError(f"block {block_id} was released more often than held")
-            ref_counts[block_id] = count - 1
             if count == 1:
-                (unused if hash_of[block_id] is None else kept).append(block_id)
+                ref_counts[block_id] = 0
+                if hash_of[block_id] is None:
+                    forgo(block_id)
+                else:
+                    keep(block_id)
+            elif count == 0:
+                raise ValueError(f"block {block_id} was released more often than held")
+            else:
+                ref_counts[block_id] = count - 1
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Returns: block ids of the longest findable run of `hashes` from the first on. Holds nothing: see `hold`."""
@@ -247,7 +253,8 @@ class BlockPool:
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """Returns: how many of these blocks are free, i.e. how many free ones `hold` would take."""
-        return sum(1 for block_id in block_ids if self._ref_counts[block_id] == 0)
+        ref_counts = self._ref_counts
+        return [ref_counts[block_id] for block_id in block_ids].count(0)
 
     def make_findable(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
         """Let full, computed (and, if they were received, verified) blocks be found. The first block with a hash keeps it.

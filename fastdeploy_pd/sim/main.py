@@ -86,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
         speed = f"simulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time"
         died = f"{failures.table(found)}\n\n" if args.fail else ""
         sys.stdout.write(f"{table(found)}\n\n{died}{speed}\n\n")
-        if not args.per_request:
-            del found["requests"]
         runs.append(found)
     if len(runs) > 1:
         sys.stdout.write(f"{rates_table(runs)}\n")
@@ -131,7 +129,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
     args.prefill_policy = args.prefill_policy or ("slack" if is_auto else "fcfs")
     rng = random.Random(args.seed)
     times = step_times(args)
-    requests = trace.repeated(offer(args, rng), args.repeat)
+    once = offer(args, rng)
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
     cluster = make_cluster(args.placement, _options(args), times, slo, rng)
     died = None
@@ -141,11 +139,11 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
                 f"--fail goes with a --placement of {', '.join(multiplexing.PLACEMENTS)}; it is {args.placement}"
             )
         died = failures.Failures(cluster, failures.parse(args.fail, len(cluster.instances)))
-    with Progress("simulating", len(requests)) as progress:
+    with Progress("simulating", len(once) * args.repeat) as progress:
         cluster.on_arrival = progress.reach
-        records = cluster.run(requests)
+        records = cluster.run(trace.repeated(once, args.repeat))
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
-    found = {"flags": flags, **report(records, cluster.instances, times, slo)}
+    found = {"flags": flags, **report(records, cluster.instances, times, slo, args.per_request)}
     if died is not None:
         found |= {"failed": sum(r.is_failed for r in records), "failures": died.rows()}
     return found

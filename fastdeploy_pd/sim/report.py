@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,25 +59,39 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
     }
 
 
-def report(records: Sequence[Record], instances: Iterable[Instance], latency: Latency, slo: Slo) -> dict[str, Any]:
-    """Returns: the whole report, `requests` included; shares are of all offered requests."""
-    rows = [row(r, latency, slo) for r in records]
+def report(
+    records: Sequence[Record], instances: Iterable[Instance], latency: Latency, slo: Slo, has_rows: bool = True
+) -> dict[str, Any]:
+    """Returns: the whole report, shares being of all offered requests; `requests` only with has_rows, they may be millions."""
+    rows: list[dict[str, Any]] = []
+    values = {name: array("d") for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s")}
+    num_refused = num_met_ttft = num_met_tpot = num_met = 0
+    for record in records:
+        found = row(record, latency, slo)
+        num_refused += record.is_refused
+        num_met_ttft += found["meets_ttft"]
+        num_met_tpot += found["meets_tpot"]
+        num_met += found["meets_ttft"] and found["meets_tpot"]
+        for name, column in values.items():
+            if found[name] is not None:
+                column.append(found[name])
+        if has_rows:
+            rows.append(found)
     span_s = max(r.end_s or 0.0 for r in records) - records[0].offered.arrival_s
-    num_met = sum(r["meets_ttft"] and r["meets_tpot"] for r in rows)
     arrivals_s = records[-1].offered.arrival_s - records[0].offered.arrival_s
     return {
-        "offered": len(rows),
-        "finished": sum(r["status"] == "finished" for r in rows),
-        "refused": sum(r["status"] == "refused" for r in rows),
-        "rate": (len(rows) - 1) / arrivals_s if arrivals_s else None,
+        "offered": len(records),
+        "finished": len(records) - num_refused,
+        "refused": num_refused,
+        "rate": (len(records) - 1) / arrivals_s if arrivals_s else None,
         "span_s": span_s,
-        "slo_attainment": num_met / len(rows),
-        "ttft_attainment": sum(r["meets_ttft"] for r in rows) / len(rows),
-        "tpot_attainment": sum(r["meets_tpot"] for r in rows) / len(rows),
+        "slo_attainment": num_met / len(records),
+        "ttft_attainment": num_met_ttft / len(records),
+        "tpot_attainment": num_met_tpot / len(records),
         "goodput": num_met / span_s if span_s else None,
-        **{name: summary(r[name] for r in rows) for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s")},
+        **{name: summary(column) for name, column in values.items()},
         "instances": [_instance(i, span_s) for i in instances],
-        "requests": rows,
+        **({"requests": rows} if has_rows else {}),
     }
 
 

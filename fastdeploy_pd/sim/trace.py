@@ -12,7 +12,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import index
@@ -163,19 +163,18 @@ def _azure(file: IO[str], path: Path) -> list[Offered]:
     return requests
 
 
-def repeated(requests: Sequence[Offered], count: int) -> list[Offered]:
-    """Returns: the trace so many times over, one after the other; prompts share nothing with those of another time.
+def repeated(requests: Sequence[Offered], count: int) -> Iterator[Offered]:
+    """Yields: the trace so many times over, one after the other; prompts share nothing with those of another time.
 
     Args:
         requests: of a recorded trace.
     """
-    span_s = requests[-1].arrival_s * len(requests) / (len(requests) - 1)
+    span_s = requests[-1].arrival_s * len(requests) / max(1, len(requests) - 1)
     num_ids = 1 + max((i for r in requests for i in r.hash_ids), default=0)
-    return [
-        replace(r, number=n * len(requests) + r.number, arrival_s=n * span_s + r.arrival_s, shift=n * num_ids)
-        for n in range(count)
-        for r in requests
-    ]
+    for n in range(count):
+        for r in requests:
+            number, arrival_s = n * len(requests) + r.number, n * span_s + r.arrival_s
+            yield Offered(number, arrival_s, r.num_input, r.num_output, r.hash_ids, r.num_shared, n * num_ids)
 
 
 def own_rate(requests: Sequence[Offered]) -> float:

@@ -91,8 +91,8 @@ def test_rates(tmp_path: Path) -> None:
 
 def test_repeated(tmp_path: Path) -> None:
     once = load(write_mooncake(tmp_path / "t.jsonl", MOONCAKE))
-    twice = repeated(once, 2)
-    assert repeated(once, 1) == once
+    twice = list(repeated(once, 2))
+    assert list(repeated(once, 1)) == once
     assert [o.number for o in twice] == list(range(6))
     assert [o.arrival_s for o in twice] == [0, 1, 2, 3, 4, 5], "at the same rate"
     assert [(o.num_input, o.num_output) for o in twice[3:]] == [(o.num_input, o.num_output) for o in once]
