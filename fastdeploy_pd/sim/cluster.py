@@ -95,7 +95,9 @@ class Served:
     prefill: Instance | None = None
     order: Request | None = None
     num_sent_blocks: int = 0  #: of the order's table, written or in decode's cache
-    pinned: list[int] = field(default_factory=list)  #: prefill's blocks that the link still reads
+    pinned: list[int] = field(
+        default_factory=list
+    )  #: prefill's blocks that were put on the link; the order's own while it runs
     sent_s: float = math.inf  #: when the last byte has left prefill
     lost_by: int | None = None  #: number of the failure that ended prefill before it was ordered anything
 
@@ -362,7 +364,6 @@ class Cluster:
         if stop <= served.num_sent_blocks:
             return
         block_ids = order.local.block_table[served.num_sent_blocks : stop]
-        pool.hold(block_ids)
         served.pinned += block_ids
         served.num_sent_blocks = stop
         num_bytes = len(block_ids) * options.block_size * options.kv_bytes_per_token
@@ -373,6 +374,8 @@ class Cluster:
         assert order is not None and prefill is not None
         del self._served[order]
         order.advance(Phase.TRANSFERRING, now_s)
+        table = order.local.block_table
+        del table[len(table) - len(served.pinned) :]  # the end of it, which is released when it has left
         prefill.scheduler.remove(order)
         served.sent_s = max(now_s, prefill.link_free_s)
         heapq.heappush(self._events, (served.sent_s + self.options.link_latency_s, HANDED_OVER, self._num_sent))

@@ -135,10 +135,10 @@ class Failures:
             return
         if order.phase is Phase.TRANSFERRING:
             cluster.take_off_link(served)
+            if prefill is not dead:
+                prefill.scheduler.pool.release(served.pinned)
         elif prefill is not dead:
             prefill.drop(order)
-        if prefill is not dead:
-            prefill.scheduler.pool.release(served.pinned)
         if served.decode is not dead:
             cluster.end_order(served)
 

@@ -65,9 +65,10 @@ def report(
     """Returns: the whole report, shares being of all offered requests; `requests` only with has_rows, they may be millions."""
     rows: list[dict[str, Any]] = []
     values = {name: array("d") for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s")}
-    num_refused = num_met_ttft = num_met_tpot = num_met = 0
+    num_finished = num_refused = num_met_ttft = num_met_tpot = num_met = 0
     for record in records:
         found = row(record, latency, slo)
+        num_finished += found["status"] == "finished"
         num_refused += record.is_refused
         num_met_ttft += found["meets_ttft"]
         num_met_tpot += found["meets_tpot"]
@@ -81,7 +82,7 @@ def report(
     arrivals_s = records[-1].offered.arrival_s - records[0].offered.arrival_s
     return {
         "offered": len(records),
-        "finished": len(records) - num_refused,
+        "finished": num_finished,
         "refused": num_refused,
         "rate": (len(records) - 1) / arrivals_s if arrivals_s else None,
         "span_s": span_s,

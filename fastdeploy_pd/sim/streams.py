@@ -132,8 +132,8 @@ class Streams:
                 else:
                     heapq.heappop(full)
             if len(due) > 1:  # in the scheduler's order
-                places = {r: n for n, r in enumerate(self._scheduler.running)}
-                due.sort(key=lambda s: places[s.request])
+                by_request = {s.request: s for s in due}
+                due = [by_request[r] for r in self._scheduler.running if r in by_request]
             for stream, block_id in zip(due, self._scheduler.pool.allocate(len(due)), strict=True):
                 stream.request.local.block_table.append(block_id)
 
