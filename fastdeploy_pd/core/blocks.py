@@ -132,10 +132,8 @@ class BlockPool:
         if num_blocks > self.num_free:
             raise OutOfBlocks(f"{num_blocks} KV blocks are needed, {self.num_free} of {self.num_blocks} are free")
         unused, ref_counts = self._unused, self._ref_counts
-        first = max(0, len(unused) - num_blocks)
-        taken = unused[first:]
-        taken.reverse()
-        del unused[first:]
+        taken = unused[-num_blocks:][::-1] if num_blocks > 0 else []
+        del unused[len(unused) - len(taken) :]
         if len(taken) < num_blocks:
             kept = self._take_kept(num_blocks - len(taken))
             if self.lower is not None:
@@ -148,22 +146,20 @@ class BlockPool:
 
     def _take_kept(self, num_blocks: int) -> list[int]:
         """Returns: [num_blocks] free blocks taken out of _kept, which has as many."""
-        kept, outdated = self._kept, self._outdated
+        take_oldest, outdated = self._kept.popleft, self._outdated
         taken: list[int] = []
         while len(taken) < num_blocks:
-            found = [kept.popleft() for _ in range(num_blocks - len(taken))]
-            taken += [b for b in found if b not in outdated or not self._drops(b)]
+            block_id = take_oldest()
+            count = outdated.get(block_id)
+            if count is None:
+                taken.append(block_id)
+                continue
+            self._num_outdated -= 1
+            if count > 1:
+                outdated[block_id] = count - 1
+            else:
+                del outdated[block_id]
         return taken
-
-    def _drops(self, block_id: int) -> bool:
-        """Whether an entry that leaves _kept is one that counts no more."""
-        count = self._outdated.get(block_id, 0)
-        if count > 1:
-            self._outdated[block_id] = count - 1
-        elif count:
-            del self._outdated[block_id]
-        self._num_outdated -= count > 0
-        return count > 0
 
     def allocate_filled(self, num_blocks: int, hashes: Sequence[bytes]) -> tuple[list[int], int]:
         """As `allocate`, and bring back from the lower tier what it has of these blocks.
@@ -212,7 +208,9 @@ class BlockPool:
                 self._num_outdated += 1
             ref_counts[block_id] = count + 1
         if self._num_outdated > self.num_blocks:
-            self._kept = deque([b for b in self._kept if not self._drops(b)])
+            self._kept = deque(self._take_kept(self.num_free - len(self._unused)))
+            outdated.clear()
+            self._num_outdated = 0
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give up one hold of each block. The last of a table becomes reusable first: prefixes outlive their continuations.

@@ -125,3 +125,16 @@ def test_prefixes_outlive_their_tails() -> None:
     pool.release(table)
     pool.allocate(2)  # the never used block and the tail go first
     assert pool.find_prefix([bytes([0]), bytes([1])]) == table[:2]
+
+
+def test_what_is_shared_often_is_given_up_last() -> None:
+    pool = BlockPool(6, 4)
+    table = pool.allocate(4)
+    pool.make_findable(table, [bytes([n]) for n in range(4)])
+    pool.release(table)
+    for _ in range(20):
+        pool.hold(table[2:3])
+        assert pool.num_free == 5
+        pool.release(table[2:3])
+        assert pool.num_free == 6
+    assert pool.allocate(6) == [4, 5, table[3], table[1], table[0], table[2]]
