@@ -110,15 +110,18 @@ class Instance:
             streams = () if len(jobs) == len(requests) else tuple(r for r in requests if not is_prompt(r))
             self._left = jobs, num_promised, streams
         jobs, num_promised, own = self._left
-        num_streams, num_tokens, slack_s = len(own), sum(r.num_tokens for r in own), math.inf
+        num_streams, num_tokens, slack_s = len(own) + carried.num, 0, math.inf
+        if own:
+            num_tokens = sum([r.num_tokens for r in own])
         if carried.num:
-            num_streams += carried.num
             num_tokens += carried.num_tokens() + carried.num
         if num_streams:
             step_s = scheduler.predictor.decode_s(num_streams, num_tokens)
-            slack_s = min(stream_slack_s(own, step_s, now_s), carried.slack_s(step_s, now_s, is_launched=True))
+            slack_s = carried.slack_s(step_s, now_s, is_launched=True)
+            if own:
+                slack_s = min(slack_s, stream_slack_s(own, step_s, now_s))
         busy_s = self._ends[0] - now_s if self._ends else 0.0
-        prompts = tuple([(due_s - now_s, seconds) for due_s, seconds in jobs])
+        prompts = tuple([(due_s - now_s, seconds) for due_s, seconds in jobs]) if jobs else ()
         num_free = pool.num_free * pool.block_size - num_promised
         return Load(scheduler.predictor, prompts, busy_s, num_streams, num_tokens, slack_s, num_free)
 
