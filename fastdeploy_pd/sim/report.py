@@ -12,6 +12,7 @@ from fastdeploy_pd.sim.instance import Instance
 from fastdeploy_pd.sim.latency import Latency
 
 PERCENTILES = (50, 90, 99)
+MOST_LINES = 64  # of instances, for a person
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +159,10 @@ def table(found: dict[str, Any]) -> str:
     for name in ("queue_s", "ttft_s", "tpot_ms", "e2e_s"):
         lines.append(f"{name:10}" + "".join(f"{text(v):>10}" for v in found[name].values()))
     lines += ["", "instance      busy    steps      tokens  prefix hits  preemptions  blocks held"]
-    for i in found["instances"]:
+    for i in found["instances"][:MOST_LINES]:
         lines.append(
             f"{i['id']:9}{share(i['busy']):>9}{i['steps']:>9}{i['tokens']:>12}{share(i['prefix_hits']):>13}"
             f"{i['preemptions']:>13}{share(i['max_held_share']):>13}"
         )
-    return "\n".join(lines)
+    num_left = len(found["instances"]) - MOST_LINES
+    return "\n".join(lines + [f"and {num_left} more, which --json tells of"] * (num_left > 0))
