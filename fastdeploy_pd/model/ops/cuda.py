@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from fastdeploy_pd.core.layout import ITEM_BYTES, KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.kernels import attention, heads, linear, rows
 from fastdeploy_pd.model.ops.base import DecodeGroup, PromptSpan, StepInputs
+from fastdeploy_pd.model.ops.sums import SmallSums
 from fastdeploy_pd.model.ops.torch import TorchOps
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
+from rdma_comm.errors import RdmaError
 
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
@@ -31,6 +35,7 @@ MOST_KEY_BYTES = 65536  # of a block's K of one head: attention has two such and
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
 LARGEST_BATCH = 8  # of equal prompts, in powers of two, for the same reason as PADDING
 
+_log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # weights are only read
 
 
@@ -65,6 +70,22 @@ class CudaOps(TorchOps):
         self.sampled = torch.zeros(
             0, dtype=torch.int32, device=self.device
         )  #: tokens chosen in the last step, by row of logits
+        self._small_sums: SmallSums | None = None
+
+    def join(self, path: Path, rank: int, num_ranks: int) -> None:
+        """See TorchOps."""
+        super().join(path, rank, num_ranks)
+        small_sums = None
+        try:
+            small_sums = SmallSums(self._store, rank, num_ranks, self.dtype, self.device)
+        except RdmaError as error:
+            _log.warning("small sums of ranks are NCCL's too, which takes longer: %s", error)
+        num_able = super().all_reduce(torch.full((1,), float(small_sums is not None), device=self.device)).item()
+        self._small_sums = small_sums if num_able == num_ranks else None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """See base."""
+        return x if self._small_sums is not None and self._small_sums.add_up(x) else super().all_reduce(x)
 
     def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> torch.Tensor:
         """See base."""

@@ -77,6 +77,7 @@ class TorchOps(ComposedOps):
         timeout = timedelta(seconds=GROUP_TIMEOUT_S)
         store = dist.FileStore(str(path), num_ranks)  # type: ignore[attr-defined]  # not in __all__
         store.set_timeout(timeout)
+        self._store = store
         options: Any
         if self.device.type == "cpu":
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its stub calls it Options
