@@ -28,6 +28,10 @@ NONCE_BYTES = 32
 _LENGTH = struct.Struct("<I")
 
 
+class PeerEnded(HandshakeFailed):
+    """The peer ended the connection."""
+
+
 def send_frame(connection: socket.socket, value: Mapping[str, Any]) -> None:
     """Send a JSON object. Raises: OSError."""
     data = json.dumps(value).encode()
@@ -45,7 +49,7 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
                 connection.settimeout(max(1e-6, end_s - time.monotonic()))
             piece = connection.recv(num_bytes - len(data))
             if not piece:
-                raise HandshakeFailed(f"the peer ended the connection after {len(data)} of {num_bytes} bytes")
+                raise PeerEnded(f"the peer ended the connection after {len(data)} of {num_bytes} bytes")
             data += piece
     finally:
         connection.settimeout(timeout_s)
@@ -107,6 +111,8 @@ class Handshake:
         )
         try:
             facts = self._check(receive_frame(connection), "client", nonces)
+        except PeerEnded as error:
+            raise PeerEnded(f"{error}, once it had our proof: its secret is probably another one") from error
         except HandshakeFailed as error:
             send_frame(connection, {"refusal": str(error)})
             raise
@@ -125,7 +131,8 @@ class Handshake:
 
     def _check_hello(self, hello: dict[str, Any]) -> dict[str, Any]:
         nonce = hello.get("nonce")
-        if hello.get("magic") != MAGIC or not isinstance(nonce, str) or len(nonce) != 2 * NONCE_BYTES:
+        is_nonce = isinstance(nonce, str) and nonce.isascii() and len(nonce) == 2 * NONCE_BYTES
+        if hello.get("magic") != MAGIC or not is_nonce:
             raise HandshakeFailed("the peer does not speak this protocol")
         if hello.get("version") != VERSION:
             raise HandshakeFailed(f"version: {VERSION} here, {hello.get('version')!r} there")
@@ -139,7 +146,9 @@ class Handshake:
             if not hmac.compare_digest(self._proof(side, nonces, facts).encode(), proof.encode()):
                 raise HandshakeFailed("secret: the peer's proof does not fit ours")
             known = json.loads(facts)
-            theirs = dict(known["must_match"])
+            theirs = known["must_match"]
+            if not isinstance(theirs, dict):  # its keys would be no names
+                raise HandshakeFailed(f"the peer's facts hold a {type(theirs).__name__}; it must be an object")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HandshakeFailed(f"the peer's facts cannot be read: {error}") from error
         for name in sorted({*self._must_match, *theirs}):

@@ -7,11 +7,14 @@ Source: FastDeploy's fastdeploy/cache_manager/transfer_factory/kvcache_transfer 
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
+import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rdma_comm.bootstrap import Handshake
 from rdma_comm.endpoint import Connection, Endpoint, Options
@@ -22,6 +25,8 @@ log = logging.getLogger("rdma_comm")
 CONNECTED, FAILED, INVALID = 0, 2, 4
 WRITTEN, NOT_WRITTEN = 0, -1
 CONNECT_TIMEOUT_S = 3.0
+ACCEPT_PAUSE_S = 0.1
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)  # a listener lives on
 
 
 class RDMACommunicator:
@@ -90,14 +95,14 @@ class RDMACommunicator:
             self._endpoint.register(p, block_number * size, is_writable_by_peers=splitwise_role == "decode")
             for p, size in self._caches
         ]
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what follows; nobody waits for the network with it
+        self._turns: dict[tuple[str, str], threading.Lock] = {}  # one connects, or writes, at a time: a lock a peer
         self._connections: dict[tuple[str, str], Connection] = {}
         self._remote_blocks: dict[tuple[str, str], int] = {}
         self._channels: dict[tuple[str, str], socket.socket] = {}  # open as long as the connection is wanted
         self._accepted: dict[Connection, socket.socket] = {}
-        self._is_closed = False
         self._listener: socket.socket | None = None
-        self.port = port
+        self.port, self._is_closed = port, False
         if splitwise_role == "decode":
             self._listener = socket.create_server((host, int(port)), backlog=128)
             self.port = str(self._listener.getsockname()[1])
@@ -145,7 +150,7 @@ class RDMACommunicator:
         if self.role != "prefill":
             raise ValueError("only a prefill process connects")
         key = (dst_ip, str(dst_port))
-        with self._lock:
+        with self._turn(key):
             if self.is_connected(*key):
                 return
             self._drop(key)
@@ -193,7 +198,9 @@ class RDMACommunicator:
             if bad is not None:
                 raise ValueError(f"{name}_block_ids has {bad}; it must be below {count}")
         tp_size, tp_index = self._tp
-        with self._lock:
+        with self._turn(key):
+            if key not in self._connections:
+                raise ValueError(f"{dst_ip}:{dst_port} is not connected any more")
             for index in range(layer_idx, len(self._caches), self._num_layers):
                 size = self._caches[index][1]
                 local = array("q", [i * size for i in local_block_ids])
@@ -206,9 +213,12 @@ class RDMACommunicator:
             _shut(self._listener)
             self._listener.close()
         with self._lock:
-            for key in list(self._connections):
-                self._drop(key)
             self._is_closed = True
+            turns = list(self._turns.items())
+        for key, turn in turns:
+            with turn:
+                self._drop(key)
+        with self._lock:
             for connection, channel in self._accepted.items():
                 _shut(channel)
                 _end(connection)
@@ -216,6 +226,16 @@ class RDMACommunicator:
             self._endpoint.close()
 
     # inside
+
+    @contextmanager
+    def _turn(self, key: tuple[str, str]) -> Iterator[None]:
+        """Inside the block nobody else connects this peer or writes to it. Raises: RdmaError: closed."""
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            if self._is_closed:  # said before `close` waits for its turn
+                raise RdmaError("this communicator is closed")
+            yield
 
     def _drop(self, key: tuple[str, str]) -> None:
         connection, channel = self._connections.pop(key, None), self._channels.pop(key, None)
@@ -229,18 +249,32 @@ class RDMACommunicator:
         while listener is not None:
             try:
                 channel, address = listener.accept()
-            except OSError:
-                return
-            threading.Thread(
+            except OSError as error:
+                if self._is_closed or error.errno not in PASSING:
+                    return
+                log.warning("cannot take a connection: %s", error.strerror)
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
+            serve = threading.Thread(
                 target=self._accept, args=(channel, address[0]), name="rdma-handshake", daemon=True
-            ).start()
+            )
+            try:
+                serve.start()
+            except RuntimeError as error:  # no more threads for now
+                log.warning("cannot take a connection: %s", error)
+                channel.close()
 
     def _accept(self, channel: socket.socket, peer: str) -> None:
         with self._lock:
             if self._is_closed:
                 channel.close()
                 return
-            connection = self._endpoint.connection(peer)
+            try:
+                connection = self._endpoint.connection(peer)
+            except RdmaError as error:  # the NIC, or this process, has no more queue pairs for now
+                log.warning("the connection from %s cannot be taken: %s", peer, error)
+                channel.close()
+                return
             self._accepted[connection] = channel
         try:
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -25,6 +25,7 @@ from rdma_comm.gpu_memory import GpuMemory
 if TYPE_CHECKING:
     from rdma_comm.cuda.driver import Gpu
 
+MAX_RAILS = 16  # _transfer.c's
 MAX_SEND_WR = 1024
 MAX_RECV_WR = 16
 MAX_READS = 16  # outstanding reads a queue pair; NICs allow 16 at most
@@ -75,7 +76,7 @@ def choose_nics(names: Sequence[str], sysfs: Path = SYSFS, gpu: str = "") -> lis
     """
     Args:
         gpu: PCI address of the one whose memory they are for.
-    Returns: the named NICs in that order; without names those that are nearest to the GPU, or all active ones.
+    Returns: the named NICs in that order; without names those that are nearest to the GPU, or all active ones; MAX_RAILS at most.
     Raises: RdmaUnavailable: one is not there or has no active port, or there is none at all.
     """
     known = {n.name: n for n in list_nics(sysfs)}
@@ -88,7 +89,9 @@ def choose_nics(names: Sequence[str], sysfs: Path = SYSFS, gpu: str = "") -> lis
         if near is not None:
             least = min(distance(n, near) for n in usable)
             usable = [n for n in usable if distance(n, near) == least]
-        return usable
+        return usable[:MAX_RAILS]
+    if len(names) > MAX_RAILS:
+        raise RdmaUnavailable(f"KVCACHE_RDMA_NICS names {len(names)} devices; there may be {MAX_RAILS}")
     for name in names:
         if name not in known:
             raise RdmaUnavailable(

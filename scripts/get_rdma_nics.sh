@@ -41,14 +41,15 @@ distance() {
 
 find_gpus() { # fills GPU_PATHS and GPU_NUMAS, in PCI order
   local device index chosen
-  local -a all=()
+  local -a all=() named=() indices=()
   GPU_PATHS=() GPU_NUMAS=()
   for device in "$SYS"/bus/pci/devices/*; do
     [[ $(value "$device/vendor") == 0x10de && $(value "$device/class") == 0x030[02]* ]] && all+=("$device")
   done
-  local -a indices=("${!all[@]}")
   chosen=${CUDA_VISIBLE_DEVICES-}
-  if [[ $chosen =~ ^[0-9]+(,[0-9]+)*$ ]]; then IFS=, read -ra indices <<<"$chosen"; fi
+  IFS=, read -ra named <<<"${chosen//[[:space:]]/}"
+  for index in "${named[@]}"; do [[ $index =~ ^[0-9]+$ ]] && indices+=("$index"); done
+  ((${#indices[@]})) || indices=("${!all[@]}")
   for index in "${indices[@]}"; do
     [[ ${#index} -lt 10 && -n ${all[10#$index]-} ]] || continue # 08 is no octal number
     index=$((10#$index))
@@ -73,7 +74,7 @@ gpu() {
   local -a lines=() inactive=()
   for nic in "$SYS"/class/infiniband/*; do
     state=$(cat /dev/null "$nic"/ports/*/state 2>/dev/null || true) # a device without ports: not stdin
-    if [[ $state == *ACTIVE* ]]; then
+    if [[ $'\n'$state =~ $'\n'4(:|$'\n'|$) ]]; then # 4: ACTIVE; 5: ACTIVE_DEFER carries nothing for now
       lines+=("$(printf '%06d %s' "$(nearest "$nic/device")" "${nic##*/}")")
     else
       inactive+=("${nic##*/}")
@@ -115,6 +116,11 @@ cpu() {
 }
 
 case ${1-} in
+  -h | --help)
+    echo "usage: get_rdma_nics.sh cpu|gpu"
+    sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$0" # the text at the head of this file
+    exit 0
+    ;;
   gpu | cpu) ;;
   *) die "usage: get_rdma_nics.sh cpu|gpu" 2 ;;
 esac

@@ -22,8 +22,8 @@ from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.frames import WriteFrame
 from fastdeploy_pd.transfer.handshake import decode, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import unpack_ids
+from fastdeploy_pd.transfer.outgoing import Outgoing
 from fastdeploy_pd.transfer.shm import ShmTransfer, check_user
-from fastdeploy_pd.transfer.stream import Outgoing
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu
 from rdma_comm.errors import RdmaError
@@ -122,7 +122,7 @@ class IpcTransfer(ShmTransfer):
         if state.packed != (frame.local, frame.remote, size):
             local, remote = frame.pairs(layer_bytes // size)
             state.packed, state.offsets = (
-                (frame.local, frame.remote),
+                (frame.local, frame.remote, size),
                 (local.astype(np.uint64) * np.uint64(size), pool.offsets(remote, parts)),
             )
         with incoming.landing() as is_open:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -22,8 +23,11 @@ class KVPool:
     def __init__(self, layout: KVLayout) -> None:
         """Raises: OSError: the memory cannot be had."""
         self.layout = layout
-        self.fd = os.memfd_create("fastdeploy-pd-kv", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("fastdeploy-pd-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, layout.pool_bytes)
+        fcntl.fcntl(
+            self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        )  # whoever maps it may rely on its size
         self._map = mmap.mmap(self.fd, layout.pool_bytes)
         #: [pool_bytes] uint8, writable, over the shared memory
         self.array: np.ndarray = np.frombuffer(self._map, dtype=np.uint8)

@@ -313,9 +313,12 @@ def _load() -> Any:
     # Late: it is no requirement of the package, and needs system libraries.
     try:
         from mooncake.engine import TransferEngine
+    except ModuleNotFoundError as error:
+        raise TransferUnavailable(
+            "Mooncake is not installed: pip install 'fastdeploy-pd[mooncake-cpu]' (or [mooncake], where there is CUDA 12)"
+        ) from error
     except ImportError as error:
         raise TransferUnavailable(
-            f"Mooncake cannot be loaded ({error}): apt-get install libibverbs1 libnuma1 libcurl4, and "
-            "pip install 'fastdeploy-pd[mooncake-cpu]' (or [mooncake], where there is CUDA 12)"
+            f"Mooncake cannot be loaded ({error}): apt-get install libibverbs1 libnuma1 libcurl4"
         ) from error
     return TransferEngine

@@ -6,6 +6,7 @@ its own pool, so a sender that was stopped and wakes up can do no harm.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import secrets
@@ -105,6 +106,8 @@ class ShmTransfer(StreamTransfer):
         try:
             if os.fstat(descriptors[0]).st_size != num_bytes or num_bytes == 0:
                 raise TransferError("the peer's pool has another size than it says")
+            if not fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise TransferError("the peer's pool could become smaller while it is read")
             mapping = mmap.mmap(descriptors[0], num_bytes, prot=mmap.PROT_READ)
         finally:
             os.close(descriptors[0])

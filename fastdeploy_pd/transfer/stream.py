@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,10 +23,11 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
-from fastdeploy_pd.transfer.epochs import EpochBook, Incoming, Sums
+from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
 from fastdeploy_pd.transfer.handshake import Handshake, decode, describe, difference, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids
+from fastdeploy_pd.transfer.outgoing import Outgoing
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 ACCEPT_PAUSE_S = 0.1
@@ -43,39 +43,6 @@ _FRAMES = msgspec.msgpack.Decoder(WriteFrame | RepeatFrame | EndFrame)
 _NOTICES = msgspec.msgpack.Decoder(Notice)
 
 
-@dataclass(slots=True)
-class Outgoing:
-    """One epoch on the sending side."""
-
-    epoch: str
-    nonce: int
-    peer: PeerConnections
-    remote: list[int]
-    layout: KVLayout  #: of the pool, cut as the epoch's blocks are
-    pairs: list[tuple[Sequence[int], Sequence[int]]] = field(
-        default_factory=list
-    )  # (remote, local) of layer 0's writes
-    num_queued: int = 0  # bytes
-    num_done: int = 0  # bytes that are gone (tcp) or taken (shm)
-    is_end_sent: bool = False  # the receiver was told that no more follows
-    is_over: bool = False
-    start_s: float = 0.0
-    num_readers: int = 0  # threads that are sending from its blocks this instant
-    lists: tuple[Sequence[int], Sequence[int]] = ((), ())  # (remote, local) of the last write, and ...
-    packed: tuple[bytes, bytes] = (b"", b"")  # ... the same for the wire: all layers have the same
-    failure: str = ""  # to be told when the last of them is done
-    sums: Sums = field(default_factory=Sums)  # where the backend computes checksums as it goes
-    num_sent: int = 0  # bytes that the receiver was told of; it owes us notices of those that are not done ...
-    owed_since_s: float = 0.0  # ... since then
-
-    def local_blocks(self) -> list[int]:
-        """Returns: the sender's blocks in the order of `remote`."""
-        local_of: dict[int, int] = {}
-        for remote, local in self.pairs:
-            local_of.update(zip(remote, local, strict=True))
-        return [local_of[block_id] for block_id in self.remote]
-
-
 class PeerConnections:
     """The connections to one peer, made by their own threads."""
 
@@ -86,10 +53,14 @@ class PeerConnections:
         self._transfer = transfer
         self._queues: list[queue.SimpleQueue[WriteFrame | EndFrame | None]] = []
         self._next = itertools.count()
-        for number in range(num_connections):
-            frames: queue.SimpleQueue[WriteFrame | EndFrame | None] = queue.SimpleQueue()
-            self._queues.append(frames)
-            transfer.spawn(lambda f=frames: self._run(f), f"kv-send-{number}")
+        try:
+            for number in range(num_connections):
+                frames: queue.SimpleQueue[WriteFrame | EndFrame | None] = queue.SimpleQueue()
+                self._queues.append(frames)
+                transfer.spawn(lambda f=frames: self._run(f), f"kv-send-{number}")
+        except RuntimeError:  # no more threads for now: those that have begun end
+            self.close()
+            raise
 
     def put(self, frame: WriteFrame | EndFrame) -> None:
         """Queue a frame on the next connection."""
@@ -145,6 +116,7 @@ class PeerConnections:
         return None
 
     def _hear(self, connection: socket.socket) -> None:
+        reason = "a fault of this end"
         try:
             while True:
                 try:
@@ -154,7 +126,9 @@ class PeerConnections:
                     continue
                 self._transfer.on_notice(self, decode(receive_frame(connection), _NOTICES))
         except (OSError, TransferError) as error:
-            self._transfer.peer_failed(self, f"the peer ended the connection ({error})")
+            reason = f"the peer ended the connection ({error})"
+        finally:  # a connection that nobody listens to any more must not be used
+            self._transfer.peer_failed(self, reason)
 
 
 class StreamTransfer:
@@ -222,7 +196,11 @@ class StreamTransfer:
         with self._lock:
             connections = self._peers.get(key)
             if connections is None or connections.is_dead:
-                connections = self._peers[key] = PeerConnections(self, peer, self.num_connections)
+                try:
+                    connections = self._peers[key] = PeerConnections(self, peer, self.num_connections)
+                except RuntimeError as error:  # the machine's limit, for this moment: the engine lives on
+                    self._events.put(EpochFailed(epoch, f"no connection to the peer: {error}"))
+                    return
             self._out[epoch] = Outgoing(
                 epoch, nonce, connections, list(remote_block_ids), layout, start_s=self._clock.now_s()
             )
@@ -511,9 +489,11 @@ class StreamTransfer:
         self.land(connection, incoming, frame, state)
         with incoming.lock:
             incoming.num_bytes += frame.num_bytes
-        if self.acknowledges:
-            self._notify(connection, Notice(frame.epoch, frame.num_bytes, ""))
-        self._complete(incoming)
+        try:
+            if self.acknowledges:
+                self._notify(connection, Notice(frame.epoch, frame.num_bytes, ""))
+        finally:  # the sender may be gone by now, and its end have come over another connection
+            self._complete(incoming)
 
     def _on_end(self, connection: socket.socket, frame: EndFrame) -> None:
         incoming = self._book.find(frame.epoch)

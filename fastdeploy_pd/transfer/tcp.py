@@ -19,6 +19,8 @@ from fastdeploy_pd.transfer.layout import KVPool, neighbours, unpack_ids
 from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer
 
 SOCKET_BUFFER_BYTES = 4 << 20
+#: a probe after so many seconds of silence, then one every so many, and so many without an answer
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 MAX_VIEWS = 256  # of one system call; the kernel's limit is 1024
 
 
@@ -129,6 +131,10 @@ class TcpTransfer(StreamTransfer):
 
 
 def _tune(connection: socket.socket) -> None:
+    # A machine that vanishes says no good-bye: without probes what it was connected to would wait for it for ever.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)

@@ -165,7 +165,8 @@ class BlockMover:
         self._upload(0, planes.nbytes)
         for first in range(0, len(sources), most):
             count = min(most, len(sources) - first)
-            if self._uploaded[0] is not sources or self._uploaded[1] is not targets:
+            # A list that went in one part when it had fewer planes may take several now: each is uploaded then.
+            if count < len(sources) or self._uploaded[0] is not sources or self._uploaded[1] is not targets:
                 words = self._places[: 2 * count].reshape(count, 2)
                 words[:, 0], words[:, 1] = sources[first : first + count], targets[first : first + count]
                 self._upload(_PLANES_BYTES, count * 16)

@@ -56,7 +56,8 @@ def test_each_rank_has_a_port_of_its_own() -> None:
         backend.close()
 
 
-def test_a_port_that_nobody_takes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_port_that_nobody_takes_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCACHE_RDMA_NICS", "mlx5_0")
     flags = ["--scheduler-name", "splitwise", "--cache-transfer-protocol", "shm", "--cache-queue-port", "5001"]
     config = InstanceConfig.from_args([*flags, "--rdma-comm-ports", "5002"], {})
     with caplog.at_level(logging.WARNING):
@@ -64,3 +65,4 @@ def test_a_port_that_nobody_takes_is_said(caplog: pytest.LogCaptureFixture) -> N
     assert not isinstance(backend, str)
     backend.close()
     assert "--cache-queue-port 5001 is not used" in caplog.text and "--rdma-comm-ports is not used" in caplog.text
+    assert "KVCACHE_RDMA_NICS is not used" in caplog.text

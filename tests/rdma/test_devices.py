@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("rdma_comm._verbs", reason="needs the compiled part: a C compiler and Python.h")
 
 from rdma_comm.devices import choose_gid, list_gpus, list_nics, order_nics
-from rdma_comm.endpoint import Options, choose_nics
+from rdma_comm.endpoint import MAX_RAILS, Options, choose_nics
 from rdma_comm.errors import RdmaUnavailable
 from tests.rdma.trees import ACTIVE, DOWN, Function, Interface, build, dgx_h100
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "get_rdma_nics.sh"
+STATES = ("5: ACTIVE_DEFER", ACTIVE, "2: INIT")
 LOOPBACK = Interface("lo", type=772)
 
 
@@ -125,6 +126,25 @@ def test_a_device_without_ports(tmp_path: Path) -> None:
     assert nics(root) == ["mlx5_1"]
 
 
+def test_a_port_that_defers_is_not_active(tmp_path: Path) -> None:
+    functions = [Function(f"0000:00:0{n + 2}.0", rdma=f"mlx5_{n}", states=(DOWN, s)) for n, s in enumerate(STATES)]
+    assert nics(build(tmp_path, functions)) == ["mlx5_1"]
+
+
+@pytest.mark.parametrize("visible", ["7, 6", " 3", "0,1,", "0,-1", "GPU-8a1b,3"])
+def test_indices_of_visible_gpus_count_whatever_stands_beside_them(tmp_path: Path, visible: str) -> None:
+    found = nics(build(tmp_path, dgx_h100(), [LOOPBACK]), visible)
+    assert found[0] == {"7": "mlx5_10", "3": "mlx5_5", "0": "mlx5_0", "G": "mlx5_5"}[visible.strip()[0]]
+
+
+def test_no_more_nics_are_taken_than_a_transfer_has_rails(tmp_path: Path) -> None:
+    root = build(tmp_path, [Function(f"0000:00:{n:02x}.0", rdma=f"mlx5_{n:02}") for n in range(MAX_RAILS + 2)])
+    assert [n.name for n in choose_nics([], root)] == [f"mlx5_{n:02}" for n in range(MAX_RAILS)]
+    with pytest.raises(RdmaUnavailable, match=f"names 17 devices; there may be {MAX_RAILS}"):
+        choose_nics([f"mlx5_{n:02}" for n in range(17)], root)
+    assert f"MAX_RAILS = {MAX_RAILS}," in (SCRIPT.parents[1] / "rdma_comm/_transfer.c").read_text()
+
+
 @pytest.mark.parametrize("visible", ["08", "0,08", "", "-1", "GPU-8a1b", "0,0", ","])
 def test_odd_names_of_visible_gpus(tmp_path: Path, visible: str) -> None:
     root = build(tmp_path, dgx_h100(), [LOOPBACK])
@@ -144,6 +164,12 @@ def test_an_interface_whose_driver_does_not_tell_its_state(tmp_path: Path) -> No
 def test_wrong_calls(arguments: list[str]) -> None:
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "usage" in done.stderr and not done.stdout
+
+
+def test_help_says_what_is_printed() -> None:
+    done = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("usage: get_rdma_nics.sh cpu|gpu\n") and not done.stderr
+    assert "KVCACHE_RDMA_NICS=" in done.stdout and "KVCACHE_SOCKET_IFNAME=" in done.stdout and "#" not in done.stdout
 
 
 def test_named_nics_keep_their_order_and_unknown_ones_are_refused(tmp_path: Path) -> None:

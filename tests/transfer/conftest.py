@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "examples" / "own_backend"
+from tests.own_package import install
 
 
 @pytest.fixture(scope="session")
 def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns: where pip has installed it."""
-    place = tmp_path_factory.mktemp("own_backend")
-    source = shutil.copytree(EXAMPLE, place / "source")  # building leaves files behind
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(place / "site"), str(source)], check=True, timeout=120)
-    return place / "site"
+    return install("own_backend", tmp_path_factory.mktemp("own_backend"))
 
 
 @pytest.fixture

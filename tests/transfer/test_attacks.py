@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, he
 SIZE = LAYOUT.block_bytes
 SECRET = b"a secret that all instances know"
 BACKENDS = ["tcp", "shm", "nccl", *(["mooncake"] if has_mooncake() else [])]
+TCP_REPAIR = 19  # tcp(7): close() then says nothing to the peer
 IDS = pack_ids([1, 2])
 DEEP = b"\x91" * 100_000  # a list in a list in a list ...
 
@@ -139,6 +141,93 @@ def test_an_epoch_ends_once_whatever_its_writer_says(ends: Ends) -> None:
     ends.check_still_well()
 
 
+def test_an_epoch_ends_though_its_sender_hears_no_more(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end came over one connection; the other one is reset while the last bytes that it announced land."""
+    has_landed, may_go_on = threading.Event(), threading.Event()
+    land = ends.target.land
+
+    def slow(*arguments: Any) -> None:
+        land(*arguments)
+        has_landed.set()
+        assert may_go_on.wait(5)
+
+    monkeypatch.setattr(ends.target, "land", slow)
+    ends.target.open_epoch("e", [1, 2], 5)
+    ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
+    writer, ender = ends.rogue(), ends.rogue()
+    send_frame(ender, msgspec.msgpack.encode(EndFrame("e", 5, LAYOUT.num_layers * 2 * SIZE)))
+    until(lambda: ends.target._book.find("e").announced_bytes)
+    ends.source.send_write(writer, msgspec.structs.replace(WRITE, layers=list(range(LAYOUT.num_layers))), None)
+    assert has_landed.wait(5)
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as of a process that was killed
+    writer.close()
+    may_go_on.set()
+    (event,) = until(ends.target.poll)
+    assert isinstance(event, EpochArrived), event
+    ends.target.revoke("e")
+    ends.source.cancel("e")
+    ends.source.drop(ender)
+    until(ends.source.poll)
+    ends.check_still_well()
+
+
+def test_a_machine_that_vanishes_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 1))
+    monkeypatch.setattr("fastdeploy_pd.transfer.tcp.KEEPALIVE", probes)
+    pools = KVPool(LAYOUT), KVPool(LAYOUT)
+    source, target = (TcpTransfer(p, LAYOUT, "m") for p in pools)
+    target.open_epoch("e", [1, 2], 5)
+    writer = source.dial(target.descriptor())
+    send_frame(writer, msgspec.msgpack.encode(WRITE))
+    writer.sendall(bytes(2 * SIZE))
+    until(lambda: target._book.find("e").num_bytes)
+    (accepted,) = target._connections
+    assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    with contextlib.suppress(PermissionError):  # where we may, it goes without a word
+        writer.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    writer.close()
+    (event,) = until(target.poll, 10.0)
+    assert isinstance(event, EpochFailed) and "the sender is gone" in event.reason
+    for end in (source, target):
+        end.close()
+
+
+def test_a_machine_without_threads_for_now_fails_the_epoch_and_no_more(ends: Ends) -> None:
+    num_threads, before = threading.active_count(), threading.stack_size(1 << 47)  # no address space has room for it
+    try:
+        ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
+    finally:
+        threading.stack_size(before)
+    ends.source.write("e", 0, [1, 2], [1, 2])
+    ends.source.finish("e")
+    (event,) = until(ends.source.poll)
+    assert isinstance(event, EpochFailed) and "thread" in event.reason
+    assert threading.active_count() == num_threads
+    ends.check_still_well()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_checksums_that_cannot_be_computed_leave_no_deaf_connection(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> tuple[int, ...]:
+        raise ValueError("as a GPU that has a fault, or a backend of another package, may")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ends.source, "digests_sent", broken)
+        ends.target.open_epoch("e", [1, 2], 5)
+        ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
+        for layer in range(LAYOUT.num_layers):
+            ends.source.write("e", layer, [3, 4], [1, 2])
+        ends.source.finish("e")
+        (event,) = until(ends.source.poll)
+        assert isinstance(event, EpochFailed) and "could not be computed" in event.reason
+        until(lambda: not ends.source._peers)
+    until(ends.target.poll)
+    ends.target.revoke("e")
+    ends.check_still_well()
+
+
 def test_the_end_of_a_peer_with_two_connections_is_told_once() -> None:
     pools = KVPool(LAYOUT), KVPool(LAYOUT)
     source, target = (TcpTransfer(p, LAYOUT, "m", num_connections=2) for p in pools)
@@ -148,9 +237,10 @@ def test_the_end_of_a_peer_with_two_connections_is_told_once() -> None:
         source.write("e", layer, [1, 2], [1, 2])
     until(lambda: target._book.find("e").num_bytes == 4 * SIZE)
     source.close()
+    events = until(target.poll)
     until(lambda: not target._connections)
-    assert [type(e) for e in target.poll()] == [EpochFailed]
-    target.close()
+    target.close()  # its threads have ended
+    assert [type(e) for e in [*events, *target.poll()]] == [EpochFailed]
 
 
 def test_what_was_never_written_is_a_failure_told_to_both(ends: Ends) -> None:
@@ -304,3 +394,24 @@ def test_nobody_is_let_in_while_an_end_closes(monkeypatch: pytest.MonkeyPatch) -
         assert late.recv(1) == b""
     target._is_closed = False
     target.close()
+
+
+def test_a_pool_that_could_become_smaller_is_not_read() -> None:
+    """Reading what was cut off would end the receiver by a signal."""
+    pool, target_pool = KVPool(LAYOUT), KVPool(LAYOUT)
+    with pytest.raises(PermissionError):
+        os.ftruncate(pool.fd, 4096)
+    target = build("shm", pool=target_pool, layout=LAYOUT, fingerprint="m")
+    free = os.memfd_create("not sealed")
+    os.ftruncate(free, LAYOUT.pool_bytes)
+    for descriptor, is_refused in ((pool.fd, False), (free, True)):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        socket.send_fds(ours, [struct.pack("<Q", LAYOUT.pool_bytes)], [descriptor])
+        with pytest.raises(TransferError, match="smaller") if is_refused else contextlib.nullcontext():
+            assert len(target.accepted(theirs)) == LAYOUT.pool_bytes
+        ours.close()
+        theirs.close()
+    os.close(free)
+    target.close()
+    pool.close()
+    target_pool.close()

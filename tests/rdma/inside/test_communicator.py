@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -157,6 +159,41 @@ def test_a_peer_that_vanishes_is_seen(decode: tuple[RDMACommunicator, Cache]) ->
     communicator.close()
     assert sender.write_cache("127.0.0.1", communicator.port, [1], [1], 0) == -1
     assert not sender.is_connected("127.0.0.1", communicator.port)
+    sender.close()
+
+
+def test_a_peer_that_says_nothing_delays_no_other(decode: tuple[RDMACommunicator, Cache]) -> None:
+    communicator, target = decode
+    source = Cache(1, seed=1)
+    sender = prefill(source, 0)
+    assert sender.connect("127.0.0.1", communicator.port) == 0, sender.last_error
+    with socket.create_server(("127.0.0.1", 0)) as mute, ThreadPoolExecutor(2) as pool:
+        connecting = pool.submit(sender.connect, "127.0.0.1", str(mute.getsockname()[1]))
+        channel, _ = mute.accept()
+        began_s = time.monotonic()
+        assert sender.write_cache("127.0.0.1", communicator.port, [1], [1], 0) == 0
+        assert time.monotonic() - began_s < 3 and not connecting.done()
+        closing = pool.submit(sender.close)
+        channel.close()
+        assert connecting.result() == 2
+        closing.result()
+    assert np.array_equal(target.arrays[0][1, 0], source.arrays[0][1, 0])
+    assert sender.write_cache("127.0.0.1", communicator.port, [1], [1], 0) == -1
+    assert sender.connect("127.0.0.1", communicator.port) == 2 and "closed" in str(sender.last_error)
+
+
+def test_a_listener_without_files_goes_on(decode: tuple[RDMACommunicator, Cache]) -> None:
+    communicator, _ = decode
+    sender = prefill(Cache(1, seed=1), 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as stranger:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (stranger.fileno() + 1, limits[1]))
+        try:
+            stranger.connect(("127.0.0.1", int(communicator.port)))
+            time.sleep(0.5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sender.connect("127.0.0.1", communicator.port) == 0, sender.last_error
     sender.close()
 
 

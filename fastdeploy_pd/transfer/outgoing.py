@@ -1,0 +1,46 @@
+"""The sending side's record of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.transfer.epochs import Sums
+
+if TYPE_CHECKING:
+    from fastdeploy_pd.transfer.stream import PeerConnections
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One epoch on the sending side."""
+
+    epoch: str
+    nonce: int
+    peer: PeerConnections
+    remote: list[int]
+    layout: KVLayout  #: of the pool, cut as the epoch's blocks are
+    pairs: list[tuple[Sequence[int], Sequence[int]]] = field(
+        default_factory=list
+    )  # (remote, local) of layer 0's writes
+    num_queued: int = 0  # bytes
+    num_done: int = 0  # bytes that are gone (tcp) or taken (shm)
+    is_end_sent: bool = False  # the receiver was told that no more follows
+    is_over: bool = False
+    start_s: float = 0.0
+    num_readers: int = 0  # threads that are sending from its blocks this instant
+    lists: tuple[Sequence[int], Sequence[int]] = ((), ())  # (remote, local) of the last write, and ...
+    packed: tuple[bytes, bytes] = (b"", b"")  # ... the same for the wire: all layers have the same
+    failure: str = ""  # to be told when the last of them is done
+    sums: Sums = field(default_factory=Sums)  # where the backend computes checksums as it goes
+    num_sent: int = 0  # bytes that the receiver was told of; it owes us notices of those that are not done ...
+    owed_since_s: float = 0.0  # ... since then
+
+    def local_blocks(self) -> list[int]:
+        """Returns: the sender's blocks in the order of `remote`."""
+        local_of: dict[int, int] = {}
+        for remote, local in self.pairs:
+            local_of.update(zip(remote, local, strict=True))
+        return [local_of[block_id] for block_id in self.remote]
