@@ -27,6 +27,7 @@ PEER_LAYOUTS = ("8M", "6P2D", "4P4D")
 CONTEXTS, BATCHES = 100, 100
 MAX_CONTEXT, MOST_TOKENS, MOST_STREAMS = 131_072, 3_000_000, 256
 SLO = Slo(5.0, 100.0)
+BLOCK_TOKENS = 64
 
 #: run by the peer's Python: the grids as DynoSim reads them
 SAVE = "import sys, json, numpy; numpy.savez(sys.argv[1], **{k: numpy.array(v, float) for k, v in json.load(sys.stdin).items()})"
@@ -67,15 +68,15 @@ def peers_grids(peer: str, profile: str, out: Path) -> None:
 def peers(peer: str, path: Path, profile: str, rate: float, layout: str) -> dict[str, Any]:
     """Returns: attainment of one run of DynoSim."""
     requests = trace.load(path)
-    num_blocks, kv_bytes = latency.KNOWN_POOLS[profile]
+    num_tokens, kv_bytes = latency.KNOWN_POOLS[profile]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         peers_grids(peer, profile, folder / "grids.npz")
         plain = folder / "trace.jsonl"
         plain.write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
         engine = {
-            "block_size": latency.KNOWN_BLOCK_TOKENS,
-            "num_gpu_blocks": num_blocks,
+            "block_size": BLOCK_TOKENS,
+            "num_gpu_blocks": num_tokens // BLOCK_TOKENS,
             "planner_profile_data": str(folder / "grids.npz"),
             "kv_bytes_per_token": kv_bytes,
             "kv_transfer_bandwidth": 50,

@@ -6,16 +6,17 @@ Lines carry their names at their ends; colours are Okabe and Ito's, which colour
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim.fields import field, json_object, number, reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,35 +94,71 @@ def run(args: argparse.Namespace) -> int:
 def load(paths: Sequence[Path]) -> list[Series]:
     """Read reports, each perhaps after a name and "=".
 
-    Returns: in the order given; without a name they are called by their layout and placement.
-    Raises: ConfigError: one is no report.
+    Returns: in the order given; without a name they are called by their layout and placement. Where names repeat, their files' stand behind.
+    Raises: ConfigError: one is no report, or a file is given twice under one name.
     """
-    found = []
+    found: list[Series] = []
+    files: list[Path] = []
     looks = cycle(zip(COLOURS, MARKERS, strict=True))
     for path, (colour, marker) in zip(paths, looks, strict=False):
         name, _, file = str(path).rpartition("=")
         try:
-            report = json.loads(Path(file).read_text())
-            runs = sorted(report.get("runs", [report]), key=lambda r: r["rate"] or 0.0)
-            flags = report["flags"]
-            if not runs:
-                raise ValueError("it has no runs")
+            text = Path(file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} {reason(error)}") from error
+        try:
+            report = json_object(text)
+            flags, runs = _object(report, "flags"), report.get("runs", [report])
+            if not isinstance(runs, list) or not runs:
+                raise ValueError("has no runs")
             for run in runs:
                 _check(run)
-            name = (name or f"{flags['layout']} {flags['placement']}").replace("$", r"\$")  # no formula of TeX's
-            found.append(Series(name, runs, colour, marker))
-        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{file} is not a report of `simulate --json`: {error!r}") from error
-    return found
+            name = name or f"{field(flags, 'layout')} {field(flags, 'placement')}"
+        except ValueError as error:
+            raise ConfigError(f"{file} is not a report of `simulate --json`: it {error}") from error
+        found.append(Series(name, sorted(runs, key=lambda r: r["rate"] or 0.0), colour, marker))
+        files.append(Path(file))
+    return _distinct(found, files)
 
 
-def _check(run: dict[str, Any]) -> None:
-    """Raises: KeyError, TypeError, ValueError: something is missing that is drawn, or is no number."""
-    numbers = [run["rate"] or 0.0, *(run[f"{name}_attainment"] for name in ("slo", "ttft", "tpot"))]
-    numbers += [run["queue_s"][key] or 0.0 for key in ("p50", "p90")]
-    numbers += [row[key] or 0.0 for row in run.get("requests", ()) for key, _ in LATENCIES]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError("a number in it is not finite")
+def _distinct(series: Sequence[Series], files: Sequence[Path]) -> list[Series]:
+    """Returns: the same with names that tell them apart, in which TeX sees no formula. Raises: ConfigError: there are none."""
+    names = [s.name for s in series]
+    for tell in (lambda file: file.name, lambda file: str(Path(*file.parts[-2:])), str):
+        often = Counter(names)
+        names = [f"{s.name} ({tell(f)})" if often[n] > 1 else n for s, f, n in zip(series, files, names, strict=True)]
+    for name, file in zip(names, files, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError(f"{file} is given twice; each must have a name of its own then, as in NAME={file}")
+    return [replace(s, name=n.replace("$", r"\$")) for s, n in zip(series, names, strict=True)]
+
+
+def _object(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Raises: ValueError: there is no object of that name."""
+    value = field(found, name)
+    if not isinstance(value, dict):
+        raise ValueError(f"has a {name} that is no JSON object")
+    return value
+
+
+def _check(run: Any) -> None:
+    """Raises: ValueError: something is missing that is drawn, or is no number."""
+    if not isinstance(run, dict):
+        raise ValueError("has a run that is no JSON object")
+    for name in ("slo_attainment", "ttft_attainment", "tpot_attainment"):
+        number(run, name)
+    rows = run.get("requests", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("has requests that are no JSON objects")
+    drawn = [(run, ("rate",)), (_object(run, "queue_s"), ("p50", "p90"))]
+    for found, names in (*drawn, *((row, [key for key, _ in LATENCIES]) for row in rows)):
+        for name in names:
+            if name not in found:
+                raise ValueError(f"has no {name}")
+            if found[name] is not None:  # nobody came so far
+                if isinstance(found[name], str):
+                    raise ValueError(f"has {name} {found[name]!r}; it must be a number")
+                number(found, name)
 
 
 def pictures(series: Sequence[Series], goal: float, is_linear: bool) -> Iterator[tuple[str, Figure]]:
@@ -199,6 +236,8 @@ def _rate(run: dict[str, Any]) -> float:
 
 def latency_cdf(series: Sequence[Series], rate: float, is_linear: bool) -> Figure:
     """Returns: how TTFT, TPOT and job completion time are distributed at a rate."""
+    from matplotlib import ticker
+
     figure, axes = _figure(3)
     for ax, (key, title) in zip(axes, LATENCIES, strict=True):
         drawn = []
@@ -213,6 +252,9 @@ def latency_cdf(series: Sequence[Series], rate: float, is_linear: bool) -> Figur
         if not is_linear:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
+            if drawn and max(values[-1] for values, _ in drawn) < 10 * min(values[0] for values, _ in drawn):
+                ax.xaxis.set_major_locator(ticker.MaxNLocator(4))  # powers of ten are too far apart
+                ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_title(f"Share of requests below (%), at {rate:g} requests/s")
     return figure
 
@@ -223,6 +265,7 @@ def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:
     pyplot.close("all")
     width = 6.4 if num_panels == 1 else 4.6 * num_panels
     figure, axes = pyplot.subplots(1, num_panels, figsize=(width, 3.9), squeeze=False, layout="constrained")
+    cast("Any", figure.get_layout_engine()).set(wspace=0.05)  # names end at the next panel's numbers without it
     for ax in axes[0]:
         ax.grid(axis="y", color="#EEEEEE")
     return figure, list(axes[0])

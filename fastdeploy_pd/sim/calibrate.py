@@ -8,24 +8,23 @@ simulations. It looks at one half of the requests; the errors that are told are 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastdeploy_pd.core.placement import FewestTokens
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
+from fastdeploy_pd.sim.fields import json_object, number, reason, whole
 from fastdeploy_pd.sim.latency import from_coefficients
 from fastdeploy_pd.sim.main import check_link, check_output, check_positive, parse_layout, write_json
-from fastdeploy_pd.sim.report import summary
-from fastdeploy_pd.sim.trace import UNREADABLE, WRONG_LINE, Offered, opened
+from fastdeploy_pd.sim.report import summary, tpot_s
+from fastdeploy_pd.sim.trace import UNREADABLE, Offered, opened
 
 SPLITS: dict[str, Callable[[int, int], bool]] = {
     "alternate": lambda number, total: number % 2 == 0,
@@ -57,9 +56,9 @@ class Measured:
         return self.first_token_s - self.offered.arrival_s
 
     @property
-    def tpot_s(self) -> float:
-        """Mean time of a token after the first."""
-        return (self.last_token_s - self.first_token_s) / max(1, self.offered.num_output - 1)
+    def tpot_s(self) -> float | None:
+        """Mean time of a token after the first; None: there is none."""
+        return tpot_s(self.offered, self.first_token_s, self.last_token_s)
 
 
 def load(path: Path) -> list[Measured]:
@@ -73,13 +72,13 @@ def load(path: Path) -> list[Measured]:
     rows = []
     try:
         with opened(path) as file:
-            for number, line in enumerate(file, 1):
+            for place, line in enumerate(file, 1):
                 try:
-                    rows.append(_row(json.loads(line)))
-                except WRONG_LINE as error:
-                    raise ConfigError(f"--requests {path}, line {number}: {error!r}") from error
+                    rows.append(_row(json_object(line)))
+                except ValueError as error:
+                    raise ConfigError(f"--requests {path} line {place} {error}") from error
     except UNREADABLE as error:
-        raise ConfigError(f"--requests {path} cannot be read: {error}") from error
+        raise ConfigError(f"--requests {path} {reason(error)}") from error
     if len(rows) < 10:
         raise ConfigError(f"--requests {path} has {len(rows)} requests; at least 10 are needed")
     rows.sort()
@@ -93,13 +92,13 @@ def load(path: Path) -> list[Measured]:
 
 def _row(line: dict[str, Any]) -> tuple[float, int, int, float, float, float]:
     arrival, queued, first, last = (
-        float(line[name]) for name in ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
+        number(line, name) for name in ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
     )
-    num_input, num_output = index(line["input_toks"]), index(line["output_toks"])
-    if not all(map(math.isfinite, (arrival, queued, first, last))):
-        raise ValueError("arrival_time, queued_ts, first_token_ts and last_token_ts must be finite")
-    if num_input < 1 or num_output < 1 or not queued <= first <= last:
-        raise ValueError("input_toks and output_toks must be at least 1, queued_ts, first_token_ts, last_token_ts rise")
+    num_input, num_output = whole(line, "input_toks", 1), whole(line, "output_toks", 1)
+    if not queued <= first <= last:
+        raise ValueError(
+            f"has queued_ts {queued}, first_token_ts {first}, last_token_ts {last}; none must be before the one before it"
+        )
     return arrival, num_input, num_output, queued, first, last
 
 
@@ -127,6 +126,7 @@ def fit(
             math.log(max(simulated, LEAST_S) / max(real, LEAST_S))
             for n in used
             for simulated, real in zip(_times(records[n]), (measured[n].ttft_s, measured[n].tpot_s), strict=True)
+            if simulated is not None and real is not None
         ]
 
     logs = [math.log(x) for x in START]
@@ -140,12 +140,11 @@ def _predictor(logs: Sequence[float]) -> Predictor:
     return Predictor((a, b, c), (d, e, f))
 
 
-def _times(record: Record) -> tuple[float, float]:
+def _times(record: Record) -> tuple[float, float | None]:
     """Returns: TTFT and TPOT in seconds."""
     assert record.first_token_s is not None and record.end_s is not None
     offered = record.offered
-    tpot_s = (record.end_s - record.first_token_s) / max(1, offered.num_output - 1)
-    return record.first_token_s - offered.arrival_s, tpot_s
+    return record.first_token_s - offered.arrival_s, tpot_s(offered, record.first_token_s, record.end_s)
 
 
 def least_squares(
@@ -193,21 +192,26 @@ def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
     return [row[-1] / row[i] for i, row in enumerate(rows)]
 
 
-def compare(measured: Sequence[Measured], records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns: for ttft_s and tpot_s: mean and percentiles that were measured, that were simulated, and the latter's relative error."""
+def compare(measured: Sequence[Measured], records: Sequence[Record]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Returns: for ttft_s and tpot_s: mean and percentiles that were measured, that were simulated, and the latter's relative error;
+    None where no request has more than one token.
+    """
     found = {}
-    simulated = list(zip(*(_times(r) for r in records), strict=True))
-    real = ([m.ttft_s for m in measured], [m.tpot_s for m in measured])
+    simulated: list[tuple[float | None, ...]] = list(zip(*(_times(r) for r in records), strict=True))
+    real: tuple[list[float | None], list[float | None]] = ([m.ttft_s for m in measured], [m.tpot_s for m in measured])
     for name, one, other in zip(("ttft_s", "tpot_s"), real, simulated, strict=True):
-        left, right = (cast("dict[str, float]", summary(x)) for x in (one, other))
+        left, right = summary(one), summary(other)
         error = {key: _error(left[key], right[key]) for key in left}
-        error["per_request"] = sum(abs(_error(m, s)) for m, s in zip(one, other, strict=True)) / len(one)
+        errors = [abs(e) for m, s in zip(one, other, strict=True) if (e := _error(m, s)) is not None]
+        error["per_request"] = sum(errors) / len(errors) if errors else None
         found[name] = {"measured": left, "simulated": right, "error": error}
     return found
 
 
-def _error(measured_s: float, simulated_s: float) -> float:
-    """Returns: relative error; a request of one token has no time between tokens."""
+def _error(measured_s: float | None, simulated_s: float | None) -> float | None:
+    """Returns: relative error; None: one of the two is not there."""
+    if measured_s is None or simulated_s is None:
+        return None
     return max(simulated_s, LEAST_S) / max(measured_s, LEAST_S) - 1
 
 
@@ -281,8 +285,12 @@ def _table(found: dict[str, Any]) -> str:
     for name, factor, unit in (("ttft_s", 1.0, "s"), ("tpot_s", 1e3, "ms")):
         parts = found["judged"][name]
         for part in ("measured", "simulated"):
-            values = "".join(f"{parts[part][k] * factor:>10.3f}" for k in ("mean", "p50", "p90", "p99"))
+            values = "".join(_cell(parts[part][k], factor, 10, ".3f") for k in ("mean", "p50", "p90", "p99"))
             lines.append(f"{name[:4].upper()} {part + ' ' + unit:17}{values}")
-        errors = "".join(f"{100 * parts['error'][k]:>9.1f}%" for k in ("mean", "p50", "p90", "p99"))
+        errors = "".join(_cell(parts["error"][k], 1.0, 10, ".1%") for k in ("mean", "p50", "p90", "p99"))
         lines.append(f"{name[:4].upper()} {'error':17}{errors}")
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, factor: float, width: int, form: str) -> str:
+    return f"{'-' if value is None else format(value * factor, form):>{width}}"

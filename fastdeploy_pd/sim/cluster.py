@@ -19,12 +19,13 @@ from functools import lru_cache
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
+from fastdeploy_pd.core.order import make_policy
 from fastdeploy_pd.core.placement import Candidate, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.core.scheduler import SchedulerOptions
 from fastdeploy_pd.core.shortlist import MOST, RecentPlacements, Shortlist
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.request import MAX_SLO_S, Phase, Request, SamplingParams, Slo
-from fastdeploy_pd.sim.instance import MAX_LEAP, Instance
+from fastdeploy_pd.sim.instance import MAX_LEAP, Instance, MakePolicy
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.streams import SAMPLED_TOKEN
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
@@ -112,11 +113,13 @@ class Cluster:
         policy: PlacementPolicy,
         rng: random.Random,
         max_leap: int = MAX_LEAP,
+        make_policy: MakePolicy = make_policy,
     ) -> None:
         """
         Args:
             max_leap: see `Instance`; 1 schedules each step by itself.
-        Raises: ConfigError: the options are wrong.
+            make_policy: see `Scheduler`.
+        Raises: ConfigError: the options are wrong, or there is no such prefill policy.
         """
         options.check()
         self.options = options
@@ -132,7 +135,9 @@ class Cluster:
         )
         self._latency = latency
         self.instances = [
-            Instance(n, kind, BlockPool(options.num_blocks, options.block_size), scheduling, latency, max_leap)
+            Instance(
+                n, kind, BlockPool(options.num_blocks, options.block_size), scheduling, latency, max_leap, make_policy
+            )
             for n, kind in enumerate(options.kinds)
         ]
         if options.is_predicted:
@@ -158,11 +163,15 @@ class Cluster:
         )
         self._live = self.instances
         self._recent = RecentPlacements(stride=1)
-        self._shortlist: Shortlist | None = None  # None: placement looks at all
-        if len(self.instances) > MOST and not isinstance(policy, RoundRobin):
-            self._shortlist = Shortlist()
-            for instance in self.instances:
-                self._shortlist.put(instance.instance_id, instance.kind, 0)
+        self._shortlist = self._make_shortlist()  # None: placement looks at all
+
+    def _make_shortlist(self) -> Shortlist | None:
+        if len(self.instances) <= MOST or isinstance(self._policy, RoundRobin):
+            return None
+        shortlist = Shortlist()
+        for instance in self.instances:
+            shortlist.put(instance.instance_id, instance.kind, 0)
+        return shortlist
 
     def run(self, offered: Iterable[Offered]) -> list[Record]:
         """Serve requests to the end.

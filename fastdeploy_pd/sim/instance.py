@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
-from fastdeploy_pd.core.order import stream_slack_s
+from fastdeploy_pd.core.order import PrefillPolicy, make_policy, stream_slack_s
 from fastdeploy_pd.core.placement import Load
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import ScheduledStreams, Scheduler, SchedulerOptions, is_prompt
 from fastdeploy_pd.request import Phase, Request
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.streams import Streams
+
+MakePolicy = Callable[[str, Callable[[], Predictor | None]], PrefillPolicy | None]
 
 MAX_LEAP = 64  # steps that are worked out at once; most are cut short by an arrival anyway
 
@@ -54,16 +58,18 @@ class Instance:
         options: SchedulerOptions,
         latency: Latency,
         max_leap: int = MAX_LEAP,
+        make_policy: MakePolicy = make_policy,
     ) -> None:
         """
         Args:
             kind: "P", "D" or "M".
             max_leap: most steps to work out at once; 1: each stream is scheduled in each step.
+            make_policy: see `Scheduler`.
         """
         self.index, self.kind = index, kind
         self.instance_id = f"{kind}{index}"
         self.can_prefill, self.can_decode = kind in "PM", kind in "DM"
-        self.scheduler = Scheduler(pool, options)
+        self.scheduler = Scheduler(pool, options, make_policy=make_policy)
         self.latency = latency
         self.is_up = True  #: see `failures`
         self.start_s = 0.0  #: of the step in flight

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,13 +19,13 @@ from pathlib import Path
 
 from fastdeploy_pd.core.predictor import Predictor, fit
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim.fields import json_object, number, numbers, reason, whole
 
 MODELS = ("grid", "formula", "dynosim")
 MOST_S = 1e6  #: a coefficient
 
-KNOWN_BLOCK_TOKENS = 64
-#: profile -> (KV blocks of so many tokens of an instance, KV bytes a token)
-KNOWN_POOLS = {"70b-h200-tp4": (17_000, 327_680), "8b-h200-tp1": (12_800, 131_072)}
+#: profile -> (tokens that an instance's pool holds, KV bytes a token)
+KNOWN_POOLS = {"70b-h200-tp4": (64 * 17_000, 327_680), "8b-h200-tp1": (64 * 12_800, 131_072)}
 
 
 class Curve:
@@ -157,14 +156,36 @@ def read_profile(path: Path) -> Latency:
     Raises: ConfigError: it cannot be read, or has no such fields.
     """
     try:
-        found = json.loads(path.read_text())
-        found = found.get("predictor", found)
-        prefill, decode = ([float(x) for x in found[name]] for name in ("prefill", "decode"))
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--latency {path} {reason(error)}") from error
+    try:
+        found = json_object(text)
+        inner = found.get("predictor")
+        prefill, decode = (numbers(inner if isinstance(inner, dict) else found, name) for name in ("prefill", "decode"))
+    except ValueError as error:
         raise ConfigError(
-            f'--latency {path} is not a profile, JSON with "prefill": [a, b, c] and "decode": [d, e, f]: {error!r}'
+            f'--latency {path} is not a profile, JSON with "prefill": [a, b, c] and "decode": [d, e, f]: it {error}'
         ) from error
     return from_coefficients(prefill, decode, f"--latency {path}")
+
+
+def pool_of(path: Path | None, profile: str) -> tuple[int, int] | None:
+    """Returns: (tokens that an instance's pool holds, KV bytes a token) of a known profile, or as a file of `fastdeploy-pd profile` says;
+    None: not known.
+
+    Raises: ConfigError: the file says it wrongly.
+    """
+    if path is None or not path.is_file():
+        return KNOWN_POOLS.get(profile.lower())
+    found = json_object(path.read_text())
+    if not found.get("num_blocks"):
+        return None
+    try:
+        num_blocks, block_size = whole(found, "num_blocks", 1), whole(found, "block_size", 1)
+        return num_blocks * block_size, whole(found, "kv_bytes_per_token", 1)
+    except ValueError as error:
+        raise ConfigError(f"--latency {path} {error}") from error
 
 
 def from_coefficients(prefill: Sequence[float], decode: Sequence[float], where: str = "coefficients") -> Latency:
@@ -220,12 +241,18 @@ def _read_grid(path: Path, columns: Sequence[str]) -> list[tuple[float, ...]]:
     """Returns: the rows in order, the last column above 0. Raises: ConfigError: there is no such file, or it is no such grid."""
     try:
         with path.open() as file:
-            rows = sorted(tuple(float(row[c]) for c in columns) for row in csv.DictReader(file))
-        for row in rows:
-            if not (all(0 <= x < math.inf for x in row) and row[-1] > 0):
-                raise ValueError(f"{row} must be finite and not negative, {columns[-1]} above 0")
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path} is not a grid of {', '.join(columns)}: {error!r}") from error
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} {reason(error)}") from error
+    rows = []
+    for place, line in enumerate(lines, 2):
+        try:
+            rows.append(tuple(number(line, c) for c in columns))
+            if min(rows[-1]) < 0 or not rows[-1][-1] > 0:
+                raise ValueError(f"has {rows[-1]}; it must not be negative, and {columns[-1]} above 0")
+        except ValueError as error:
+            raise ConfigError(f"{path} is not a grid of {', '.join(columns)}: line {place} {error}") from error
+    rows.sort()
     if len(rows) < 2:
         raise ConfigError(f"{path} has {len(rows)} rows; a grid needs 2")
     return rows
@@ -244,8 +271,6 @@ def _read_fits(directory: Path, name: str) -> tuple[tuple[float, float, float], 
                 try:
                     (a, b, c), (d, e, f) = (map(float, json.loads(text)) for text in match.groups())
                 except (TypeError, ValueError) as error:
-                    raise ConfigError(
-                        f"{path}: {line!r} must have three numbers behind quad and lin: {error}"
-                    ) from error
+                    raise ConfigError(f"{path}: {line!r} must have three numbers behind quad and lin") from error
                 return (a, b, c), (d, e, f)
     raise ConfigError(f"{directory} has no *fits.txt with a line about {name}; --latency-model grid needs none")

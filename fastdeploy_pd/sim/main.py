@@ -8,21 +8,51 @@ import os
 import random
 import re
 import sys
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core import multiplexing, order
+from fastdeploy_pd.core.placement import PlacementPolicy
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import baselines, failures, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
+from fastdeploy_pd.sim.instance import MakePolicy
 from fastdeploy_pd.sim.progress import Progress
 from fastdeploy_pd.sim.report import Slo, rates_table, report, table
 from fastdeploy_pd.sim.step_times import add_flags as add_step_time_flags
 from fastdeploy_pd.sim.step_times import step_times
 
-PLACEMENTS = sorted([*multiplexing.PLACEMENTS, *baselines.NAMES])
+
+def _our_placement(name: str) -> PlacementPolicy:
+    """Returns: a placement policy of `core`. Raises: ConfigError: there is none of that name."""
+    if name not in multiplexing.PLACEMENTS:
+        raise ConfigError(f"--placement is {name!r}; there are {', '.join(multiplexing.PLACEMENTS)}")
+    return multiplexing.PLACEMENTS[name]()
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """Who knows policies by name: `core`, or, from the command line, whoever finds those of other packages too (`engine/policies.py`)."""
+
+    prefill: MakePolicy = order.make_policy
+    placement: Callable[[str], PlacementPolicy] = _our_placement
+
+    def check(self, placement: str, prefill_policy: str) -> None:
+        """Raises: ConfigError: one of the two is not there."""
+        self.prefill(prefill_policy, lambda: None)
+        if placement not in baselines.NAMES:
+            try:
+                self.placement(placement)
+            except ConfigError as error:
+                raise ConfigError(f"{error.message}; simulated only: {', '.join(baselines.NAMES)}") from error
+
+
+OURS = Policies()
+MOST_INSTANCES = 100_000
+REQUEST_BYTES, ROW_BYTES = 600, 3000  # that a served request takes, and its row of the report
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +69,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=parse_rates, metavar="R[,R...]", help=rate_help)
     add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
     add("--repeat", type=int, default=1, metavar="N", help="the requests N times over, sharing no prefixes (default 1)")
-    add("--placement", choices=PLACEMENTS, help="(default fewest-tokens; with auto:N slo)")
-    add("--prefill-policy", choices=order.POLICIES, help="order of prompts (default fcfs; with auto:N slack)")
-    add("--num-blocks", type=int, help="KV blocks of an instance (default: known for some profiles)")
-    add("--kv-bytes-per-token", type=int, help="KV bytes of a token in all layers (default: known for some profiles)")
+    placements = ", ".join([*multiplexing.PLACEMENTS, *baselines.NAMES])
+    add("--placement", help=f"{placements}, or an entry point's name (default fewest-tokens; with auto:N slo)")
+    orders = ", ".join(order.POLICIES)
+    add("--prefill-policy", help=f"{orders}, or an entry point's name (default fcfs; with auto:N slack)")
+    known = "(default: what a profile's file says, or known)"
+    add("--num-blocks", type=int, help=f"KV blocks of an instance {known}")
+    add("--kv-bytes-per-token", type=int, help=f"KV bytes of a token in all layers {known}")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
     add_instance_flags(parser)
     fail_help = "at TIME (s) the instance of this number, from 0, dies; SECONDS later it is back, empty; repeatable"
@@ -74,16 +107,18 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
         synthetic.add_argument(flag, type=kind, default=f.default, help=f"(default {f.default})")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, policies: Policies = OURS) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
     check_output(args.json)
     clock = WallClock()
     runs = []
     for rate in args.rate or (None,):
         begun_s = clock.now_s()
-        found = simulate(argparse.Namespace(**{**vars(args), "rate": rate}))
+        found = simulate(argparse.Namespace(**{**vars(args), "rate": rate}), policies)
         taken_s = clock.now_s() - begun_s
         speed = f"simulated in {taken_s:.1f} s, {found['span_s'] / taken_s:.0f} x real time"
+        if not found["finished"]:
+            sys.stderr.write(f"warning: no request was served: {found.get('refused_because', 'all failed')}\n")
         died = f"{failures.table(found)}\n\n" if args.fail else ""
         sys.stdout.write(f"{table(found)}\n\n{died}{speed}\n\n")
         runs.append(found)
@@ -120,18 +155,19 @@ def parse_rates(text: str) -> tuple[float, ...]:
         ) from None
 
 
-def simulate(args: argparse.Namespace) -> dict[str, Any]:
+def simulate(args: argparse.Namespace, policies: Policies = OURS) -> dict[str, Any]:
     """Returns: the report of one run, headed by the flags that made it. Raises: ConfigError: a flag or a file is wrong."""
     check_positive(args, "rate", "max_requests", "repeat", "num_blocks", "kv_bytes_per_token", "max_num_batched_tokens")
     check_instance_flags(args)
     is_auto = args.layout.startswith("auto:")
     args.placement = args.placement or ("slo" if is_auto else "fewest-tokens")
     args.prefill_policy = args.prefill_policy or ("slack" if is_auto else "fcfs")
+    policies.check(args.placement, args.prefill_policy)
     rng = random.Random(args.seed)
     times = step_times(args)
     once = offer(args, rng)
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
-    cluster = make_cluster(args.placement, _options(args), times, slo, rng)
+    cluster = make_cluster(args.placement, _options(args), times, slo, rng, policies)
     died = None
     if args.fail:
         if args.placement in baselines.NAMES:
@@ -139,6 +175,7 @@ def simulate(args: argparse.Namespace) -> dict[str, Any]:
                 f"--fail goes with a --placement of {', '.join(multiplexing.PLACEMENTS)}; it is {args.placement}"
             )
         died = failures.Failures(cluster, failures.parse(args.fail, len(cluster.instances)))
+    check_memory(len(once) * args.repeat, args.per_request)
     with Progress("simulating", len(once) * args.repeat) as progress:
         cluster.on_arrival = progress.reach
         records = cluster.run(trace.repeated(once, args.repeat))
@@ -154,7 +191,29 @@ def check_positive(args: argparse.Namespace, *flags: str) -> None:
     for flag in flags:
         value = getattr(args, flag)
         if value is not None and not 1e-9 <= value <= 1e15:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be above 0, from 1e-9 to 1e15")
+            allowed = "a whole number from 1" if isinstance(value, int) else "above 0, from 1e-9"
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be {allowed} to 1e15")
+
+
+def check_memory(num_requests: int, has_rows: bool) -> None:
+    """Raises: ConfigError: so many requests do not fit into the memory that is free; says both sizes."""
+    needed, free = num_requests * (REQUEST_BYTES + ROW_BYTES * has_rows), _free_bytes()
+    if free is not None and needed > free:
+        rows = ", with --per-request," if has_rows else ""
+        raise ConfigError(
+            f"{num_requests} requests{rows} need about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free; "
+            "it must be fewer: --num-prompts, --max-requests, --repeat"
+        )
+
+
+def _free_bytes() -> int | None:
+    """Returns: memory that the machine could give now; None: it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def check_instance_flags(args: argparse.Namespace) -> None:
@@ -171,12 +230,17 @@ def check_link(args: argparse.Namespace) -> None:
 
 
 def make_cluster(
-    placement: str, options: ClusterOptions, times: latency.Latency, slo: Slo, rng: random.Random
+    placement: str,
+    options: ClusterOptions,
+    times: latency.Latency,
+    slo: Slo,
+    rng: random.Random,
+    policies: Policies = OURS,
 ) -> Cluster:
-    """Returns: a cluster that places as one of PLACEMENTS does. Raises: ConfigError: the options are wrong."""
+    """Returns: a cluster that places as that name says. Raises: ConfigError: the options are wrong, or there is no such policy."""
     if placement in baselines.NAMES:
         return baselines.make_cluster(placement, options, times, slo, rng)
-    return Cluster(options, times, multiplexing.PLACEMENTS[placement](), rng)
+    return Cluster(options, times, policies.placement(placement), rng, make_policy=policies.prefill)
 
 
 def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
@@ -184,6 +248,7 @@ def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
     if args.trace == "synthetic":
         if args.rate is None:
             raise ConfigError("--trace synthetic has no rate of its own; give --rate")
+        check_memory(args.num_prompts * getattr(args, "repeat", 1), getattr(args, "per_request", False))
         synthetic = trace.Synthetic(**{f.name: getattr(args, f.name) for f in fields(trace.Synthetic)})
         return synthetic.offered(args.rate, rng)
     requests = trace.load(Path(args.trace), args.max_requests)
@@ -192,10 +257,13 @@ def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
 
 def parse_layout(text: str) -> str:
     """Returns: a letter an instance: 2P1D is "PPD", auto:3 "MMM". Raises: ConfigError: that is no layout."""
-    if match := re.fullmatch(r"auto:([1-9]\d{0,5})", text):
-        return int(match[1]) * "M"
-    parts = re.findall(r"(\d{1,6})([PDM])", text.upper())
-    if not parts or "".join(n + kind for n, kind in parts) != text.upper():
+    if match := re.fullmatch(r"auto:([1-9]\d*)", text):
+        text = f"{match[1]}M"
+    parts = re.findall(r"(\d+)([PDM])", text.upper())
+    is_layout = parts and "".join(n + kind for n, kind in parts) == text.upper()
+    if is_layout and sum(int(n) if len(n) < 10 else MOST_INSTANCES + 1 for n, _ in parts) > MOST_INSTANCES:
+        raise ConfigError(f"--layout {text}: it must have at most {MOST_INSTANCES} instances")
+    if not is_layout:
         raise ConfigError(f"--layout {text}: it must be counts before P, D or M, as in 6P2D or 8M, or auto:8")
     kinds = "".join(int(n) * kind for n, kind in parts)
     if not {"D", "M"} & set(kinds):
@@ -204,17 +272,17 @@ def parse_layout(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> ClusterOptions:
-    known_blocks, known_bytes = latency.KNOWN_POOLS.get((args.profile or "").lower(), (None, None))
+    known = latency.pool_of(args.latency, args.profile or "")
     num_blocks = args.num_blocks
     if num_blocks is None:
-        if known_blocks is None:
+        if known is None:
             raise ConfigError("--num-blocks must be given" + (f" for --profile {args.profile}" if args.profile else ""))
-        num_blocks = known_blocks * latency.KNOWN_BLOCK_TOKENS // max(1, args.block_size)
+        num_blocks = known[0] // max(1, args.block_size)
     return replace(
         instance_options(args),
         kinds=parse_layout(args.layout),
         num_blocks=num_blocks,
-        kv_bytes_per_token=args.kv_bytes_per_token or known_bytes or 0,
+        kv_bytes_per_token=args.kv_bytes_per_token or (known[1] if known else 0),
         max_num_batched_tokens=args.max_num_batched_tokens,
         prefill_policy=args.prefill_policy,
         is_predicted=predicts(args.placement, args.prefill_policy),
@@ -222,8 +290,13 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
 
 
 def predicts(placement: str, prefill_policy: str) -> bool:
-    """Returns: whether one of these policies needs to know how long steps take."""
-    return placement == "slo" or prefill_policy == "slack"
+    """Returns: whether one of these policies needs to know how long steps take; those of other packages may."""
+    return placement == "slo" or prefill_policy == "slack" or is_own(placement, prefill_policy)
+
+
+def is_own(placement: str, prefill_policy: str) -> bool:
+    """Returns: whether another package has brought one of these."""
+    return placement not in (*multiplexing.PLACEMENTS, *baselines.NAMES) or prefill_policy not in order.POLICIES
 
 
 def instance_options(args: argparse.Namespace) -> ClusterOptions:

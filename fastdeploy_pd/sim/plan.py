@@ -12,17 +12,18 @@ import argparse
 import random
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastdeploy_pd.core import order
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import baselines, latency, trace
 from fastdeploy_pd.sim import main as simulator
 from fastdeploy_pd.sim.cluster import ClusterOptions
 from fastdeploy_pd.sim.latency import Latency
+from fastdeploy_pd.sim.main import OURS, Policies
 from fastdeploy_pd.sim.progress import Progress
 from fastdeploy_pd.sim.report import Slo, report
 from fastdeploy_pd.sim.trace import TRACE_BLOCK_TOKENS, Offered
@@ -33,6 +34,7 @@ FEWEST = 2  # candidates that stay to the end, if there are so many
 LEEWAY = 0.15  # below the goal, that a candidate may be on a piece of the trace
 RATE_ERROR = 0.02  # of the highest rate that is held
 MOST_DOUBLINGS = 6
+MOST_CANDIDATES = 50_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +92,15 @@ class Result:
 class Planner:
     """Searches; `search` once, then `highest_rate`."""
 
-    def __init__(self, offered: Sequence[Offered], slo: Slo, goal: float, base: ClusterOptions, seed: int = 0) -> None:
+    def __init__(
+        self,
+        offered: Sequence[Offered],
+        slo: Slo,
+        goal: float,
+        base: ClusterOptions,
+        seed: int = 0,
+        known: Policies = OURS,
+    ) -> None:
         """
         Args:
             offered: at the rate that is to be held.
@@ -98,6 +108,7 @@ class Planner:
             base: what is the same in all candidates.
         """
         self._offered, self._slo, self._goal, self._base, self._seed = offered, slo, goal, base, seed
+        self._known = known
         self.results: dict[Candidate, Result] = {}  #: each candidate's longest run
         self.num_left_out = 0  #: by arithmetic
         self.num_runs = 0
@@ -142,7 +153,7 @@ class Planner:
             is_predicted=simulator.predicts(candidate.placement, candidate.prefill_policy),
         )
         times, rng = candidate.kind.times, random.Random(self._seed)
-        cluster = simulator.make_cluster(candidate.placement, options, times, self._slo, rng)
+        cluster = simulator.make_cluster(candidate.placement, options, times, self._slo, rng, self._known)
         found = report(cluster.run(offered), cluster.instances, times, self._slo)
         self.num_runs += 1
         return Result(candidate, len(offered), found["slo_attainment"], found["ttft_s"]["p90"] or 0.0)
@@ -236,25 +247,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     simulator.add_synthetic_flags(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, known: Policies = OURS) -> int:
     """Returns: exit status, 1 if nothing meets the goal. Raises: ConfigError: a flag or a file is wrong."""
     simulator.check_positive(args, "rate", "max_requests", "gpus")
     simulator.check_instance_flags(args)
     simulator.check_output(args.json)
     if not 0 < args.goal <= 1:
         raise ConfigError(f"--goal is {args.goal}; it must be above 0 and at most 1")
-    placements = _names(args.placement, "--placement", simulator.PLACEMENTS)
-    orders = _names(args.prefill_policy, "--prefill-policy", order.POLICIES)
+    placements, orders = args.placement.split(","), args.prefill_policy.split(",")
+    for placement in placements:
+        for name in orders:
+            known.check(placement, name)
     policies = [(p, o) for p in placements for o in orders if o == "fcfs" or p not in baselines.NAMES]
     kinds = _kinds(args)
     chunks = _counts(args.max_num_batched_tokens, "--max-num-batched-tokens")
+    check_size(args.gpus, kinds, len(policies) * len(chunks))
     candidates = candidates_of(kinds, args.gpus, policies, chunks)
     if not candidates:
         smallest = min(k.gpus for k in kinds)
         raise ConfigError(f"--gpus is {args.gpus}; the smallest instance takes {smallest}, and placements may need two")
     offered = simulator.offer(args, random.Random(args.seed))
     slo = Slo(args.slo_ttft_x, args.slo_tpot_ms)
-    planner = Planner(offered, slo, args.goal, simulator.instance_options(args), args.seed)
+    planner = Planner(offered, slo, args.goal, simulator.instance_options(args), args.seed, known)
     found = plan(planner, candidates, trace.own_rate(offered))
     sys.stdout.write(_table(found))
     if args.json:
@@ -263,13 +277,30 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["best"] else 1
 
 
+def check_size(gpus: int, kinds: Sequence[Kind], num_settings: int) -> None:
+    """Raises: ConfigError: there is more to try than anybody would wait for; says how many GPUs are the most.
+
+    Args:
+        num_settings: policies times chunk sizes, that each layout is tried with.
+    """
+
+    def num_candidates(most: int) -> int:  # n instances are n layouts: all mixed, or 1 to n - 1 of them prefill
+        return num_settings * sum((n := most // kind.gpus) * (n + 1) // 2 for kind in kinds)
+
+    if num_candidates(gpus) > MOST_CANDIDATES:
+        most = bisect_right(range(gpus), MOST_CANDIDATES, key=num_candidates) - 1
+        raise ConfigError(
+            f"--gpus is {gpus}: {num_candidates(gpus)} layouts, policies and chunk sizes to try; it must be {most} at most, for {MOST_CANDIDATES}"
+        )
+
+
 def plan(planner: Planner, candidates: Sequence[Candidate], rate: float) -> dict[str, Any]:
     """Returns: the best candidate with the highest rate that it holds, or None, and all others that were tried, the best first."""
     with Progress("planning", len(candidates)) as progress:
 
         def on_run(candidate: Candidate) -> None:
             done = len(planner.results) + planner.num_left_out
-            progress.reach(done, f"planning: {candidate.name} on {candidate.gpus} GPUs")
+            progress.reach(done, f"planning: {candidate.name} on {candidate.gpus} GPU{'s' * (candidate.gpus > 1)}")
 
         best = planner.search(candidates, on_run)
         highest = planner.highest_rate(best.candidate, on_run) if best else None
@@ -297,10 +328,10 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
         names = str(args.latency).split(",")
         times = [latency.read_profile(Path(n)) for n in names]
     words = [re.search(r"(?:^|-)tp(\d+)(?:-|$)", n.lower()) for n in names]
-    known = [latency.KNOWN_POOLS.get(n.lower()) for n in names]
+    known = [latency.pool_of(None if args.latency.is_dir() else Path(n), n) for n in names]
     gpus = _each(args.gpus_per_instance, "--gpus-per-instance", names) or [int(w[1]) if w else 1 for w in words]
     blocks: Sequence[int | None] = _each(args.num_blocks, "--num-blocks", names) or [
-        k[0] * latency.KNOWN_BLOCK_TOKENS // max(1, args.block_size) if k else None for k in known
+        k[0] // max(1, args.block_size) if k else None for k in known
     ]
     kv_bytes: Sequence[int | None] = _each(args.kv_bytes_per_token, "--kv-bytes-per-token", names) or [
         k[1] if k else None for k in known
@@ -311,14 +342,6 @@ def _kinds(args: argparse.Namespace) -> list[Kind]:
             raise ConfigError(f"--num-blocks and --kv-bytes-per-token must be given for {name}")
         found.append(Kind(name, num_gpus, time, num_blocks, num_bytes))
     return found
-
-
-def _names(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in allowed:
-            raise ConfigError(f"{flag} {name}: it must be of {', '.join(allowed)}")
-    return names
 
 
 def _each(text: str | None, flag: str, names: Sequence[str]) -> list[int] | None:
@@ -344,7 +367,7 @@ def _table(found: dict[str, Any]) -> str:
     else:
         lines += [
             f"best: --layout {best['layout']} --placement {best['placement']} --prefill-policy {best['prefill_policy']} "
-            f"--max-num-batched-tokens {best['max_num_batched_tokens']}, profile {best['profile']}: {best['gpus']} GPUs",
+            f"--max-num-batched-tokens {best['max_num_batched_tokens']}, profile {best['profile']}: {best['gpus']} GPU{'s' * (best['gpus'] > 1)}",
             f"  {100 * best['slo_attainment']:.1f} % at {rate:.2f} requests/s; holds the goal up to "
             f"{best['highest_rate']:.2f} requests/s (margin {100 * (best['highest_rate'] / rate - 1):.0f} %)",
             "runners-up:",

@@ -1,4 +1,4 @@
-"""A line on a terminal's stderr that says how far a command is; nothing where nobody looks."""
+"""A line on stderr that says how far a command is: on a terminal always the newest, elsewhere one now and then of what takes long."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastdeploy_pd.clock import Clock, WallClock
 
 WIDTH = 30
 INTERVAL_S = 0.1
+FIRST_S = 5.0  # until the first line in a log; each next one comes when it has taken twice as long
 
 
 class Progress:
@@ -17,13 +18,13 @@ class Progress:
     def __init__(self, label: str, total: int, stream: TextIO | None = None, clock: Clock | None = None) -> None:
         """
         Args:
-            stream: where the line goes if it is a terminal; stderr.
+            stream: where the line goes; stderr.
         """
         self._label, self._total = label, max(1, total)
         self._stream, self._clock = stream or sys.stderr, clock or WallClock()
         self._is_shown = self._stream.isatty()
         self._begun_s = self._clock.now_s()
-        self._next_s = self._begun_s + INTERVAL_S
+        self._next_s = self._begun_s + (INTERVAL_S if self._is_shown else FIRST_S)
         self._num_done = 0
 
     def __enter__(self) -> Progress:
@@ -38,13 +39,16 @@ class Progress:
         """So many are done; a smaller number than before changes nothing but the label."""
         self._label = label or self._label
         self._num_done = max(self._num_done, num_done)
-        if not self._is_shown:
-            return
         now_s = self._clock.now_s()
-        if now_s >= self._next_s:
+        if now_s < self._next_s:
+            return
+        if self._is_shown:
             self._next_s = now_s + INTERVAL_S
             self._stream.write(f"\r\x1b[K{self.line(now_s)}")
-            self._stream.flush()
+        else:
+            self._next_s = 2 * now_s - self._begun_s
+            self._stream.write(f"{self.line(now_s)}\n")
+        self._stream.flush()
 
     def line(self, now_s: float) -> str:
         """Returns: what the terminal shows at a time."""

@@ -10,6 +10,7 @@ from typing import Any
 from fastdeploy_pd.sim.cluster import Record
 from fastdeploy_pd.sim.instance import Instance
 from fastdeploy_pd.sim.latency import Latency
+from fastdeploy_pd.sim.trace import Offered
 
 PERCENTILES = (50, 90, 99)
 MOST_LINES = 64  # of instances, for a person
@@ -23,8 +24,13 @@ class Slo:
     tpot_ms: float = 100.0  #: most mean time per output token after the first
 
 
+def tpot_s(offered: Offered, first_token_s: float, last_token_s: float) -> float | None:
+    """Returns: mean seconds of a token after the first; None for a request of one token, which has none."""
+    return (last_token_s - first_token_s) / (offered.num_output - 1) if offered.num_output > 1 else None
+
+
 def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
-    """Returns: one request's line of the report; times in seconds but for tpot_ms, None where it never came so far."""
+    """Returns: one request's line of the report; times in seconds but for tpot_ms, None where it never came so far, or has no such time."""
     offered = record.offered
     ttft_s = tpot_ms = queue_s = None
     meets_ttft = meets_tpot = False
@@ -36,9 +42,13 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
     ):
         ttft_s = record.first_token_s - offered.arrival_s
         queue_s = record.started_s - offered.arrival_s
-        tpot_ms = (record.end_s - record.first_token_s) / max(1, offered.num_output - 1) * 1e3
+        seconds = tpot_s(offered, record.first_token_s, record.end_s)
+        tpot_ms = None if seconds is None else seconds * 1e3
+        judged_ms = (
+            (record.end_s - record.first_token_s) * 1e3 if tpot_ms is None else tpot_ms
+        )  # one token: its hand-over
         meets_ttft = ttft_s <= slo.ttft_x * latency.alone_s(offered.num_input)
-        meets_tpot = tpot_ms <= slo.tpot_ms
+        meets_tpot = judged_ms <= slo.tpot_ms
     return {
         "number": offered.number,
         "arrival_s": offered.arrival_s,
@@ -61,7 +71,7 @@ def row(record: Record, latency: Latency, slo: Slo) -> dict[str, Any]:
 
 
 def report(
-    records: Sequence[Record], instances: Iterable[Instance], latency: Latency, slo: Slo, has_rows: bool = True
+    records: Sequence[Record], instances: Sequence[Instance], latency: Latency, slo: Slo, has_rows: bool = True
 ) -> dict[str, Any]:
     """Returns: the whole report, shares being of all offered requests; `requests` only with has_rows, they may be millions."""
     rows: list[dict[str, Any]] = []
@@ -79,12 +89,14 @@ def report(
                 column.append(found[name])
         if has_rows:
             rows.append(found)
+    refused = [r.offered.num_input for r in records if r.is_refused]
     span_s = max(r.end_s or 0.0 for r in records) - records[0].offered.arrival_s
     arrivals_s = records[-1].offered.arrival_s - records[0].offered.arrival_s
     return {
         "offered": len(records),
         "finished": num_finished,
         "refused": num_refused,
+        **({"refused_because": _why_refused(refused, instances)} if refused and instances else {}),
         "rate": (len(records) - 1) / arrivals_s if arrivals_s else None,
         "span_s": span_s,
         "slo_attainment": num_met / len(records),
@@ -95,6 +107,14 @@ def report(
         "instances": [_instance(i, span_s) for i in instances],
         **({"requests": rows} if has_rows else {}),
     }
+
+
+def _why_refused(lengths: Sequence[int], instances: Sequence[Instance]) -> str:
+    pool = instances[0].scheduler.pool
+    return (
+        f"a prompt must be shorter than the {pool.num_blocks * pool.block_size} tokens that --num-blocks {pool.num_blocks} of --block-size "
+        f"{pool.block_size} hold; the refused have {min(lengths)} to {max(lengths)}"
+    )
 
 
 def summary(values: Iterable[float | None]) -> dict[str, float | None]:
@@ -151,6 +171,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"offered {found['offered']}, finished {found['finished']}, refused {found['refused']} "
         f"in {text(found['span_s'], 1)} s at {text(found['rate'])} requests/s",
+        *([f"refused: {found['refused_because']}"] if "refused_because" in found else []),
         f"SLO attainment {share(found['slo_attainment'])} (TTFT {share(found['ttft_attainment'])}, "
         f"TPOT {share(found['tpot_attainment'])}), goodput {text(found['goodput'])} requests/s",
         "",

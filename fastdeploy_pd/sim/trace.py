@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
-import math
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from operator import index
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, cast
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim.fields import field, json_object, number, reason, whole
+from fastdeploy_pd.sim.progress import Progress
 
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)  #: what reading a file may raise
-WRONG_LINE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)  #: and making sense of a line
+NOTED_EVERY = 1000  # requests, by the progress line
 TRACE_BLOCK_TOKENS = 512  # that a hash id of a Mooncake trace stands for
 OWN_HASHES = 2_654_435_761  # kept apart for a request's own blocks; a number that spreads them well in a hash table
 
@@ -93,11 +92,14 @@ class Synthetic:
         if self.random_prefix_len < 0:
             raise ConfigError(f"--random-prefix-len is {self.random_prefix_len}; it must be 0 or more")
         requests, arrival_s = [], 0.0
-        for number in range(self.num_prompts):
-            num_input = self.random_prefix_len + self._length(self.random_input_len, rng)
-            num_output = self._length(self.random_output_len, rng)
-            requests.append(Offered(number, arrival_s, num_input, num_output, num_shared=self.random_prefix_len))
-            arrival_s += rng.gammavariate(self.burstiness, 1 / (rate * self.burstiness))
+        with Progress("making requests", self.num_prompts) as progress:
+            for place in range(self.num_prompts):
+                num_input = self.random_prefix_len + self._length(self.random_input_len, rng)
+                num_output = self._length(self.random_output_len, rng)
+                requests.append(Offered(place, arrival_s, num_input, num_output, num_shared=self.random_prefix_len))
+                arrival_s += rng.gammavariate(self.burstiness, 1 / (rate * self.burstiness))
+                if place % NOTED_EVERY == 0:
+                    progress.reach(place)
         return requests
 
     def _length(self, mean: int, rng: random.Random) -> int:
@@ -114,9 +116,10 @@ def load(path: Path, max_requests: int | None = None) -> list[Offered]:
     try:
         with opened(path) as file:
             is_csv = path.name.removesuffix(".gz").endswith(".csv")
-            requests = _azure(file, path) if is_csv else _mooncake(file, path)
+            lines = _noted(file, path)
+            requests = _azure(lines, path) if is_csv else _mooncake(lines, path)
     except UNREADABLE as error:
-        raise ConfigError(f"--trace {path} cannot be read: {error}") from error
+        raise ConfigError(f"--trace {path} {reason(error)}") from error
     requests.sort(key=lambda r: r.arrival_s)
     requests = requests[:max_requests]
     if len(requests) < 2 or requests[0].arrival_s == requests[-1].arrival_s:
@@ -130,37 +133,59 @@ def opened(path: Path) -> IO[str]:
     return cast("IO[str]", gzip.open(path, "rt") if path.suffix == ".gz" else path.open())
 
 
-def _mooncake(file: IO[str], path: Path) -> list[Offered]:
+def _noted(file: IO[str], path: Path) -> Iterator[str]:
+    """Yields: the lines, while a progress line says how much of the file is read; an archive's lines are taken for four times as long."""
+    size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
+    num_read = 0
+    with Progress("reading", size) as progress:
+        for place, line in enumerate(file):
+            num_read += len(line)
+            if place % NOTED_EVERY == 0:
+                progress.reach(num_read)
+            yield line
+
+
+def _mooncake(file: Iterable[str], path: Path) -> list[Offered]:
     """Lines {"timestamp": ms, "input_length", "output_length", "hash_ids": one for each 512 tokens}; Qin et al., FAST 2025."""
     requests = []
-    for number, line in enumerate(file, 1):
+    for place, line in enumerate(file, 1):
         try:
-            row = json.loads(line)
-            num_input, num_output = index(row["input_length"]), index(row["output_length"])
-            hash_ids = tuple(map(index, row["hash_ids"]))
-            if num_input < 1 or min(hash_ids, default=0) < 0 or max(hash_ids, default=0) >= 1 << 63:
-                raise ValueError("input_length must be at least 1, hash_ids not negative and below 2^63")
-            if not math.isfinite(row["timestamp"]):
-                raise ValueError(f"timestamp is {row['timestamp']}; it must be finite")
+            row = json_object(line)
+            num_input, num_output = whole(row, "input_length", 1), whole(row, "output_length")
+            hash_ids = field(row, "hash_ids")
+            if not isinstance(hash_ids, list) or not all(type(i) is int and 0 <= i < 1 << 63 for i in hash_ids):
+                raise ValueError("has wrong hash_ids; they must be a list of whole numbers from 0 to below 2^63")
             if len(hash_ids) > -(-num_input // TRACE_BLOCK_TOKENS):
-                raise ValueError(f"{len(hash_ids)} hash_ids for {num_input} tokens, one for each {TRACE_BLOCK_TOKENS}")
-            requests.append(Offered(0, row["timestamp"] / 1e3, num_input, max(1, num_output), hash_ids))
-        except WRONG_LINE as error:
-            raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
+                raise ValueError(
+                    f"has {len(hash_ids)} hash_ids for {num_input} tokens; it must be one for each {TRACE_BLOCK_TOKENS}"
+                )
+            requests.append(Offered(0, number(row, "timestamp") / 1e3, num_input, max(1, num_output), tuple(hash_ids)))
+        except ValueError as error:
+            raise ConfigError(f"--trace {path} line {place} {error}") from error
     return requests
 
 
-def _azure(file: IO[str], path: Path) -> list[Offered]:
+def _azure(file: Iterable[str], path: Path) -> list[Offered]:
     """Rows TIMESTAMP,ContextTokens,GeneratedTokens (Azure LLM inference traces, 2023); what prompts share is not told."""
     requests = []
-    for number, row in enumerate(csv.DictReader(file), 2):
+    for place, row in enumerate(csv.DictReader(file), 2):
         try:
-            arrival_s = (datetime.fromisoformat(row["TIMESTAMP"]) - datetime(2000, 1, 1)).total_seconds()
-            num_input, num_output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            arrival_s = (_time(row) - datetime(2000, 1, 1, tzinfo=UTC)).total_seconds()
+            num_input, num_output = whole(row, "ContextTokens"), whole(row, "GeneratedTokens")
             requests.append(Offered(0, arrival_s, max(1, num_input), max(1, num_output)))
-        except WRONG_LINE as error:
-            raise ConfigError(f"--trace {path}, line {number}: {error!r}") from error
+        except ValueError as error:
+            raise ConfigError(f"--trace {path} line {place} {error}") from error
     return requests
+
+
+def _time(row: dict[str, str]) -> datetime:
+    """Returns: TIMESTAMP; the traces of 2024 say where they count from, that of 2023 does not. Raises: ValueError: it is none."""
+    text = field(row, "TIMESTAMP")
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"has TIMESTAMP {text!r}; it must be a time, as in 2023-11-16 18:15:46.680590") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def repeated(requests: Sequence[Offered], count: int) -> Iterator[Offered]:

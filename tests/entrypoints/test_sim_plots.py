@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fastdeploy_pd.entrypoints.cli import main
-from fastdeploy_pd.entrypoints.sim_plots import load
+from fastdeploy_pd.entrypoints.sim_plots import load, queueing
 from fastdeploy_pd.errors import ConfigError
 
 SIMULATE = [
@@ -33,6 +33,20 @@ def test_names_and_runs(reports: list[str]) -> None:
     assert [round(r["rate"]) for r in mixed.runs] != sorted({round(r["rate"]) for r in apart.runs})
     assert len(mixed.runs) == 3 and len(apart.runs) == 1
     assert mixed.colour != apart.colour and mixed.marker != apart.marker
+
+
+def test_names_that_repeat(reports: list[str], tmp_path: Path) -> None:
+    """Files tell them apart, by as much of the path as that takes; one file twice is an error."""
+    first = Path(reports[0])
+    same, other = tmp_path / "a" / "2M.json", tmp_path / "b" / "x.json"
+    for copy in (same, other):
+        copy.parent.mkdir()
+        copy.write_bytes(first.read_bytes())
+    assert [s.name for s in load([first, other])] == [f"2M fewest-tokens ({n})" for n in ("2M.json", "x.json")]
+    names = [s.name for s in load([first, other, same, Path(f"mine={first}")])]
+    assert names[1:] == ["2M fewest-tokens (x.json)", "2M fewest-tokens (a/2M.json)", "mine"]
+    with pytest.raises(ConfigError, match=r"2M\.json is given twice; each must have a name of its own then"):
+        load([first, first])
 
 
 def test_what_is_no_report_is_named(tmp_path: Path) -> None:
@@ -61,6 +75,14 @@ def test_pictures(reports: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     names = {n.split("_")[0].removesuffix(".svg") for n in svgs[0]}
     assert names == {"attainment", "queueing", "pareto", "latency"}
     assert sum(n.startswith("pareto_") for n in svgs[0]) == sum(n.startswith("latency_cdf_") for n in svgs[0]) >= 3
+    from matplotlib import pyplot
+
+    figure = queueing(load([Path(r) for r in reports]))
+    figure.draw_without_rendering()
+    left, right = figure.axes
+    ends = [text.get_window_extent().x1 for text in left.texts]
+    assert max(ends) + 10 < min(label.get_window_extent().x0 for label in right.get_yticklabels()), "names keep off"
+    pyplot.close("all")
     for content in svgs[0].values():
         ElementTree.fromstring(content)
     assert b"<!-- apart -->" in svgs[0]["attainment.svg"] and b"<!-- 2M fewest-tokens -->" in svgs[0]["attainment.svg"]

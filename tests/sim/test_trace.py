@@ -70,7 +70,7 @@ def test_azure(tmp_path: Path) -> None:
             '{"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": [1, 2]}\n',
             "2 hash_ids for 9",
         ),
-        ("t.jsonl", '{"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": [1.5]}\n', "float"),
+        ("t.jsonl", '{"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": [1.5]}\n', "wrong hash_ids"),
         ("t.jsonl", json.dumps(MOONCAKE[0]) + "\n", "has 1 requests"),
         ("t.csv", "TIMESTAMP,ContextTokens\nyesterday,4\n", "line 2"),
         ("t.jsonl.gz", "not zipped", "cannot be read"),
