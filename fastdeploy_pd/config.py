@@ -26,6 +26,7 @@ ROLES = ("mixed", "prefill", "decode")
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 MIN_SECRET_BYTES = 16
 MAX_RANKS = 64
+NEAR = 0.72  # difflib's ratio above which a flag may be meant by another word
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class InstanceConfig:
 
         Raises: ConfigError: something is wrong; names it.
         """
-        args = make_parser(program).parse_args([_with_hyphens(a) for a in argv])
+        args = make_parser(program).parse_args([with_hyphens(a) for a in argv])
         for name, check in UNSUPPORTED.items():
             value = getattr(args, name)
             if value is not None:
@@ -226,7 +227,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _with_hyphens(argument: str) -> str:
+def with_hyphens(argument: str) -> str:
     """FastDeploy's users write both --max_model_len and --max-model-len."""
     if not argument.startswith("--"):
         return argument
@@ -240,8 +241,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown and unknown[1].startswith("-"):
-            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
-            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+            names = [name.removeprefix("--") for name in self._option_string_actions]  # the hyphens make any two alike
+            near = difflib.get_close_matches(unknown[1].removeprefix("--"), names, 1, NEAR)
+            message = f"there is no flag {unknown[1]}" + (f"; did you mean --{near[0]}?" if near else "")
         elif unknown:
             message = f"{unknown[1]!r} belongs to no flag; a model is given as --model {unknown[1]}"
         raise ConfigError(re.sub(r"^argument (--[\w-]+): ", r"\1: ", message))
@@ -261,8 +263,7 @@ def _number(kind: Callable[[str], Any], minimum: float, maximum: float, what: st
 
 
 def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], Any]:
-    limit = f"an integer of at least {minimum}" if maximum == 2**31 - 1 else f"an integer from {minimum} to {maximum}"
-    return _number(int, minimum, maximum, limit)
+    return _number(int, minimum, maximum, f"an integer from {minimum} to {maximum}")
 
 
 _PORT = _integer(1, 65535)
@@ -421,7 +422,8 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
         default=(),
         help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
     )
-    add("--swap-space", type=_number(float, 0, 65536, "from 0 to 65536"), default=0.0, help="GiB for evicted KV blocks")
+    gib = _number(float, 0, 65536, "a number of GiB from 0 to 65536")
+    add("--swap-space", type=gib, default=0.0, help="GiB for evicted KV blocks")
     add(
         "--min-fetch-tokens", type=_integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none"
     )
@@ -525,7 +527,7 @@ def _add_slo_flags(add: Callable[..., Any]) -> None:
         help="time to the first token that requests expect which say nothing of it, as a multiple of the prompt's predicted prefill on "
         "an idle instance; has no effect until an instance knows what its steps take: then it goes before --slo-ttft-ms (default: none)",
     )
-    milliseconds = _number(float, 0.001, 1e8, "milliseconds from 0.001 to 1e8")
+    milliseconds = _number(float, 0.001, 999_999_999.999, "milliseconds from 0.001 to below 1e9")
     add(
         "--slo-ttft-ms",
         type=milliseconds,

@@ -111,8 +111,7 @@ class DeadlineExceeded(FastDeployPDError):
     """The request did not finish before its deadline."""
 
     status = 504
-    default_code = "timeout"
-    retryable = True
+    default_code = "timeout"  # its deadline has passed: who waited for it has no use for another try
 
 
 class CoordinatorLost(FastDeployPDError):

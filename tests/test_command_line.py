@@ -13,6 +13,12 @@ from fastdeploy_pd.errors import ConfigError
     ("flags", "text"),
     [
         (["--modle", "demo"], "there is no flag --modle; did you mean --model?"),
+        (["--prt", "1"], "there is no flag --prt; did you mean --port?"),
+        (["--swap-space", "4GB"], "--swap-space: '4GB' is not allowed; it must be a number of GiB from 0 to 65536"),
+        (
+            ["--num-gpu-blocks-override", "100000000000"],
+            "--num-gpu-blocks-override: '100000000000' is not allowed; it must be an integer from 1 to 2147483647",
+        ),
         (["demo"], "'demo' belongs to no flag; a model is given as --model demo"),
         (["--port", "99999"], "--port: '99999' is not allowed; it must be an integer from 1 to 65535"),
         (["--data-parallel-size", "2"], "--data-parallel-size 2 is not part of this version"),
@@ -34,6 +40,13 @@ def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         InstanceConfig.from_args(flags, {})
     assert error.value.message.startswith(text)
+
+
+@pytest.mark.parametrize("flag", ["--bogus", "--enable-expert-parallel", "--quantization", "--x"])
+def test_nothing_far_is_suggested(flag: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        InstanceConfig.from_args([flag], {})
+    assert error.value.message == f"there is no flag {flag}"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ _REFUSED_EVENTS = (
 _LOST_EVENTS = zmq.EVENT_DISCONNECTED | _REFUSED_EVENTS
 _UP_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
+WHY_REFUSED = "it ended the link before it was established: its cluster secret differs, or it has just died"
 _TO = ">"  # between the names of caller and called
 
 
@@ -45,6 +46,8 @@ class PeerUp:
 @dataclass(frozen=True, slots=True)
 class PeerLost:
     """A link to a peer that we called has ended."""
+
+    why_refused: str = ""  #: it was never established: why, as far as can be known
 
 
 Item = Message | PeerUp | PeerLost
@@ -261,12 +264,13 @@ class Links:
             event = parse_monitor_message(frames)["event"]
             if event & _UP_EVENTS:
                 dealer.is_up = True
+                self._refused_by.discard(peer_id)
                 items.append((peer_id, PeerUp()))
             elif event & _LOST_EVENTS:
                 if not dealer.is_up:
                     self._warn_refused(peer_id, dealer.address)
                 self.disconnect(peer_id)
-                items.append((peer_id, PeerLost()))
+                items.append((peer_id, PeerLost("" if dealer.is_up else WHY_REFUSED)))
                 return
 
     def _warn_refused(self, peer_id: str, address: str) -> None:

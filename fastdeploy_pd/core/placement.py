@@ -32,6 +32,10 @@ class Load:
     slack_s: float = math.inf  #: that streams can wait before their SLO suffers
     num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
     priority: int | None = None  #: of all the prompts, computed by due time or as they came; None: not so
+    is_fcfs: bool = False  #: they are computed as they came, whatever is due when
+    step_tokens: int = 0  #: of prompts that a step computes beside its streams, if so many wait; 0: it may be fewer
+    num_seats: int = 0  #: sequences that a step has room for beside the streams
+    age_s: float = 0.0  #: since this was so, less busy_s: so much of the prompts may have been computed meanwhile
 
     @property
     def is_sane(self) -> bool:
@@ -51,6 +55,7 @@ class Load:
             self,
             prompts=tuple(sorted(prompts)),
             busy_s=max(0.0, self.busy_s - elapsed_s),
+            age_s=max(0.0, elapsed_s - self.busy_s),
             num_free_tokens=self.num_free_tokens - num_tokens,
         )
 

@@ -164,7 +164,19 @@ class Scheduler:
         priorities = {r.priority for r in requests if is_prompt(r)}
         if self.options.prefill_policy in BY_DUE and len(priorities) < 2 and self._counters is None:
             found.priority = max(priorities, default=0)
+        found.is_fcfs = self._policy is None
+        found.num_seats = self.options.max_num_seqs - len(streams)
+        if found.is_fcfs or found.priority is not None:
+            found.step_tokens = self._full_step_tokens(requests, num_free)
         return found
+
+    def _full_step_tokens(self, requests: Iterable[Request], num_free_tokens: int) -> int:
+        """Returns: tokens of prompts that every step computes while so many wait; 0: streams' SLOs, or blocks, may make it fewer."""
+        options = self.options
+        has_room = num_free_tokens >= options.max_num_seqs * self.pool.block_size  # a block more for each that runs
+        if not has_room or not options.enable_chunked_prefill or any(r.slo.tpot_s is not None for r in requests):
+            return 0
+        return max(0, options.max_num_batched_tokens - options.max_num_seqs)
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how

@@ -31,6 +31,8 @@ HAND_OVER_S = 8.0
 BACKEND_S = 90.0  # importing torch alone takes a slow disk half a minute
 #: what mends it, by what is said
 REMEDIES = (
+    ("Mooncake is not installed", "pip install 'fastdeploy-pd[mooncake-cpu]' (or [mooncake], where there is CUDA 12)"),
+    ("Mooncake cannot be loaded", "apt-get install libibverbs1 libnuma1 libcurl4"),
     ("compiled part", "apt-get install gcc python3-dev, then: pip install --force-reinstall --no-deps ."),
     ("libibverbs", "apt-get install libibverbs1 ibverbs-providers"),
     ("ib_uverbs", NO_NIC_REMEDY),
@@ -43,10 +45,6 @@ REMEDIES = (
     ("locked memory", "ulimit -l unlimited"),
     ("NVIDIA", DRIVER_REMEDY),
     ("torch is not here", "pip install 'fastdeploy-pd[torch]'"),
-    (
-        "Mooncake cannot be loaded",
-        "apt-get install libibverbs1 libnuma1 libcurl4; pip install 'fastdeploy-pd[mooncake-cpu]'",
-    ),
 )
 
 
@@ -89,9 +87,9 @@ def check_backend(name: str, sysfs: Path, env: Mapping[str, str], secret: bytes 
     """Whether a backend moves blocks between two ends in this process, which have the secret as instances have it."""
     title = f"backend {name}"
     is_expected = {
-        "rdma": bool(active_ports(sysfs)) or "KVCACHE_RDMA_NICS" in env,
+        "rdma": bool(active_ports(sysfs)) or bool(env.get("KVCACHE_RDMA_NICS", "").strip(" ,")),
         "ipc": has_cuda(),
-    }.get(name, name not in OPTIONAL)
+    }.get(name, name in NAMES and name not in OPTIONAL)  # of other packages' none is asked for here
     with ExitStack() as stack:
         try:
             source, target = (open_backend(name, stack, secret=secret) for _ in range(2))

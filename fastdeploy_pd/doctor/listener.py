@@ -22,6 +22,7 @@ from rdma_comm.bootstrap import receive_frame, send_frame
 MAX_SESSIONS = 4
 SESSION_S, IDLE_TIMEOUT_S = 120.0, 30.0
 ACCEPT_PAUSE_S = 0.1
+INSTEAD = "--listen 0 to get a free one"
 PAIR_BACKENDS = ("shm", "rdma", "tcp")  #: those of host memory, the fastest first
 log = logging.getLogger("fastdeploy_pd.doctor")
 
@@ -33,7 +34,7 @@ def check_address(host: str, port: int, secret: bytes | None) -> None:
             f"--listen {host}:{port} can be reached from other machines; that needs a cluster secret "
             "(--cluster-secret-file or FD_CLUSTER_SECRET)"
         )
-    check_free(host, port, "--listen")
+    check_free(host, port, "--listen", INSTEAD)
 
 
 class Listener:
@@ -48,7 +49,7 @@ class Listener:
         Raises: ConfigError: see check_address.
         """
         check_address(host, port, secret)
-        self._listener = bind_tcp(host, port, "--listen")
+        self._listener = bind_tcp(host, port, "--listen", INSTEAD)
         self.host, self.port = host, int(self._listener.getsockname()[1])
         self._secret, self._report, self._env = secret, report, env
         self._places = threading.BoundedSemaphore(MAX_SESSIONS)
@@ -65,7 +66,12 @@ class Listener:
             if not self._places.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._answer, args=(connection, address[0]), daemon=True).start()
+            try:
+                threading.Thread(target=self._answer, args=(connection, address[0]), daemon=True).start()
+            except RuntimeError as error:  # no more threads for now
+                log.warning("cannot take a connection: %s", error)
+                connection.close()
+                self._places.release()
 
     def _answer(self, connection: socket.socket, peer: str) -> None:
         try:

@@ -138,7 +138,7 @@ class InstanceAdmin:
             if is_lost and not is_served:
                 raise Conflict(
                     f"{own_id} is the only instance of its topic that can {what}; as {after.value} it would leave nobody. "
-                    'Start or flip another one first, or send "force": true',
+                    'Start or flip another one first, or give --force ("force": true)',
                     param="role",
                     code=f"last_{what}",
                 )

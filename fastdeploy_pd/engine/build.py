@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import uuid
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
@@ -123,6 +125,12 @@ def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int
     block_bytes = layout.num_layers * layout.block_bytes
     if config.cache.num_gpu_blocks_override is not None:
         num_blocks, why = config.cache.num_gpu_blocks_override, "--num-gpu-blocks-override"
+        wanted = num_blocks * block_bytes * config.model.tensor_parallel_size
+        if gpu is None and wanted > (free := free_memory_bytes()):
+            raise ConfigError(
+                f"{why} is {num_blocks}; so many KV blocks of {block_bytes} bytes take {wanted / 2**30:.2f} GiB; "
+                f"only {free / 2**30:.2f} GiB are free"
+            )
     else:
         fraction = config.cache.gpu_memory_utilization
         usual = DEFAULT_MEMORY_FRACTION if gpu is None else DEFAULT_GPU_FRACTION
@@ -198,7 +206,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             fairness=config.scheduling.fairness,
         ),
         runner.samples_on_device,
-        prefill_policy,
+        partial(prefill_policy, on_failure=observer.policy_failed),
     )
     if config.cache.swap_space:
         scheduler.pool.lower = host_tier(config, pool)
@@ -303,6 +311,8 @@ def build_backends(
             )
     if cache.rdma_comm_ports and "rdma" not in cache.cache_transfer_protocol:
         log.warning("--rdma-comm-ports is not used: --cache-transfer-protocol does not name rdma")
+    if os.environ.get("KVCACHE_RDMA_NICS") and set(cache.cache_transfer_protocol) <= {"ipc", "nccl", "shm", "tcp"}:
+        log.warning("KVCACHE_RDMA_NICS is not used: --cache-transfer-protocol does not name rdma")
     backends: dict[str, Transfer | str] = {}
     for name in config.cache.cache_transfer_protocol:
         try:

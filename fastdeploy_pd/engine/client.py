@@ -19,6 +19,7 @@ from fastdeploy_pd.request import Request, TokenChunk
 log = logging.getLogger("fastdeploy_pd.front_end")
 
 TICK_S = 0.02
+LACK_S = 5.0  # what a topic lacks for so long is warned of: instances that start together need some seconds
 COMMAND_RESEND_S = 0.5
 COMMAND_TIMEOUT_S = 20.0  # a step of a long prompt on a busy CPU takes seconds
 
@@ -84,7 +85,8 @@ class ClusterClient:
         self._members: set[str] = set()
         self._connected: dict[str, str] = {}  # peer id -> address
         self._commands: dict[tuple[str, str], asyncio.Future[Standing]] = {}  # by peer id and command id
-        self.detail: dict[str, object] = {}
+        self.topic = ""  #: as the log names it
+        self._lack, self._lack_since_s, self._has_said_lack = "", 0.0, True
 
     async def start(self) -> None:
         """Begin to receive and to tick."""
@@ -124,7 +126,9 @@ class ClusterClient:
     async def health(self) -> HealthReport:
         """Returns: ready when a request submitted now would find an instance."""
         instances = [i.instance_id for i in self.front_end.live_instances()]
-        return HealthReport(self.front_end.is_serving_possible(), {"instances": instances, **self.detail})
+        lack = self.front_end.lack()
+        detail: dict[str, object] = {"instances": instances, **({"missing": lack} if lack else {})}
+        return HealthReport(self.front_end.is_serving_possible(), detail)
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenChunk], None]:
         """Yield the request's chunks in order, all that are there at once, each token once; closing it early aborts the request.
@@ -170,11 +174,12 @@ class ClusterClient:
                 now_s = self._clock.now_s()
                 if isinstance(item, PeerLost):
                     self._connected.pop(sender_id, None)
-                    log.info("the link to %s has ended", sender_id)
+                    if not item.why_refused:  # else `Links` has said so, once: it is called again and again
+                        log.info("the link to %s has ended", sender_id)
                     for peer_id, command_id in self._commands:
                         if peer_id == sender_id:
                             self._answer(peer_id, command_id, NoCapacity(f"The engine {peer_id} has ended."))
-                    self.front_end.peer_lost(sender_id, now_s)
+                    self.front_end.peer_lost(sender_id, now_s, item.why_refused)
                 elif isinstance(item, Standing):
                     self._answer(sender_id, item.command_id, item)
                 elif not isinstance(item, PeerUp):
@@ -195,7 +200,17 @@ class ClusterClient:
             self.front_end.tick(self._clock.now_s())
             self._flush()
             self._count_retries()
+            self._say_what_lacks(self._clock.now_s())
             await asyncio.sleep(TICK_S)
+
+    def _say_what_lacks(self, now_s: float) -> None:
+        """Warn of what the topic lacks, once, when that has lasted for LACK_S."""
+        lack = self.front_end.lack()
+        if lack != self._lack:
+            self._lack, self._lack_since_s, self._has_said_lack = lack, now_s, not lack
+        elif not self._has_said_lack and now_s - self._lack_since_s >= LACK_S:
+            self._has_said_lack = True
+            log.warning("topic '%s': %s", self.topic, lack)
 
     def _count_retries(self) -> None:
         if self._observer is None:

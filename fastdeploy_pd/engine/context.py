@@ -66,7 +66,7 @@ class Runner(Protocol):
 
 
 class HandOverObserver(Protocol):
-    """Receives what happens at hand-overs, for the metrics."""
+    """Receives what happens at hand-overs, and to a user's policy, for the metrics."""
 
     def handover(self, stages: Mapping[str, float], num_bytes: int, backend: str) -> None:
         """A hand-over was verified."""
@@ -88,6 +88,14 @@ class HandOverObserver(Protocol):
         """A hand-over takes another backend than the first named; `passed_over` has "name: reason" of each preferred one."""
         ...
 
+    def no_backend(self, peer_id: str, reason: str) -> None:
+        """An order is refused because no backend fits both pools; the reason names what differs."""
+        ...
+
+    def policy_failed(self) -> None:
+        """A user's prefill policy failed for one step."""
+        ...
+
 
 class NoObserver:
     """Observes nothing."""
@@ -105,6 +113,12 @@ class NoObserver:
         """See HandOverObserver."""
 
     def fell_back(self, peer_id: str, backend: str, passed_over: Sequence[str]) -> None:
+        """See HandOverObserver."""
+
+    def no_backend(self, peer_id: str, reason: str) -> None:
+        """See HandOverObserver."""
+
+    def policy_failed(self) -> None:
         """See HandOverObserver."""
 
 

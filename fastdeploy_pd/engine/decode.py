@@ -406,10 +406,12 @@ class DecodeSide:
         if hand_over.chunk is None:
             self._use_fetched(served, grant, hand_over, now_s)
             return
+        told, seconds = dict(hand_over.stage_s), now_s - grant.ordered_s
         stages = {
             "reserve": grant.ordered_s - served.received_s,
-            **dict(hand_over.stage_s),
-            "hand_over": now_s - grant.ordered_s,
+            **told,
+            "hand_over": seconds,
+            "overhead": max(0.0, seconds - told.get("queue", 0.0) - told.get("prefill", 0.0)),
         }
         self.context.observer.handover(stages, hand_over.num_bytes, hand_over.backend)
         served.stage_s, served.num_kv_bytes = tuple(stages.items()), hand_over.num_bytes

@@ -124,6 +124,7 @@ class _View:
     reported_tokens: int = 0
     added_tokens: int = 0
     is_lost: bool = False
+    why_refused: str = ""  #: its link was never established: why
     is_draining: bool = False
     load: Load | None = None
     load_s: float = 0.0  #: when it said so
@@ -166,6 +167,18 @@ class FrontEnd:
         """Whether a request submitted now would find an instance."""
         return any(c.can_decode for c in self._candidates({}))
 
+    def lack(self) -> str:
+        """Returns: which part nobody in the topic plays, and who is there but cannot be reached; empty: nothing is missing."""
+        there = [v.instance for v in self._views.values() if not v.is_lost and not v.is_draining]
+        refused = [f"{i} is there, but {v.why_refused}" for i, v in self._views.items() if v.is_lost and v.why_refused]
+        if not any(i.can_decode for i in there):
+            missing = "there is no decode or mixed instance (yet), so requests wait for one"
+        elif not any(i.can_prefill for i in there):
+            missing = "there is no prefill or mixed instance (yet), so decode instances compute prompts themselves"
+        else:
+            return ""
+        return "; ".join([missing, *refused])
+
     def live_instances(self) -> list[Instance]:
         """Returns: members that are reachable."""
         return [v.instance for v in self._views.values() if not v.is_lost]
@@ -198,11 +211,11 @@ class FrontEnd:
             else:
                 view.instance, view.is_draining = member, member.is_draining
 
-    def peer_lost(self, peer_id: str, now_s: float) -> None:
-        """A link ended or an instance went silent: what it served is placed again."""
+    def peer_lost(self, peer_id: str, now_s: float, why_refused: str = "") -> None:
+        """A link ended (why_refused: before it was established) or an instance went silent: what it served is placed again."""
         view = self._views.get(peer_id)
         if view is not None:
-            view.is_lost = True
+            view.is_lost, view.why_refused = True, why_refused
         self._liveness.forget(peer_id)
         for tracked in [t for t in self.requests.values() if t.decode_id == peer_id]:
             self._place_after_loss(tracked, "decode_lost", now_s)
@@ -294,7 +307,7 @@ class FrontEnd:
         """Returns: why a request cannot end by its deadline; None if it may, or the client has a part of its answer already."""
         if request.slo.deadline_s is None or request.output_token_ids:
             return None
-        return refusal(request, self._candidates({}, self._cached_tokens(request), now_s))
+        return refusal(request, self._candidates({}, self._cached_tokens(request), now_s), self.policy)
 
     def _default_ttft_s(self, num_tokens: int) -> float | None:
         """Returns: the multiple of what a prompt takes on the fastest instance when it is idle, or the fixed time."""
@@ -356,6 +369,8 @@ class FrontEnd:
                 view.added.append((due_s(request), seconds, request.num_tokens - num_cached))
                 if request.priority != view.load.priority:
                     view.load = replace(view.load, priority=None)
+                if request.slo.tpot_s is not None:
+                    view.load = replace(view.load, step_tokens=0)
         tracked.heard_s = now_s
         self._send_reserve(tracked, now_s)
 
@@ -411,7 +426,8 @@ class FrontEnd:
         since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
         tracked.unplaced_since_s = since_s
         if now_s - since_s >= self.options.placement_timeout_s:
-            self._fail(tracked, NoCapacity("No decode or mixed instance is alive in this topic."), now_s)
+            why = self.lack() or "the placement policy chose none"
+            self._fail(tracked, NoCapacity(f"No decode or mixed instance is alive in this topic: {why}."), now_s)
 
     def _tick_request(self, tracked: Tracked, now_s: float) -> None:
         options, request = self.options, tracked.request
@@ -509,7 +525,7 @@ class FrontEnd:
         view = self._views.get(sender_id)
         if view is None:
             return
-        view.is_lost = False
+        view.is_lost, view.why_refused = False, ""
         view.is_draining = view.is_draining or beat.is_draining
         if beat.role is not None:
             role = Role(beat.role)

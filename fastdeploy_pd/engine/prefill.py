@@ -28,7 +28,7 @@ from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.errors import IncompatiblePeer, InvalidRequest
 from fastdeploy_pd.request import Phase, Request, TokenChunk
 from fastdeploy_pd.transfer.base import EpochFailed, EpochSent, Transfer, TransferEvent
-from fastdeploy_pd.transfer.select import Selection
+from fastdeploy_pd.transfer.select import Choice, Selection
 
 
 class OrderState(enum.Enum):
@@ -226,9 +226,10 @@ class PrefillSide:
         scheduler = self.context.scheduler
         try:
             request = Request.from_wire(message.request, now_s)
-            choice = self._selection.choose(message.decode_id, message.transfers, now_s)
+            choice = self._choose(message, now_s)
             num_blocks = scheduler.pool.num_blocks_for(request.num_tokens)
-            if len(message.block_ids) != num_blocks - message.first_block or num_blocks > scheduler.pool.num_blocks:
+            is_inside = 0 <= message.first_block <= num_blocks <= scheduler.pool.num_blocks
+            if not is_inside or len(message.block_ids) != num_blocks - message.first_block:
                 raise InvalidRequest(
                     f"{len(message.block_ids)} blocks from {message.first_block} on were ordered for {request.num_tokens} tokens"
                 )
@@ -248,11 +249,19 @@ class PrefillSide:
         scheduler.add(request)
         return order
 
+    def _choose(self, message: PrefillOrder | FetchOrder, now_s: float) -> Choice:
+        """Returns: the pair's backend. Raises: IncompatiblePeer: none fits, of which the observer is told."""
+        try:
+            return self._selection.choose(message.decode_id, message.transfers, now_s)
+        except IncompatiblePeer as error:
+            self.context.observer.no_backend(message.decode_id, error.message)
+            raise
+
     def _send_cached(self, message: FetchOrder, now_s: float) -> Order | None:
         """Send all the blocks that are asked for, or say how many there are."""
         found = self.context.scheduler.pool.find_prefix(message.block_hashes)
         try:
-            choice = self._selection.choose(message.decode_id, message.transfers, now_s)
+            choice = self._choose(message, now_s)
             if not found or len(message.block_ids) != len(message.block_hashes) or self.context.num_layers < 1:
                 raise InvalidRequest(f"{len(found)} of the blocks are here, for {len(message.block_ids)} blocks")
         except (InvalidRequest, IncompatiblePeer) as error:

@@ -90,7 +90,8 @@ class EngineShell:
         engine = self.engine
         for sender_id, item in self.links.receive(self._wait_s()):
             if isinstance(item, PeerLost):
-                log.info("link to %s ended", sender_id)
+                if not item.why_refused:  # else `Links` has said so, once: it is called again and again
+                    log.info("link to %s ended", sender_id)
                 engine.peer_lost(sender_id)
             elif not isinstance(item, PeerUp):
                 engine.receive(sender_id, item)
@@ -217,9 +218,15 @@ def main() -> int:
         config = InstanceConfig.from_args(sys.argv[1:], dict(os.environ))
         configure_process_log(config.server.log_dir, "engine")
         serve(config, run_dir)
+        if config.model.tensor_parallel_size > 1:
+            logging.shutdown()
+            os._exit(0)  # at the interpreter's end NCCL would wait a minute for ranks that wait for this one
     except FastDeployPDError as error:
         (run_dir / "engine.error").write_text(error.message)  # the API process says it
         return 2
+    except Exception:
+        log.exception("the engine ends by a defect, of its own or of a policy or transfer that was added to it")
+        return 1
     return 0
 
 

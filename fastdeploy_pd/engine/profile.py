@@ -41,6 +41,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     predictor: Predictor
     prefills: list[tuple[int, int, float]]  #: (tokens, tokens computed before, seconds) of parts of prompts
     decodes: list[tuple[int, int, float]]  #: (sequences, KV tokens in sum, seconds)
+    num_blocks: int = (
+        0  #: of the pool that was measured in; with the next two what a simulation needs to know; 0: not said
+    )
+    block_size: int = 0  #: tokens
+    kv_bytes_per_token: int = 0  #: in all layers and ranks
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises: ConfigError: that is not possible there; names the path."""

@@ -128,7 +128,9 @@ def measure(config: InstanceConfig, repeats: int) -> Profile:
     decodes = [(size, size * n, s) for (size, n), s in zip(groups, seconds[len(parts) :], strict=True)]
     whole = [(n, s) for n, before, s in prefills if not before]
     predictor = fit(whole, decodes, [p for p in prefills if p[1]])
-    return Profile(VERSION, conditions_of(config, built.fingerprint), predictor, prefills, decodes)
+    num_blocks, token_bytes = built.layout.num_blocks, built.layout.num_layers * built.layout.block_bytes // block_size
+    conditions = conditions_of(config, built.fingerprint)
+    return Profile(VERSION, conditions, predictor, prefills, decodes, num_blocks, block_size, token_bytes)
 
 
 def progress(items: Sequence[Item]) -> Iterator[Item]:
@@ -159,6 +161,9 @@ def table(profile: Profile) -> str:
         ("decode", [abs(predictor.decode_s(b, kv) / s - 1) for b, kv, s in profile.decodes]),
     ):
         lines.append(f"{name}: median error {statistics.median(errors):.0%}, largest {max(errors):.0%}")
+    lines.append(
+        f"pool: --num-blocks {profile.num_blocks} --block-size {profile.block_size} --kv-bytes-per-token {profile.kv_bytes_per_token}"
+    )
     (a, b, c), (d, e, f) = predictor.prefill, predictor.decode
     lines.append(f"T(n) = {a:.3g} n^2 + {b:.3g} n + {c:.3g} s    D(B, K) = {d:.3g} K + {e:.3g} B + {f:.3g} s")
     return "\n".join(lines) + "\n"
@@ -179,7 +184,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = InstanceConfig.from_args(flags, os.environ, "fastdeploy-pd profile")
         if config.scheduling.profile_path is not None:
-            check_target(Path(config.scheduling.profile_path))  # measuring takes minutes
+            target = Path(config.scheduling.profile_path)
+            check_target(target)  # measuring takes minutes
+            if not target.absolute().parent.is_dir():
+                raise ConfigError(
+                    f"--profile-path is '{target}'; its directory must be there: mkdir -p '{target.parent}'"
+                )
         profile = measure(config, args.repeats)
         path = profile_path(config, profile.conditions)
         profile.save(path)

@@ -6,9 +6,12 @@ import argparse
 import sys
 
 from fastdeploy_pd import __version__
+from fastdeploy_pd.config import ROLES
+from fastdeploy_pd.engine.policies import placement_policy, prefill_policy
 from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.sim import calibrate, plan
+from fastdeploy_pd.sim.main import Policies
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
 from fastdeploy_pd.sim.main import run as simulate
 
@@ -44,6 +47,10 @@ def make_parser() -> argparse.ArgumentParser:
     up.add_argument("--prompt", default="Why split prefill and decode?", help="the first question")
     up.add_argument("--port", type=int, help="HTTP port of the first instance (default: a free one)")
     up.add_argument("--redis-url", help="a Redis server that runs already (default: an embedded one)")
+    up.add_argument("--scheduler-topic", default="local", help="name of the cluster in Redis (default %(default)s)")
+    up.add_argument(
+        "--force", action="store_true", help="start more instances than this machine seems to have room for"
+    )
     serve = commands.add_parser(
         "serve", help="one instance; flags as of fastdeploy_pd.entrypoints.openai.api_server", add_help=False
     )
@@ -125,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         return profile(argv[1:])
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
+    if args.command == "role" and not args.role and len(unknown) == 1 and unknown[0] in ROLES:
+        args.role = unknown.pop()  # argparse takes no optional word behind flags
     if unknown:
         hint = "; flags of an instance go behind `--`, as in: fastdeploy-pd up -- --cache-transfer-protocol tcp"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (hint if args.command == "up" else ""))
@@ -135,9 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
         parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
-        tools = {"simulate": simulate, "plan": plan.run, "plot": sim_plots.run, "calibrate": calibrate.run}
-        if args.command in tools:
-            return tools[args.command](args)
+        if args.command in ("simulate", "plan"):
+            policies = Policies(prefill_policy, placement_policy)
+            return simulate(args, policies) if args.command == "simulate" else plan.run(args, policies)
+        if args.command in ("plot", "calibrate"):
+            return {"plot": sim_plots.run, "calibrate": calibrate.run}[args.command](args)
         if args.command in ("role", "drain"):
             return operate.run(args)
         if is_up:

@@ -12,10 +12,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastdeploy_pd.config import ROLES
-from fastdeploy_pd.errors import ConfigError, FastDeployPDError, LinkLost, NoCapacity
+from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, LinkLost, NoCapacity
+
+if TYPE_CHECKING:
+    from fastdeploy_pd.cluster.registry import MemberRecord
 
 POLL_S = 0.2
 TIMEOUT_S = 30.0
@@ -77,16 +81,7 @@ def find_url(instance: str, redis_url: str, topic: str) -> str:
         raise ConfigError("INSTANCE is ''; it must be an instance's id (or how it begins), URL or host:port")
     if ADDRESS.fullmatch(instance):
         return f"http://{instance}"
-    from fastdeploy_pd.cluster.redis_connection import RedisOptions
-    from fastdeploy_pd.cluster.registry import RedisRegistry
-
-    options = RedisOptions.from_url(redis_url, topic)
-    password = options.password or os.environ.get("FD_SCHEDULER_PASSWORD") or None
-    registry = RedisRegistry(dataclasses.replace(options, password=password))
-    try:
-        members = registry.members()
-    finally:
-        registry.close()
+    members = _members(instance, redis_url, topic)
     found = [m for m in members if m.instance_id == instance] or [
         m for m in members if m.instance_id.startswith(instance)
     ]
@@ -96,6 +91,25 @@ def find_url(instance: str, redis_url: str, topic: str) -> str:
     what = "fits several members" if found else "is neither a member"
     rest = "" if found else ", nor a URL, nor host:port"
     raise ConfigError(f"INSTANCE is {instance!r}, which {what} of topic {topic!r}{rest}; there are: {ids}")
+
+
+def _members(instance: str, redis_url: str, topic: str) -> Sequence[MemberRecord]:
+    """Returns: who is in the topic. Raises: ConfigError; CoordinatorLost: Redis cannot be asked for this id; says what else helps."""
+    from fastdeploy_pd.cluster.redis_connection import RedisOptions
+    from fastdeploy_pd.cluster.registry import RedisRegistry
+
+    options = RedisOptions.from_url(redis_url, topic)
+    password = options.password or os.environ.get("FD_SCHEDULER_PASSWORD") or None
+    registry = RedisRegistry(dataclasses.replace(options, password=password))
+    try:
+        return registry.members()
+    except CoordinatorLost as error:
+        raise CoordinatorLost(
+            f"INSTANCE is {instance!r}, taken for an id because it is no host:port, and ids are looked up in Redis. {error.message.rstrip('.')}. "
+            "Give the instance's host:port, or the cluster's --redis-url and --scheduler-topic (`fastdeploy-pd up` prints all three)"
+        ) from error
+    finally:
+        registry.close()
 
 
 def call(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -116,14 +130,17 @@ def call(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, An
     except urllib.error.HTTPError as error:
         try:
             text = json.loads(error.read())["error"]["message"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             text = error.reason
+        text += " (here: --api-key KEY, or FD_API_KEY)" if error.code == 401 else ""
         kind = NoCapacity if error.code == 503 else FastDeployPDError
         raise kind(f"{url} answers {error.code}: {text}") from error
     except TimeoutError as error:
         raise NoCapacity(f"{url} has not answered for {TIMEOUT_S:g} s") from error
     except OSError as error:
-        raise LinkLost(f"{url} cannot be reached: {error}") from error
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        reason = (isinstance(cause, OSError) and cause.strerror) or cause
+        raise LinkLost(f"{url} cannot be reached: {reason}; is an instance at this address?") from error
     except (ValueError, KeyError, TypeError, AttributeError, http.client.HTTPException) as error:
         raise FastDeployPDError(f"{url} does not answer as an instance does: {error!r}") from error
 

@@ -33,7 +33,9 @@ class LocalInstance:
     role: str
     process: subprocess.Popen[bytes]
     directory: Path
+    log_dir: Path
     facts: dict[str, object] = field(default_factory=dict)
+    old_bytes: dict[Path, int] = field(default_factory=dict)  #: of its log files, which another one of its name wrote
 
     @property
     def pid(self) -> int:
@@ -64,9 +66,12 @@ class LocalInstance:
         return bool(self.facts)
 
     def last_lines(self) -> str:
-        """Returns: the end of its log."""
-        lines = (self.directory / "output.log").read_text(errors="replace").splitlines()
-        return "\n".join(lines[-LAST_LINES:])
+        """Returns: the end of its log: of each file, if there are several."""
+        ends = []
+        for path in sorted(self.log_dir.glob("*.log")):
+            lines = path.read_bytes()[self.old_bytes.get(path, 0) :].decode(errors="replace").splitlines()
+            ends += [f"{path}:", *lines[-LAST_LINES:]] if lines else []
+        return "\n".join(ends)
 
     def kill(self) -> None:
         """kill -9 of every process of the instance, at the same moment."""
@@ -92,9 +97,20 @@ class LocalCluster:
         Args:
             flags: for every instance.
             env: added to the environment of every instance.
+        Raises: ConfigError: FD_LOG_DIR is no directory to write to.
         """
         self._redis_flags, self._redis_env = _redis_flags(redis_url, topic) if redis_url else ([], {})
         self._flags, self._env = list(flags), dict(env or {})
+        self._given_log_dir = {**os.environ, **self._env}.get("FD_LOG_DIR")
+        #: has a directory an instance: FD_LOG_DIR, or one that `stop` removes unless the logs are to be kept
+        self.log_dir = Path(self._given_log_dir or tempfile.mkdtemp(prefix="fastdeploy-pd-logs-")).absolute()
+        self.keeps_logs = bool(self._given_log_dir)
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"FD_LOG_DIR is {self._given_log_dir!r}, where no log can be written: {error.strerror}"
+            ) from error
         self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-cluster-"))
         self.instances: list[LocalInstance] = []
         self._clock = WallClock()
@@ -108,8 +124,10 @@ class LocalCluster:
     def launch(self, role: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> LocalInstance:
         """Start an instance; it is not ready yet."""
         name = f"{role}-{len(self.instances)}"
-        directory = self._directory / name
+        directory, log_dir = self._directory / name, self.log_dir / name
         directory.mkdir()
+        log_dir.mkdir(exist_ok=True)
+        old_bytes = {path: path.stat().st_size for path in log_dir.glob("*.log")}
         command = [
             sys.executable,
             "-m",
@@ -123,17 +141,18 @@ class LocalCluster:
             *flags,
         ]
         parent = os.getpid()
-        with (directory / "output.log").open("wb") as log:
+        own_env = {"TMPDIR": str(directory), "FD_LOG_DIR": str(log_dir) if self._given_log_dir else ""}
+        with (log_dir / "output.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "TMPDIR": str(directory), **self._redis_env, **self._env, **(env or {})},
+                env={**os.environ, **self._redis_env, **self._env, **own_env, **(env or {})},
                 preexec_fn=lambda: die_with_parent(parent),
             )
-        instance = LocalInstance(name, role, process, directory)
+        instance = LocalInstance(name, role, process, directory, log_dir, old_bytes=old_bytes)
         self.instances.append(instance)
         return instance
 
@@ -176,7 +195,7 @@ class LocalCluster:
             threading.Event().wait(0.1)
 
     def stop(self) -> None:
-        """End every instance and remove its files. Idempotent."""
+        """End every instance and remove its files, but for logs that are to be kept. Idempotent."""
         living = [i for i in self.instances if i.process.poll() is None]
         for instance in living:
             instance.process.send_signal(signal.SIGINT)
@@ -188,6 +207,8 @@ class LocalCluster:
                 instance.process.kill()  # its engine dies with it
                 instance.process.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if not self.keeps_logs:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
 
     def _sees_all(self, instance: LocalInstance) -> bool:
         """Whether its front end has every living instance in view."""

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
+import os
 import signal
 import sys
 import threading
+import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.redis_connection import RedisConnection, RedisOptions
+from fastdeploy_pd.config import InstanceConfig, with_hyphens
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
 
 MAX_RESTARTS = 20  # of all instances together
+INSTANCE_BYTES = 3 << 28  # two processes and a framework: 0.7 GiB with paddle, 0.4 with torch; weights come on top
+INSTANCES_A_CORE = 4  # more only wait for each other
+REDIS_FLAGS = "--redis-url of `up`, as in: fastdeploy-pd up --redis-url redis://10.0.0.1:6379"
+#: an instance's flags that `up` gives itself, and what to do instead
+OWN_FLAGS = {
+    "--splitwise-role": "--prefill, --decode and --mixed of `up`, as in: fastdeploy-pd up --prefill 1 --decode 2",
+    "--port": "--port of `up`, before the `--`: the first instance's, as in: fastdeploy-pd up --port 8000",
+    "--scheduler-topic": "--scheduler-topic of `up`, before the `--`",
+    "--ready-file": "the addresses that `up` prints",
+    **dict.fromkeys(
+        (
+            *("--scheduler-name", "--scheduler-host", "--scheduler-port", "--scheduler-db", "--scheduler-username"),
+            *("--scheduler-tls", "--scheduler-tls-ca-file", "--scheduler-tls-cert-file", "--scheduler-tls-key-file"),
+        ),
+        REDIS_FLAGS,
+    ),
+    "--scheduler-password": "FD_SCHEDULER_PASSWORD, or " + REDIS_FLAGS,
+}
+#: and those that only one instance of a machine can have
+PORT_FLAGS = ("--metrics-port", "--pd-comm-port", "--cache-queue-port", "--rdma-comm-ports")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -46,10 +74,42 @@ class Waiting:
             say("\r\033[K", end="")
 
 
-def ask(instance: LocalInstance, model: str, prompt: str) -> dict[str, object]:
+def check_flags(flags: Sequence[str], num_instances: int) -> None:
+    """Raises: ConfigError: a flag for every instance is one that `up` gives them itself; says which flag of `up` does it."""
+    for name in (with_hyphens(word).partition("=")[0] for word in flags):
+        if name in OWN_FLAGS:
+            raise ConfigError(f"{name} stands behind `--`, but `up` sets it for its instances; use {OWN_FLAGS[name]}")
+        if name in PORT_FLAGS and num_instances > 1:
+            raise ConfigError(
+                f"{name} stands behind `--`, so that {num_instances} instances would ask for the same port; "
+                "leave it out: they choose free ones"
+            )
+
+
+def check_room(num_instances: int, config: InstanceConfig) -> None:
+    """Raises: ConfigError: this machine has not enough memory or cores for so many; says for how many."""
+    from fastdeploy_pd.engine.build import free_memory_bytes  # late: it loads what an engine needs
+
+    model = Path(config.model.model)
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors")) if config.model.device == "cpu" else 0
+    free, num_cores = free_memory_bytes(), len(os.sched_getaffinity(0))
+    by_memory = free // (INSTANCE_BYTES + weights)
+    most = min(by_memory, num_cores * INSTANCES_A_CORE)
+    if num_instances > max(most, 1):
+        raise ConfigError(
+            f"--prefill, --decode and --mixed ask for {num_instances} instances; this machine has room for {max(most, 1)}: "
+            f"{num_cores} cores are enough for {num_cores * INSTANCES_A_CORE}, {free / 2**30:.1f} GiB of free memory for {by_memory} "
+            f"({(INSTANCE_BYTES + weights) / 2**30:.2f} GiB each, KV blocks not counted). --force starts them all the same"
+        )
+
+
+def ask(instance: LocalInstance, model: str, prompt: str, key: str) -> dict[str, object]:
     """Send a chat request, print the answer as it comes.
 
+    Args:
+        key: an API key; "" if the instance asks for none.
     Returns: the report that comes with the last event: prefill, decode, ttft_s, tpot_s, kv_bytes.
+    Raises: FastDeployPDError: it is not answered; says why.
     """
     body = {
         "model": model,
@@ -60,19 +120,38 @@ def ask(instance: LocalInstance, model: str, prompt: str) -> dict[str, object]:
         "stream_options": {"include_usage": True},
         "return_timings": True,
     }
-    request = urllib.request.Request(
-        instance.http_url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    url = instance.http_url + "/v1/chat/completions"
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    try:
+        report = _print_stream(urllib.request.Request(url, json.dumps(body).encode(), headers))
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        try:
+            text = json.loads(text)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise FastDeployPDError(f"the first question is answered with HTTP {error.code} by {url}: {text}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise FastDeployPDError(
+            f"the first question is not answered by {url}: {getattr(error, 'reason', error)}"
+        ) from error
+    say("")
+    return report
+
+
+def _print_stream(request: urllib.request.Request) -> dict[str, object]:
+    """Returns: the report. Raises: FastDeployPDError: the stream ends in an error; OSError."""
     report: dict[str, object] = {}
     with urllib.request.urlopen(request, timeout=120) as answer:
         for line in answer:
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                 continue
             event = json.loads(line[6:])
+            if "error" in event:
+                raise FastDeployPDError(f"the first answer broke off: {event['error'].get('message')}")
             report = event.get("fastdeploy_pd", report)
             for choice in event["choices"]:
                 say(choice["delta"].get("content", ""), end="")
-    say("")
     return report
 
 
@@ -87,11 +166,20 @@ def show_report(report: dict[str, object]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns: exit status: 0, also when Ctrl-C ends a running cluster. Raises: KeyboardInterrupt: it came before that."""
+    """Returns: exit status: 0, also when Ctrl-C ends a running cluster.
+
+    Raises: KeyboardInterrupt: it came before that. ConfigError: a flag is wrong, or an instance refused or died. FastDeployPDError: no first answer.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    clock = WallClock()
-    start_s = clock.now_s()
+    roles = ["prefill"] * args.prefill + ["decode"] * args.decode + ["mixed"] * args.mixed
+    check_flags(args.flags, len(roles))
+    flags = ["--model", args.model, *(["--ops", args.ops] if args.ops else []), *args.flags]
+    config = InstanceConfig.from_args(
+        [*flags, "--scheduler-name", "splitwise", "--scheduler-topic", args.scheduler_topic], os.environ
+    )
+    if not args.force:
+        check_room(len(roles), config)
     with ExitStack() as stack:
         url = args.redis_url
         if url is None:
@@ -99,43 +187,69 @@ def run(args: argparse.Namespace) -> int:
             url = stack.enter_context(EmbeddedRedis()).url
         else:
             check_redis(url)
-        roles = ["prefill"] * args.prefill + ["decode"] * args.decode + ["mixed"] * args.mixed
-        say(f"starting {', '.join(roles)}")
-        flags = ["--model", args.model, *(["--ops", args.ops] if args.ops else []), *args.flags]
-        cluster = stack.enter_context(LocalCluster(url, flags=flags))
+        cluster = stack.enter_context(LocalCluster(url, args.scheduler_topic, flags))
         stack.callback(_ignore_signals)  # what was started is ended, however impatient one is
-        instances = [
-            cluster.launch(r, ["--port", str(args.port)] if i == 0 and args.port else []) for i, r in enumerate(roles)
-        ]
-        waiting = Waiting()
-        cluster.wait_ready(instances, waiting)
-        waiting.done()
-        say(
-            f"ready after {clock.now_s() - start_s:.1f} s: "
-            + ", ".join(f"{i.role} {i.http_url}" for i in instances)
-            + "\n"
-        )
-        name = _model_name(instances[0])
-        say(f"  you: {args.prompt}\n  {name}: ", end="")
-        show_report(ask(instances[0], name, args.prompt))
-        if args.once:
-            return 0
-        show_next(instances[0], name)
+        say(f"starting {', '.join(roles)}; logs: {cluster.log_dir}/INSTANCE/")
         try:
-            return tend(cluster, instances, args.port)
-        except KeyboardInterrupt:
-            say("\nstopping")
-    return 0
+            return serve(args, cluster, roles, config, url)
+        except FastDeployPDError as error:
+            cluster.keeps_logs = True
+            raise type(error)(f"{error.message}\nthe logs are kept in {cluster.log_dir}") from error
 
 
-def show_next(instance: LocalInstance, name: str) -> None:
+def serve(
+    args: argparse.Namespace, cluster: LocalCluster, roles: Sequence[str], config: InstanceConfig, url: str
+) -> int:
+    """Start the instances, ask the first question, stay. Returns and raises as `run`."""
+    clock = WallClock()
+    start_s = clock.now_s()
+    instances = [
+        cluster.launch(r, ["--port", str(args.port)] if i == 0 and args.port else []) for i, r in enumerate(roles)
+    ]
+    waiting = Waiting()
+    cluster.wait_ready(instances, waiting)
+    waiting.done()
+    say(
+        f"ready after {clock.now_s() - start_s:.1f} s: " + ", ".join(f"{i.role} {i.http_url}" for i in instances) + "\n"
+    )
+    name, keys = config.model.served_model_name[0], config.server.api_keys
+    say(f"  you: {args.prompt}\n  {name}: ", end="")
+    show_report(ask(instances[0], name, args.prompt, keys[0] if keys else ""))
+    if args.once:
+        return 0
+    show_next(instances[0], name, bool(keys))
+    say(
+        f"Its role (or drain): fastdeploy-pd role {instances[0].instance_id} --redis-url {without_password(url)} "
+        f"--scheduler-topic {args.scheduler_topic}\n"
+    )
+    status = 0
+    try:
+        status = tend(cluster, instances, args.port)
+    except KeyboardInterrupt:
+        say("\nstopping")
+    if cluster.keeps_logs:
+        say(f"the logs are kept in {cluster.log_dir}")
+    return status
+
+
+def without_password(url: str) -> str:
+    """Returns: a Redis URL that may be shown; the commands take the password from FD_SCHEDULER_PASSWORD."""
+    parts = urlsplit(url)
+    login, _, place = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
+    query = "&".join(part for part in parts.query.split("&") if not part.startswith("password="))
+    return parts._replace(netloc=f"{user}@{place}" if user else place, query=query).geturl().removesuffix("/0")
+
+
+def show_next(instance: LocalInstance, name: str, needs_key: bool) -> None:
     """Print how to go on."""
     body = json.dumps(
         {"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True}
     )
     say("\nAsk for more (any instance answers; Ctrl-C ends everything):\n")
-    say(f"  curl -N {instance.http_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n")
-    say(f"or from Python: openai.OpenAI(base_url='{instance.http_url}/v1', api_key='none')\n")
+    key = "-H 'authorization: Bearer KEY' " if needs_key else ""
+    say(f"  curl -N {instance.http_url}/v1/chat/completions -H 'content-type: application/json' {key}-d '{body}'\n")
+    say(f"or from Python: openai.OpenAI(base_url='{instance.http_url}/v1', api_key='{'KEY' if key else 'none'}')\n")
 
 
 def tend(cluster: LocalCluster, instances: list[LocalInstance], first_port: int | None) -> int:
@@ -159,6 +273,7 @@ def tend(cluster: LocalCluster, instances: list[LocalInstance], first_port: int 
             say(
                 f"{instance.name} ended with status {status}; the others go on. Its last words:\n{instance.last_lines()}"
             )
+            cluster.keeps_logs = True
             num_restarts += 1
             if num_restarts > MAX_RESTARTS:
                 say(f"instances have ended {num_restarts} times; giving up")
@@ -188,8 +303,3 @@ def _ignore_signals() -> None:
 
 def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _model_name(instance: LocalInstance) -> str:
-    with urllib.request.urlopen(instance.http_url + "/v1/models", timeout=10) as answer:
-        return str(json.loads(answer.read())["data"][0]["id"])

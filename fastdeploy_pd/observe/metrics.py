@@ -33,7 +33,25 @@ PREFIX = "fastdeploy_pd:"
 MAX_LOGGED = 1024  # pairs whose slower way was logged
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-STAGE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+STAGE_BUCKETS_S = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.0125,
+    0.015,
+    0.02,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    10,
+)
 ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -110,13 +128,12 @@ class EngineMetrics:
             ["backend"],
             registry=registry,
         )
-        self._fetched_tokens = counter(
-            "prefix_fetched_tokens", "Tokens whose KV was fetched from a peer's prefix cache."
-        )
+        self._fetched_tokens = counter("prefix_fetched_tokens", "Tokens fetched from a peer's prefix cache.")
         self._fetched_bytes = counter("prefix_fetched_bytes", "KV bytes of them, verified.")
         self._fetch_failures = Counter(
             _name("prefix_fetch_failures"), "Fetches given up.", ["reason"], registry=registry
         )
+        self._policy_failures = counter("prefill_policy_failures", "Steps that a user's policy did not order.")
         self._fallen: set[tuple[str, str]] = set()  # (peer, backend) that the log has
         self._last = {"preemptions": 0, "queries": 0, "hits": 0, "swap_hits": 0}
 
@@ -175,6 +192,16 @@ class EngineMetrics:
             log.warning(
                 "hand-overs to %s go by %s, not by what is preferred (%s)", peer_id, backend, "; ".join(passed_over)
             )
+
+    def no_backend(self, peer_id: str, reason: str) -> None:
+        """Log once a pair that it cannot hand over at all."""
+        if (peer_id, "") not in self._fallen and len(self._fallen) < MAX_LOGGED:
+            self._fallen.add((peer_id, ""))
+            log.warning("no KV cache can be handed to %s, so its prompts are computed without us: %s", peer_id, reason)
+
+    def policy_failed(self) -> None:
+        """Record a step that a user's prefill policy failed to order."""
+        self._policy_failures.inc()
 
 
 class FrontEndMetrics:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -203,6 +204,8 @@ SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
         (["--model", "/nowhere"], "not a directory"),
         (["--max-model-len", "100000"], "max_position_embeddings = 4096"),
         (["--num-gpu-blocks-override", "3"], "--num-gpu-blocks-override gives 3 KV blocks"),
+        (["--ops", "torch", "--num-gpu-blocks-override", "1000000000"], "take 244140.62 GiB; only "),
+        (["--host", "192.0.2.1"], "--host is '192.0.2.1'; it must be an address of this machine"),
         (["--port", "8000", "--metrics-port", "8000"], "--port and --metrics-port are both 8000"),
         (["--scheduler-name", "splitwise", "--advertise-host", "10.0.0.1"], "needs a cluster secret"),
     ],
@@ -213,6 +216,14 @@ def test_bad_flags_are_refused_with_name_value_and_what_is_allowed(flags: list[s
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_of_another_machine_is_refused_with_its_flag() -> None:
+    flags = ["--scheduler-name", "splitwise", "--advertise-host", "192.0.2.1", "--pd-comm-port", "2334"]
+    env = {**os.environ, "FD_CLUSTER_SECRET": "a secret that only this test knows"}
+    done = subprocess.run([*SERVER, *flags], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "--advertise-host is '192.0.2.1'; it must be an address of this machine" in done.stderr
 
 
 def test_a_taken_port_is_refused_with_its_flag(redis_server: EmbeddedRedis, pair: LocalCluster) -> None:
@@ -232,18 +243,16 @@ def test_a_taken_port_is_refused_with_its_flag(redis_server: EmbeddedRedis, pair
         assert f"--pd-comm-port {shared} is in use" in second.last_lines()
 
 
-def test_up_once_leaves_nothing_behind() -> None:
-    before = set(os.listdir("/tmp"))
+def test_up_once_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--once", "--ops", "torch"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "KV moved" in done.stdout
     assert "prefill by prefill-" in done.stdout
     assert "decode by decode-" in done.stdout
-    left = {n for n in set(os.listdir("/tmp")) - before if n.startswith("fastdeploy-pd")}
-    assert not left
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pair_with_a_secret_over_tcp(redis_server: EmbeddedRedis) -> None:

@@ -66,6 +66,20 @@ def test_paddle_prefills_for_torch_and_the_other_way_round(redis_server: Embedde
 
 
 @pytest.mark.slow
+def test_a_pair_whose_blocks_differ_says_so_once_and_decode_computes(
+    redis_server: EmbeddedRedis, cases: list[Case]
+) -> None:
+    some = cases[:6]
+    with LocalCluster(redis_server.url, "block-sizes", ["--ops", "torch"], {"OMP_NUM_THREADS": "1"}) as cluster:
+        instances = [cluster.launch("prefill"), cluster.launch("decode", ["--block-size", "32"])]
+        cluster.wait_ready(instances)
+        assert not differences(some, asyncio.run(answers_of([i.http_url for i in instances], some)))
+        log = (instances[0].log_dir / "output.log").read_text()
+    assert log.count(f"no KV cache can be handed to {instances[1].instance_id}") == 1
+    assert "block_size: 64 != 32" in log
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 def test_other_ways_for_the_blocks(redis_server: EmbeddedRedis, cases: list[Case], backend: str) -> None:
     if backend == "mooncake" and not has_mooncake():

@@ -84,7 +84,7 @@ def test_a_killed_rank_ends_its_instance_and_the_cluster_goes_on(redis_server: E
 
 
 def log_of(instance: LocalInstance) -> str:
-    return (instance.directory / "output.log").read_text(errors="replace")
+    return (instance.log_dir / "output.log").read_text(errors="replace")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -68,6 +68,39 @@ def test_what_dies_is_started_again(tmp_path: Path) -> None:
     finally:
         os.killpg(up.pid, signal.SIGINT)
     assert up.wait(20) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["up.log"], (
-        "temporary directories of ended processes must go with them"
-    )
+    logs, *others = sorted(tmp_path.iterdir())
+    assert [p.name for p in others] == ["up.log"], "temporary directories of ended processes must go with them"
+    assert f"the logs are kept in {logs}\n" in log.read_text(), "an instance has died"
+    assert {p.name for p in logs.iterdir()} == {"prefill-0", "decode-1", "decode-2", "decode-3"}
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """`fastdeploy-pd` with these words."""
+    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_it_prints_leads_on(tmp_path: Path) -> None:
+    log, key = tmp_path / "up.log", ["--api-key", "a key of this test"]
+    up = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--ops", "torch", "--", *key]
+    env = {**os.environ, "TMPDIR": str(tmp_path), "FD_LOG_DIR": str(tmp_path / "logs"), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(up, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+    try:
+        words = wait_for(log, r"fastdeploy-pd (role \S+ --redis-url redis://127.0.0.1:\d+ --scheduler-topic local)")[
+            1
+        ].split()
+        shown = command(*words, *key)
+        assert shown.stdout.startswith(f"{words[1]} at http://127.0.0.1:"), shown.stderr
+        refused = command(*words, *key, "decode")
+        assert refused.returncode == 1 and "Start or flip another one first, or give --force" in refused.stderr
+        assert "--api-key KEY, or FD_API_KEY" in command(*words).stderr
+        assert " is decode; " in command(*words, *key, "decode", "--force").stdout
+        assert "-H 'authorization: Bearer KEY' -d" in log.read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == 0
+    assert f"logs: {tmp_path}/logs/INSTANCE/" in log.read_text()
+    for name in ("prefill-0", "decode-1"):
+        files = {p.name: p.read_text() for p in (tmp_path / "logs" / name).iterdir()}
+        assert "ready: " in files["api_server.log"] and " serves " in files["engine.log"] and not files["output.log"]

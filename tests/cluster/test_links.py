@@ -142,7 +142,7 @@ def test_a_killed_peer_is_noticed_at_once(secret: bytes | None) -> None:
     wait_for(links, PeerUp)
     process.kill()
     start_s = time.monotonic()
-    wait_for(links, PeerLost)
+    assert wait_for(links, PeerLost)[1] == PeerLost(why_refused="")
     assert time.monotonic() - start_s < 0.5
     assert not links.send("server", Beat(1)), "its queue must be gone with it"
     process.wait()
@@ -175,9 +175,11 @@ def test_a_differing_secret_is_said(secret: bytes | None, caplog: pytest.LogCapt
     stranger = Links("stranger", secret=secret)
     for _ in range(3):
         stranger.connect("server", server.addresses[0])
+        lost = []
         for _ in range(10):
-            stranger.receive(0.05)
+            lost += [item for _, item in stranger.receive(0.05) if isinstance(item, PeerLost)]
             server.receive(0.0)
+        assert [("secret differs" in item.why_refused) for item in lost] == [True]
     said = [r.getMessage() for r in caplog.records if "Is the cluster secret the same on both sides" in r.getMessage()]
     assert len(said) == 1, "once, not at every attempt"
     for links in (stranger, server):

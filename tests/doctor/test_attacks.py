@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -17,7 +18,7 @@ from fastdeploy_pd.doctor import exchange
 from fastdeploy_pd.doctor.finding import run_checks
 from fastdeploy_pd.doctor.listener import MAX_SESSIONS, Listener
 from fastdeploy_pd.doctor.pair import Pair
-from rdma_comm.bootstrap import receive_frame, send_frame
+from rdma_comm.bootstrap import Handshake, receive_frame, send_frame
 from rdma_comm.errors import HandshakeFailed
 from tests.doctor.test_command import COMMAND, ROOT, SECRET, environment
 
@@ -75,6 +76,32 @@ def test_a_frame_of_nonsense_is_a_failed_handshake(data: bytes) -> None:
             receive_frame(here)
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("facts", ['{"must_match": [[1, 2]]}', '{"must_match": 5}', "[]", "{}"])
+def test_facts_that_are_none_are_a_failed_handshake(facts: str, side: str) -> None:
+    here, there = socket.socketpair()
+    own, nonce = Handshake({"doctor_version": 1}), "0" * 64
+    with here, there, ThreadPoolExecutor(1) as pool:
+        here.settimeout(3), there.settimeout(3)
+        hello = {"magic": "rdma_comm", "version": 1, "nonce": nonce}
+        end = pool.submit(own.accept if side == "client" else own.connect, here, None)
+        if side == "client":
+            send_frame(there, hello)
+        nonces = (nonce, receive_frame(there)["nonce"])
+        proof = own._proof(side, "".join(nonces if side == "client" else reversed(nonces)), facts)
+        send_frame(there, {**hello, "facts": facts, "proof": proof})
+        with pytest.raises(HandshakeFailed, match="the peer's facts"):
+            end.result()
+
+
+def test_a_nonce_that_is_no_text_is_a_failed_handshake() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        send_frame(there, {"magic": "rdma_comm", "version": 1, "nonce": "\ud800" * 64})
+        with pytest.raises(HandshakeFailed, match="does not speak"):
+            exchange.handshake(KEY).accept(here, None)
+
+
 def test_a_proof_that_is_no_text_is_a_failed_handshake() -> None:
     here, there = socket.socketpair()
     with here, there:
@@ -111,6 +138,19 @@ def test_a_listener_without_files_goes_on(listener: Listener, monkeypatch: pytes
     monkeypatch.setattr(listener, "_listener", Poor())
     connect(listener).close()  # ends the accept that waits
     time.sleep(0.3)
+    with closing(session(listener)) as peer:
+        assert ask(peer, do="report")["host"] == "here"
+
+
+def test_a_listener_without_threads_goes_on(listener: Listener) -> None:
+    for _ in range(MAX_SESSIONS + 1):
+        before = threading.stack_size(1 << 46)  # no address space has room for it
+        try:
+            with socket.create_connection((listener.host, listener.port)) as refused:
+                refused.settimeout(5)
+                assert refused.recv(1) == b""
+        finally:
+            threading.stack_size(before)
     with closing(session(listener)) as peer:
         assert ask(peer, do="report")["host"] == "here"
 

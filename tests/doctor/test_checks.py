@@ -17,7 +17,7 @@ import pytest
 
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.doctor import hardware, system
-from fastdeploy_pd.doctor.backends import check_backend
+from fastdeploy_pd.doctor.backends import check_backend, known_backends
 from fastdeploy_pd.doctor.coordinator import check_redis, clock_finding
 from fastdeploy_pd.doctor.finding import REPORT, Check, Finding, run_checks
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis, free_port
@@ -26,6 +26,7 @@ from tests.rdma.trees import ACTIVE, DOWN, Function, build, dgx_h100
 from tests.transfer.gpu import has_gpu
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "own_backend"
 CARD = "0000:00:01.0/0000:81:00.0"
 
 
@@ -181,9 +182,48 @@ def test_a_backend_that_works_hands_blocks_over(name: str) -> None:
 def test_rdma_is_absent_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = one(check_backend("rdma", Path("/sys"), {}))
     assert found.state == "absent" and found.remedy
+    monkeypatch.setenv("KVCACHE_RDMA_NICS", " ")  # names none
+    assert one(check_backend("rdma", Path("/sys"), os.environ)).state == "absent"
     monkeypatch.setenv("KVCACHE_RDMA_NICS", "mlx5_77")
     found = one(check_backend("rdma", Path("/sys"), os.environ))
     assert found.state == "fail" and found.remedy
+
+
+def test_another_package_s_backend_is_not_missed_where_nobody_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/transfer_backends.md, as pip leaves it behind."""
+    (tmp_path / "kv_files.py").write_text((EXAMPLE / "kv_files.py").read_text())
+    (tmp_path / "kv_files-1.dist-info").mkdir()
+    (tmp_path / "kv_files-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kv-files\nVersion: 1\n")
+    entry = "[fastdeploy_pd.transfers]\nfiles = kv_files:FilesTransfer\n"
+    (tmp_path / "kv_files-1.dist-info/entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("KV_FILES_DIR", raising=False)
+    assert "files" in known_backends()
+    found = one(check_backend("files", Path("/sys"), {}))
+    assert (found.state, found.remedy) == ("absent", "") and "KV_FILES_DIR=None" in found.detail
+    monkeypatch.setenv("KV_FILES_DIR", str(tmp_path))
+    assert one(check_backend("files", Path("/sys"), os.environ)).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [(None, "pip install "), ("raise ImportError('libnuma.so.1: cannot open shared object file')", "apt-get install ")],
+)
+def test_mooncake_s_remedy_is_what_is_missing(
+    module: str | None, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "mooncake"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "mooncake").mkdir()
+    (tmp_path / "mooncake/__init__.py").write_text("")
+    if module is not None:
+        (tmp_path / "mooncake/engine.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FD_MOONCAKE_ALLOW_OPEN_PORTS", "1")
+    found = one(check_backend("mooncake", Path("/sys"), os.environ))
+    assert found.state == "absent" and found.remedy.startswith(remedy) and found.remedy in found.detail
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")

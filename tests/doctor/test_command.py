@@ -49,6 +49,13 @@ def sections(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, dict
 @contextmanager
 def listening(secret: str = SECRET) -> Iterator[int]:
     """A `doctor --listen`. Yields: its port."""
+    with listener_of(secret) as (port, _):
+        yield port
+
+
+@contextmanager
+def listener_of(secret: str = SECRET) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A `doctor --listen`. Yields: its port, and the process."""
     process = subprocess.Popen(
         [*COMMAND, "--listen", "127.0.0.1:0"], env=environment(secret), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -56,7 +63,7 @@ def listening(secret: str = SECRET) -> Iterator[int]:
     try:
         assert process.stdout is not None
         found = (re.fullmatch(r"listening on 127\.0\.0\.1:(\d+)\n", line) for line in process.stdout)
-        yield next(int(match[1]) for match in found if match)
+        yield next(int(match[1]) for match in found if match), process
         process.send_signal(signal.SIGINT)
         assert process.wait(10) in (0, 1)
     finally:
@@ -93,10 +100,13 @@ def test_a_pair() -> None:
 
 
 def test_another_secret_is_refused_and_told_nothing() -> None:
-    with listening() as port:
+    with listener_of() as (port, listener):
         found = sections(doctor("--json", "--peer", f"127.0.0.1:{port}", secret="another secret, just as long"))
         assert "the peer" not in found
         assert found["the pair"].pop("peer")["state"] == "fail"
+        assert listener.stderr is not None
+        told = next(line for line in listener.stderr if line.startswith("127.0.0.1: "))
+        assert told.endswith("once it had our proof: its secret is probably another one\n")
         assert {f["state"] for f in found["the pair"].values()} == {"absent"}
         with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
             send_frame(stranger, {"magic": "rdma_comm", "version": 1, "nonce": "0" * 64})
@@ -141,6 +151,16 @@ def test_nobody_listens() -> None:
 def test_bad_flags(flags: list[str], secret: str | None, text: str) -> None:
     done = doctor(*flags, secret=secret)
     assert done.returncode == 2 and re.search(text, done.stderr) and not done.stdout
+
+
+def test_a_taken_port_to_listen_on_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = doctor("--listen", f"127.0.0.1:{port}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        f"--listen {port} is in use on 127.0.0.1: choose another port, or --listen 0 to get a free one" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, OrderEnded
+from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, OrderEnded, PrefillOrder
 from fastdeploy_pd.core.placement import Candidate, Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
@@ -187,3 +187,18 @@ def test_a_hand_over_of_another_kind_ends_the_attempt_only() -> None:
     decode.on_hand_over(scene.ids[2], HandOver(grant_id, None, (), 0, "loopback"), scene.cluster.clock.now_s())
     scene.cluster.run(scene.cluster.clock.now_s() + 60)
     assert scene.cluster.clients["r"].tokens == expected_tokens([9] * 20, 5) and scene.cluster.is_quiet()
+
+
+def test_a_prefill_order_names_blocks_from_the_first_to_the_last() -> None:
+    scene = Scene(Role.MIXED, Role.DECODE)
+    holder, decode = scene.holder.engine, scene.other.engine.context
+    wire, transfer = Request("r", PROMPT[:5], front_end_id="f").to_wire(), decode.transfers["loopback"]
+    for number, (first_block, num_blocks) in enumerate([(-1, 3), (0, 1), (0, 3), (3, 0)]):
+        block_ids = tuple(range(num_blocks))
+        transfers = {"loopback": transfer.descriptor()}
+        holder.receive(
+            scene.ids[1], PrefillOrder(f"g{number}", 5, wire, first_block, block_ids, scene.ids[1], transfers)
+        )
+        (ended,) = said(scene, OrderEnded)
+        assert f"{num_blocks} blocks from {first_block} on were ordered for 5 tokens" in ended.reason
+    assert holder.context.scheduler.pool.counts().held == 0 and not holder.prefill.num_active

@@ -18,6 +18,7 @@ import pytest
 from fastdeploy_pd.config import DEMO_MODEL, InstanceConfig
 from fastdeploy_pd.engine.profile import conditions_of, load_predictor, profile_path
 from fastdeploy_pd.engine.profiler import decode_groups, geometric, prefill_parts
+from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.launch.local import LocalCluster
 from fastdeploy_pd.model.checkpoint import fingerprint
 
@@ -89,6 +90,32 @@ def test_an_instance_finds_what_was_measured(cache: Path, path: Path) -> None:
     assert 0 < predictor.decode_s(1, 16) < predictor.decode_s(4, 2400)
 
 
+def test_a_simulation_takes_the_pool_from_it(path: Path, tmp_path: Path) -> None:
+    stored, out = json.loads(path.read_text()), tmp_path / "out.json"
+    model = json.loads((Path(DEMO_MODEL) / "config.json").read_text())
+    dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    assert stored["kv_bytes_per_token"] == 2 * model["num_hidden_layers"] * model["num_key_value_heads"] * dim * 4
+    work = ["--trace", "synthetic", "--rate", "2", "--num-prompts", "9", "--random-input-len", "200"]
+    assert main(["simulate", *work, "--latency", str(path), "--layout", "1P1D", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["finished"] == 9
+    num_tokens = stored["num_blocks"] * stored["block_size"]
+    assert num_tokens >= 4 * 600, "as many sequences of the longest kind as a step has"
+    for length, num in ((num_tokens - 1, 9), (num_tokens, 0)):
+        words = [
+            "simulate",
+            *work,
+            "--random-input-len",
+            str(length),
+            "--random-output-len",
+            "1",
+            "--latency",
+            str(path),
+        ]
+        assert main([*words, "--layout", "1M", "--json", str(out)]) == 0
+        assert json.loads(out.read_text())["finished"] == num
+
+
 def test_other_conditions_have_another_file(cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_predictor(config_of(cache, "--ops", "paddle"), FINGERPRINT) is None
     assert load_predictor(config_of(cache), "another model") is None
@@ -131,6 +158,10 @@ def test_a_bad_file_is_said_and_not_used(
         (["--max-model-len", "99999"], "--max-model-len is 99999"),
         (["--profile-path", "/"], "--profile-path is '/'; it must be a file, or one that is not there yet"),
         (["--profile-path", "/dev/zero"], "--profile-path is '/dev/zero'; it must be a file"),
+        (
+            ["--profile-path", "/tmp/no/such/p.json"],
+            "--profile-path is '/tmp/no/such/p.json'; its directory must be there",
+        ),
         (["--profile-path", __file__ + "/p.json"], f"{__file__} must be a directory that may be written to"),
     ],
 )
@@ -164,7 +195,7 @@ def test_an_instance_starts_from_it(cache: Path, path: Path) -> None:
         body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 16, "ignore_eos": True}
         answer = httpx.post(f"{instance.http_url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200
-        assert f"step times: {path}" in (instance.directory / "output.log").read_text()
+        assert f"step times: {path}" in (instance.log_dir / "output.log").read_text()
         counts: list[float] = []
         deadline_s = time.monotonic() + 10
         while sum(counts) < 16 and time.monotonic() < deadline_s:  # a step is measured after its tokens are sent

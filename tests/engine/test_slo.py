@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,29 @@ def test_what_was_placed_since_the_report_counts() -> None:
     front_end.submit(Request("late", [1] * 300, SamplingParams(), slo=Slo(ttft_s=9.0, deadline_s=3.2)), 10.0)
     (event,) = front_end.take_events()
     assert isinstance(event, Failed) and isinstance(event.error, DeadlineUnreachable) and len(front_end.requests) == 3
+
+
+def test_how_old_the_report_is_and_whom_steps_are_cut_for_count() -> None:
+    """Prompts may have been computed since; streams with a TPOT keep prompts out of steps."""
+    load = Load(
+        Predictor((0.0, 0.01, 0.0), (0.0, 0.0, 0.02)), ((60.0, 9.0),), busy_s=0.5,
+        num_free_tokens=9999, priority=0, step_tokens=50, num_seats=8,
+    )  # fmt: skip
+    fcfs = replace(load, is_fcfs=True)
+    steps = SamplingParams(max_tokens=11, ignore_eos=True)  # 10 of 0.52 s after the first
+    for view, wait_s, tpot_s, deadline_s, is_refused in (
+        (fcfs, 0.0, None, 7.5, True),
+        (fcfs, 5.0, None, 7.5, False),
+        (load, 0.0, None, 4.0, True),
+        (load, 8.0, None, 4.0, False),
+        (load, 0.0, 0.1, 4.0, False),
+    ):
+        front_end = beats(view)
+        other = Request("other", [1] * 10, SamplingParams(), slo=Slo(ttft_s=60.0, tpot_s=tpot_s))
+        front_end.submit(other, 10.0 + wait_s)
+        request = Request("r", [1] * 10, steps, slo=Slo(ttft_s=99.0, deadline_s=deadline_s))
+        front_end.submit(request, 10.0 + wait_s)
+        assert (request.phase is Phase.FAILED) == is_refused, (view, wait_s, tpot_s)
 
 
 def test_what_was_begun_goes_on_and_nobody_known_refuses_nobody() -> None:

@@ -69,6 +69,7 @@ class Cluster:
         ask: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]],
         caller: tuple[str, int] = LOCAL,
         api_keys: tuple[str, ...] = (),
+        own: str = "one",
     ) -> httpx.Response:
         """The answer to one request."""
         app = create_app(self.client, demo_tokenizer(), default_options(api_keys=api_keys), admin=self.admin)
@@ -79,7 +80,7 @@ class Cluster:
             self.client.set_members(await self.read())
             transport = httpx.ASGITransport(app, client=caller)
             try:
-                async with httpx.AsyncClient(transport=transport, base_url="http://one") as http:
+                async with httpx.AsyncClient(transport=transport, base_url=f"http://{own}") as http:
                     return await ask(http)
             finally:
                 obeying.cancel()
@@ -93,14 +94,19 @@ class Cluster:
 @pytest.mark.parametrize("path", [ROLE, DRAIN])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_who_may_ask(tmp_path: Path, path: str, method: str) -> None:
-    def status(caller: tuple[str, int], keys: tuple[str, ...] = (), **headers: str) -> tuple[int, str]:
+    def status(
+        caller: tuple[str, int], keys: tuple[str, ...] = (), own: str = "127.0.0.1", **headers: str
+    ) -> tuple[int, str]:
         cluster = Cluster(tmp_path, {"one": "mixed"})
-        answer = cluster.run(lambda c: c.request(method, path, json={"role": 5}, headers=headers), caller, keys)
+        answer = cluster.run(lambda c: c.request(method, path, json={"role": 5}, headers=headers), caller, keys, own)
         return answer.status_code, answer.text
 
     allowed = 200 if (method, path) == ("GET", path) else 400
     assert status(LOCAL)[0] == allowed
     assert status(REMOTE)[0] == 403 and "--api-key" in status(REMOTE)[1]
+    for own, expected in ((REMOTE[0], allowed), ("10.9.9.9", 403)):  # started with --host, and called from there
+        assert status(REMOTE, own=own)[0] == expected
+        assert status(REMOTE, own=own, origin="http://somewhere.example")[0] == 403
     assert status(LOCAL, origin="http://somewhere.example")[0] == 403
     assert status(LOCAL, ("k",))[0] == status(REMOTE, ("k",), authorization="Bearer no")[0] == 401
     assert status(REMOTE, ("k",), authorization="Bearer k")[0] == allowed

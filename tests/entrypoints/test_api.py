@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from fastdeploy_pd.errors import DeadlineUnreachable, NoCapacity, Overloaded
+from fastdeploy_pd.errors import DeadlineExceeded, DeadlineUnreachable, NoCapacity, Overloaded
 from tests.entrypoints.stub_engine import (
     EOS,
     MODEL,
@@ -302,6 +302,16 @@ def test_a_deadline_that_cannot_be_met_says_when_to_come_again(stream: bool) -> 
     assert response.headers["retry-after"] == "7" and response.headers["retry-after-ms"] == "7000"
     error = {"message": "in 7 s", "type": "rate_limit_exceeded", "param": "deadline", "code": "deadline_unreachable"}
     assert response.json() == {"error": error}
+
+
+def test_a_deadline_that_has_passed_is_not_tried_again() -> None:
+    engine = StubEngine(scripted([]), error=DeadlineExceeded("too late"))
+    with serving(engine) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=2)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model=MODEL, prompt="x")
+    assert (caught.value.status_code, caught.value.code, len(engine.requests)) == (504, "timeout", 1)
+    assert "retry-after" not in caught.value.response.headers
 
 
 @pytest.mark.parametrize("count", [1, 2])

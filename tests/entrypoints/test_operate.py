@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from fastdeploy_pd.entrypoints.cli import main
+from fastdeploy_pd.launch.embedded_redis import free_port
 
 
 def answer(body: object, status: str = "200 OK") -> bytes:
@@ -74,6 +75,35 @@ def test_wrong_words_are_named(words: list[str], text: str, capsys: pytest.Captu
     assert main(["role", *words]) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and text in told[0]
+
+
+@pytest.mark.parametrize("words", [["role", "prefill-af", "decode"], ["drain", "127.0.0.1"]])
+def test_an_id_that_cannot_be_looked_up_was_perhaps_no_id(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    assert main([*words, "--redis-url", f"redis://127.0.0.1:{port}"]) == 1
+    told = capsys.readouterr().err
+    assert f"INSTANCE is '{words[1]}', taken for an id because it is no host:port" in told
+    assert f"127.0.0.1:{port}" in told and "Give the instance's host:port, or the cluster's --redis-url" in told
+
+
+def test_nobody_at_a_port(capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["role", address]) == 1
+    assert capsys.readouterr().err == (
+        f"error: http://{address}/v1/admin/role cannot be reached: Connection refused; is an instance at this address?\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["decode"], ["--scheduler-topic", "t", "decode"]])
+def test_the_role_may_stand_before_the_flags_or_behind_them(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flipped = {"instance_id": "p-1", "role": "decode", "left_of_old_role": {"requests": 0}}
+    with server([answer(flipped)]) as address:
+        assert main(["role", address, *words]) == 0
+    assert "p-1 at" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["role", address, *words, "mixed"])
 
 
 def standing(instance_id: str, is_draining: bool) -> bytes:

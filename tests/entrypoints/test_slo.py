@@ -77,6 +77,27 @@ def test_a_wrong_field_is_named(url: str, field: str, value: Any, allowed: str) 
 
 
 @pytest.mark.parametrize(
+    ("header", "field", "value", "code"),
+    [
+        ("x-deadline-s", "deadline", 0, "decimal_below_min_value"),
+        ("x-slo-ttft-ms", "ttft_ms", 10**9, "decimal_above_max_value"),
+        ("x-priority", "priority", 2**31, "integer_above_max_value"),
+    ],
+)
+def test_body_and_head_have_the_same_code(url: str, header: str, field: str, value: int, code: str) -> None:
+    for answer in (post(url, {header: f"{value}"}), post(url, **{field: value})):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
+@pytest.mark.parametrize("header", ["x-slo-ttft", "X-SLO-TPOT-S", "x-deadline", "x-deadline-ms"])
+def test_a_header_that_is_none_of_ours_is_not_dropped(url: str, header: str) -> None:
+    answer = post(url, {header: "5"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "unknown_parameter", header.lower())
+    assert "x-slo-ttft-ms, x-slo-tpot-ms, x-deadline-s" in error["message"]
+
+
+@pytest.mark.parametrize(
     ("header", "values", "allowed"),
     [
         ("x-slo-ttft-ms", ["0"], "greater than or equal to 0.001, but got '0'"),

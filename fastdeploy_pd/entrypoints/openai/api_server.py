@@ -27,7 +27,7 @@ from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
-from fastdeploy_pd.launch.ports import bind_tcp, check_free
+from fastdeploy_pd.launch.ports import bind_tcp, check_free, check_own
 
 log = logging.getLogger("fastdeploy_pd.api_server")
 
@@ -125,8 +125,10 @@ class EngineSupervisor:
 
 
 def check_ports(config: InstanceConfig) -> None:
-    """Raises: ConfigError: a port that was asked for is taken; names its flag."""
+    """Raises: ConfigError: a port that was asked for is taken, or an address is not ours; names its flag."""
     host = config.cluster.advertise_host
+    if config.cluster.scheduler_name != "local":
+        check_own(host, "--advertise-host")
     for flag, port in (
         ("--pd-comm-port", config.cluster.pd_comm_port),
         ("--cache-queue-port", config.cache.cache_queue_port),
@@ -187,6 +189,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
     from fastdeploy_pd.entrypoints.openai.worker import serve_api
 
+    check_own(config.server.host, "--host")
     http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_ports(config)
     check_redis(config)

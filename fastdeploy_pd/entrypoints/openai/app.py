@@ -33,11 +33,12 @@ from fastdeploy_pd.entrypoints.openai.stream import (
 from fastdeploy_pd.entrypoints.openai.validation import parse_body, validate
 from fastdeploy_pd.entrypoints.serving import Choice, Serving, ServingOptions, new_id
 from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer
-from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
 
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LARGE_BODY_BYTES = 64 * 2**10
 SLO_HEADERS = SloHeaders.model_json_schema()["properties"]
+SLO_PREFIXES = ("x-slo-", "x-deadline")  # a typing error in one of them is said, as one in the body is
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -66,6 +67,7 @@ class Api:
 
     async def generate(self, kind: type[ChatBody] | type[CompletionBody], request: Request) -> Any:
         """Answer one of the two generating endpoints."""
+        _refuse_unknown_slo_headers(request)
         names = [name for name in SLO_HEADERS if name in request.headers]
         # One that is given twice becomes a list, which is no number: neither is silently dropped.
         slo = validate(SloHeaders, {name: ", ".join(request.headers.getlist(name)) for name in names})
@@ -106,6 +108,14 @@ class Api:
         if not self.serving.has_text and body.return_token_ids is None:
             body.return_token_ids = True  # without a tokenizer they are all there is to answer
         return body, self.serving.choices(body, answer_id)
+
+
+def _refuse_unknown_slo_headers(request: Request) -> None:
+    """Raises: InvalidRequest: a header looks like one that states an objective, and is none."""
+    for name in request.headers:
+        if name.startswith(SLO_PREFIXES) and name not in SLO_HEADERS:
+            known = f"Unknown header '{name[:80]}'; objectives are stated by {', '.join(SLO_HEADERS)}."
+            raise InvalidRequest(known, param=name[:80], code="unknown_parameter")
 
 
 def create_app(

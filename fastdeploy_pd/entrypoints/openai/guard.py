@@ -95,13 +95,15 @@ class Guard:
         """Without a key to ask for, only programs on this machine may change what an instance does; no page in a browser may."""
         if self._digests or not scope["path"].startswith(ADMIN_PREFIX):
             return None
-        host = (scope.get("client") or ("",))[0]
-        if is_loopback(host) and b"origin" not in headers:
+        host, own = ((scope.get(end) or ("",))[0] for end in ("client", "server"))
+        # A connection between one address and itself is this machine's, too: its own go over loopback, whatever --host is.
+        if (is_loopback(host) or (host and host == own)) and b"origin" not in headers:
             return None
         caller = f"from {host}" if b"origin" not in headers else "from a web page"
         return refusal(
             403,
-            f"{ADMIN_PREFIX} answers clients on this machine alone, not one {caller}; start the instance with --api-key to use it with a key",
+            f"{ADMIN_PREFIX} answers programs on this machine alone, not one {caller}; to use it from elsewhere, start "
+            "the instances with --api-key KEY, and give the key to `fastdeploy-pd role` or `drain` too (--api-key KEY, or FD_API_KEY)",
             "forbidden",
         )
 

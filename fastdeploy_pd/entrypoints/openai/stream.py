@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastdeploy_pd.errors import FastDeployPDError, InvalidRequest
+from fastdeploy_pd.errors import DeadlineExceeded, FastDeployPDError, InvalidRequest
 
 DONE = b"data: [DONE]\n\n"
 #: Where a scope holds the server's own `send`: a stream uses it for all but its head, because every layer that wraps it costs each token.
@@ -42,7 +42,7 @@ def error_headers(error: FastDeployPDError) -> list[tuple[bytes, bytes]]:
     if error.retryable:
         wait_s = error.retry_after_s
         headers += [(b"retry-after", b"%d" % wait_s), (b"retry-after-ms", b"%d" % (1000 * wait_s))]
-    elif error.code == "poison":
+    elif error.code == "poison" or isinstance(error, DeadlineExceeded):
         headers.append((b"x-should-retry", b"false"))
     if error.status in (408, 413):
         headers.append((b"connection", b"close"))  # the rest of the body is not waited for

@@ -118,7 +118,7 @@ def _check(value: Any, depth: int) -> None:
 
 def _translate(error: ValidationError) -> InvalidRequest:
     """The first problem, as OpenAI would say it."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+    problem = error.errors(include_url=False)[0]
     location, kind = problem["loc"], problem["type"]
     path = _path(location)
     if kind == "stream_options":
@@ -131,7 +131,9 @@ def _translate(error: ValidationError) -> InvalidRequest:
         return _unsupported(str(location[place]), _path(location[: place + 1]))
     if kind == "extra_forbidden":
         return InvalidRequest(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
-    return _wrong_value(path, kind, problem["msg"], problem["input"])
+    limits = problem.get("ctx", {}).values()
+    is_decimal = any(isinstance(number, float) for number in (problem["input"], *limits))  # a header's value is a text
+    return _wrong_value(path, kind, problem["msg"], problem["input"], is_decimal)
 
 
 def _unsupported(name: str, path: str) -> InvalidRequest:
@@ -140,10 +142,10 @@ def _unsupported(name: str, path: str) -> InvalidRequest:
     return InvalidRequest(f"'{name}' is not supported yet; leave it out.", param=path, code="unsupported_parameter")
 
 
-def _wrong_value(path: str, kind: str, message: str, value: Any) -> InvalidRequest:
+def _wrong_value(path: str, kind: str, message: str, value: Any, is_decimal: bool) -> InvalidRequest:
     code = CODES.get(kind, "invalid_type")
     if code in ("below_min_value", "above_max_value"):
-        code = ("decimal_" if isinstance(value, float) else "integer_") + code
+        code = ("decimal_" if is_decimal else "integer_") + code
     if path.endswith("].type") and value in FOREIGN_PARTS:
         path = path.removesuffix(".type")
         return InvalidRequest(

@@ -237,6 +237,7 @@ async def serve_api(
     links = AsyncLinks(front_end_id, secret=config.cluster.secret)
     metrics = FrontEndMetrics(options.model_names[0])
     client = ClusterClient(front_end, links, WallClock(), metrics)
+    client.topic = config.cluster.scheduler_topic
     membership = Membership(config, run_dir, client, str(facts["fingerprint"]))
     admin = InstanceAdmin(client, run_dir, membership, config.cluster.scheduler_name == "local")
     app = create_app(client, tokenizer, options, metrics=render, observer=metrics, admin=admin)
