@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.bench_serving import handover_totals, percentile, stage_means
+from benchmarks.bench_serving import handover_totals, percentile, stage_means, stage_median_ms
 from benchmarks.client import Answer, ask, completion, stream
 from benchmarks.layouts import LAYOUTS, MODEL_NAME, Running
 from benchmarks.trace import MAX_INPUT_TOKENS, TraceRequest, arrivals, load
@@ -90,9 +90,9 @@ def measure(name: str, running: Running, requests: list[TraceRequest], rate: flo
     totals.subtract(before)
     stages = stage_means(totals)
     if (
-        "hand_over_ms" in stages
+        "overhead_ms" in stages
     ):  # what a pair costs that one instance does not: waits, the last blocks, checksums, messages
-        stages["overhead_ms"] = stages["hand_over_ms"] - stages["queue_ms"] - stages["prefill_ms"]
+        stages["overhead_median_ms"] = stage_median_ms(totals, "overhead")
     return {
         "rate": rate,
         "seconds": max((a.event_s[-1] for a in good), default=0.0) - min(a.sent_s for a in answers),
@@ -149,14 +149,22 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {layout['title']} | {run['rate']:g} | {' | '.join(cells)} | {end} |")
             if "handover" in run:
                 h = run["handover"]
-                names = ("queue_ms", "prefill_ms", "wire_ms", "drain_ms", "hand_over_ms", "overhead_ms")
+                names = (
+                    "queue_ms",
+                    "prefill_ms",
+                    "wire_ms",
+                    "drain_ms",
+                    "hand_over_ms",
+                    "overhead_ms",
+                    "overhead_median_ms",
+                )
                 means = " | ".join(f"{h[n]:.4g}" if n in h else "" for n in names)
                 handovers.append(
                     f"| {layout['title']} | {run['rate']:g} | {h['count']:.0f} | {h['bytes'] / 1e9:.3g} | {means} |"
                 )
     if handovers:
-        head = "| layout | req/s | hand-overs | GB | queue | prefill | wire | drain | hand-over | overhead, mean ms |"
-        lines += ["", head, "|" + "---|" * 10, *handovers]
+        head = "| layout | req/s | hand-overs | GB | queue | prefill | wire | drain | hand-over | overhead, mean ms | median |"
+        lines += ["", head, "|" + "---|" * 11, *handovers]
     return "\n".join(lines) + "\n"
 
 
@@ -184,6 +192,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, default=300, help="of the trace")
     add("--scale", type=float, default=1.0, help="of all lengths, for a slow machine")
     add("--reference", type=Path, help="JSON of an earlier run whose unloaded TTFT is the SLO's measure")
+    add(
+        "--join", type=lambda text: [Path(p) for p in text.split(",")], help="JSONs of runs: one report, nothing is run"
+    )
     add("--vllm-python", default=sys.executable, help="interpreter that has vLLM (and NIXL)")
     add("--vllm-memory-utilization", type=float, default=0.85)
     add("--json", type=Path, help="where to write the figures")
@@ -198,6 +209,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Measure, print, write. Returns: the exit status."""
     args = parse()
+    if args.join:
+        return join(args.join, args.json)
     config = json.loads((args.model / "config.json").read_text())
     args.max_model_len = args.max_model_len or min(8192, config["max_position_embeddings"])
     requests = load(args.requests, args.max_model_len, args.scale)
@@ -221,13 +234,31 @@ def main() -> int:
         reference = {int(length): ms for length, ms in known.items()}
     else:
         reference = fastest([layout["unloaded_ttft_ms"] for layout in results["layouts"].values()])
+    report(results, reference, args.json)
+    return 0
+
+
+def report(results: dict[str, Any], reference: Reference, path: Path | None) -> None:
+    """Judge every run by one reference, print the tables, write the JSON."""
     results["reference_ttft_ms"] = reference
     for layout in results["layouts"].values():
         for run in layout["runs"]:
             judge(run, reference)
     say("\n" + tables(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def join(paths: Sequence[Path], path: Path | None) -> int:
+    """One report of the layouts of several runs. Returns: the exit status."""
+    runs = [json.loads(p.read_text()) for p in paths]
+    for name in ("model", "scale", "max_model_len", "max_num_batched_tokens"):
+        if len({run[name] for run in runs}) > 1:
+            say(f"the runs cannot be compared: {name} is {', '.join(str(run[name]) for run in runs)}")
+            return 2
+    results = {**runs[0], "layouts": {k: v for run in runs for k, v in run["layouts"].items()}}
+    unloaded_ms = [{int(n): ms for n, ms in v["unloaded_ttft_ms"].items()} for v in results["layouts"].values()]
+    report(results, fastest(unloaded_ms), path)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
@@ -53,18 +54,31 @@ async def load(urls: list[str], concurrency: int, num_requests: int) -> dict[str
 
 
 def handover_totals(urls: list[str]) -> Counter[str]:
-    """Returns: of all instances together, the sum (seconds) and count of each hand-over stage, and bytes, since their start."""
+    """Returns: of all instances together, the sum (seconds), count and buckets of each hand-over stage, and bytes, since their start."""
     totals: Counter[str] = Counter()
     for url in urls:
         for line in httpx.get(url + "/metrics").text.splitlines():
             name, _, value = line.rpartition(" ")
-            if name.startswith("fastdeploy_pd:handover_stage_seconds_") and "bucket" not in name:
-                kind = "sum" if "_sum{" in name else "count" if "_count{" in name else "created"
+            if name.startswith("fastdeploy_pd:handover_stage_seconds_"):
+                kind = name.split("seconds_")[1].split("{")[0]
                 stage = name.split('stage="')[1].split('"')[0]
-                totals[f"{kind} {stage}"] += float(value)
+                limit = " " + name.split('le="')[1].split('"')[0] if kind == "bucket" else ""
+                totals[f"{kind} {stage}{limit}"] += float(value)
             elif name.startswith("fastdeploy_pd:handover_bytes_total"):
                 totals["bytes"] += float(value)
     return totals
+
+
+def stage_median_ms(totals: Counter[str], stage: str) -> float:
+    """Returns: a hand-over stage's median in milliseconds, evenly spread within its bucket."""
+    start = f"bucket {stage} "
+    counts = sorted((float(name.removeprefix(start)), n) for name, n in totals.items() if name.startswith(start))
+    half, (least, before) = counts[-1][1] / 2, (0.0, 0.0)
+    for most, count in counts:
+        if count >= half:
+            return 1e3 * (least + (most - least) * (half - before) / (count - before)) if count > before else 1e3 * most
+        least, before = most, count
+    return math.nan
 
 
 def stage_means(totals: Counter[str]) -> dict[str, float]:
