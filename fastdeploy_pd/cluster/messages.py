@@ -15,7 +15,7 @@ import msgspec
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 RoleName = Literal["prefill", "decode", "mixed"]
 
 
@@ -36,7 +36,9 @@ class Reserve:
 
     request: dict[str, Any]
     prefill: Peer | None  #: who computes the prompt; None: the receiver itself
-    holder: Peer | None = None  #: whose prefix cache has more of the prompt, as far as the sender knows
+    holder: Peer | None = (
+        None  #: whose prefix cache has most of the prompt, as far as the sender knows; maybe the receiver's
+    )
     num_held_tokens: int = 0  #: so many of the first ones
 
 
@@ -107,7 +109,7 @@ class Tokens:
     chunks: tuple[TokenChunk, ...]
 
 
-# decode -> prefill
+# decode -> prefill, and FetchOrder from any of them to a peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,10 @@ class PrefillOrder:
     block_ids: tuple[int, ...]  #: decode's blocks for table positions first_block, first_block + 1, ...
     decode_id: str
     transfers: dict[str, dict[str, Any]]  #: decode's transfer descriptors by backend name
+    holder: Peer | None = (
+        None  #: whose prefix cache has more of the prompt than others', decode's own perhaps; None: nobody's
+    )
+    num_held_tokens: int = 0  #: so many of the first ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -386,15 +386,16 @@ class FrontEnd:
         self.outbox.send(placement.decode_id, Reserve(tracked.request.to_wire(now_s), prefill, *held))
 
     def _holder(self, tracked: Tracked, placement: Placement) -> Peer | None:
-        """Returns: the instance whose prefix cache has most of a request, if that is more than decode's has."""
-        cached, most = tracked.cached, tracked.cached.get(placement.decode_id, 0)
-        holder = None
-        for instance_id in sorted(cached):
+        """Returns: the instance whose prefix cache has most of a request, if decode's or prefill's has less."""
+        cached = tracked.cached
+        least = min(cached.get(i, 0) for i in (placement.decode_id, placement.prefill_id or placement.decode_id))
+        # Of those with as much, one that takes part need not be asked.
+        for instance_id in sorted(cached, key=lambda i: (-cached[i], i != placement.decode_id, i)):
             view = self._views.get(instance_id)
             is_there = view is not None and not view.is_lost and not view.is_draining
-            if is_there and cached[instance_id] > most and instance_id not in tracked.avoid:
-                most, holder = cached[instance_id], view
-        return holder.instance.peer if holder else None
+            if view is not None and is_there and cached[instance_id] > least and instance_id not in tracked.avoid:
+                return view.instance.peer
+        return None
 
     def _place_after_loss(self, tracked: Tracked, reason: str, now_s: float) -> None:
         """Begin the next attempt, unless the request has been there too often when an instance died: it may be what kills them."""

@@ -40,6 +40,8 @@ from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineContext, Runner, Step, StepOutput
 from fastdeploy_pd.engine.decode import DecodeSide
+from fastdeploy_pd.engine.fetches import Fetches
+from fastdeploy_pd.engine.grants import Grants
 from fastdeploy_pd.engine.outbox import Action, Connect
 from fastdeploy_pd.engine.prefill import PrefillSide
 from fastdeploy_pd.engine.roles import Role
@@ -89,8 +91,10 @@ class Engine:
         self.context = context
         self.runner = runner
         self.clock = clock
-        self.prefill = PrefillSide(context)
-        self.decode = DecodeSide(context)
+        self.grants = Grants(context)
+        fetches = Fetches(context, self.grants)
+        self.prefill = PrefillSide(context, fetches)
+        self.decode = DecodeSide(context, self.grants, fetches)
         self.counter = 0
         self.is_draining, self.stop_at_s = False, float("inf")
         self._online = OnlinePredictor()
@@ -100,7 +104,7 @@ class Engine:
         self._longest_step_s = self._last_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
-        self._served_peers: set[str] = set()  # prefill instances we have connected to
+        self._served_peers: set[str] = set()  # instances that we have connected to
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
         self._caller_liveness = Liveness(context.options.front_end_timeout_s)
@@ -144,11 +148,11 @@ class Engine:
             case HandOverAck():
                 self.prefill.on_ack(message, now_s)
             case OrderAccepted():
-                self.decode.on_accepted(message, now_s)
+                self.grants.on_accepted(message, now_s)
             case OrderEnded():
-                self.decode.on_order_ended(message, now_s)
+                self.grants.on_ended(message, now_s)
             case HandOver():
-                self.decode.on_hand_over(sender_id, message, now_s)
+                self.grants.on_hand_over(sender_id, message, now_s)
             case Command():
                 self._on_command(sender_id, message, now_s)
             case _:
@@ -161,7 +165,7 @@ class Engine:
         self._caller_liveness.forget(peer_id)
         self._served_peers.discard(peer_id)
         self._callers.discard(peer_id)
-        self.decode.on_peer_lost(peer_id, now_s)
+        self.grants.on_peer_lost(peer_id, now_s)
         self.decode.on_front_end_lost(peer_id, now_s)
         self.prefill.on_peer_lost(peer_id, now_s)
 
@@ -200,7 +204,11 @@ class Engine:
 
     def outstanding_tokens(self) -> int:
         """Returns: the load that placement balances."""
-        return self.context.scheduler.outstanding_tokens() + self.decode.outstanding_tokens()
+        return (
+            self.context.scheduler.outstanding_tokens()
+            + self.decode.outstanding_tokens()
+            + self.prefill.outstanding_tokens()
+        )
 
     def load(self, now_s: float) -> Load | None:
         """Returns: what there is to do, as placement sees it; None while nobody knows how long it takes."""
@@ -224,7 +232,7 @@ class Engine:
         for transfer in self.context.transfers.values():
             for event in transfer.poll():
                 self.prefill.on_transfer(event, now_s)
-                self.decode.on_transfer(event, now_s)
+                self.grants.on_transfer(event, now_s)
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._tick(now_s)
@@ -390,6 +398,7 @@ class Engine:
         self._caller_liveness.beat(sender_id, message.counter, now_s, message.longest_step_s)
 
     def _tick(self, now_s: float) -> None:
+        self.grants.tick(now_s)
         self.decode.tick(now_s)
         self.prefill.tick(now_s)
         silent = [i for i in self._caller_liveness.lost(now_s) if i not in self._served_peers]  # those have longer

@@ -1,6 +1,7 @@
 """Prefill's side of a hand-over: takes orders, computes prompts, writes their blocks away, hands over the first token.
 
-An order (one grant) goes QUEUED -> COMPUTING -> SENDING -> HANDED -> ENDED. Its grant is spent when the order is first seen: a
+An order (one grant) goes QUEUED -> COMPUTING -> SENDING -> HANDED -> ENDED; where a peer has a part of the prompt's KV that is sooner
+fetched than computed it begins as FETCHING. Its grant is spent when the order is first seen: a
 repeated order is answered, never executed again, because by then decode's blocks may belong to somebody else. Blocks a transfer
 reads are held beside the request's own hold until the transfer says that it reads no more. An order of cached blocks (FetchOrder)
 begins as SENDING: there is nothing to compute.
@@ -25,15 +26,19 @@ from fastdeploy_pd.cluster.messages import (
 )
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.engine.context import EngineContext
+from fastdeploy_pd.engine.fetches import Fetches, Held
 from fastdeploy_pd.errors import IncompatiblePeer, InvalidRequest
 from fastdeploy_pd.request import Phase, Request, TokenChunk
 from fastdeploy_pd.transfer.base import EpochFailed, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.select import Choice, Selection
 
+SPARE_FRACTION = 4  # of the pool: a fetch begins only if a part like this stays free
+
 
 class OrderState(enum.Enum):
     """Where an order is."""
 
+    FETCHING = "fetching"  #: not in the scheduler yet
     QUEUED = "queued"
     COMPUTING = "computing"
     SENDING = "sending"
@@ -72,8 +77,9 @@ class Order:
 class PrefillSide:
     """All orders of one engine."""
 
-    def __init__(self, context: EngineContext) -> None:
+    def __init__(self, context: EngineContext, fetches: Fetches) -> None:
         self.context = context
+        self._fetches = fetches
         self.orders: OrderedDict[str, Order] = OrderedDict()
         self.order_of: dict[int, Order] = {}  # by id() of the request: two attempts have the same request_id
         self._refused: OrderedDict[str, str] = OrderedDict()
@@ -83,6 +89,14 @@ class PrefillSide:
     def num_active(self) -> int:
         """Orders that are not over."""
         return sum(1 for order in self.orders.values() if order.state is not OrderState.ENDED)
+
+    def outstanding_tokens(self) -> int:
+        """Returns: tokens of orders that are not in the scheduler yet."""
+        return sum(
+            o.request.num_tokens - o.request.local.num_computed_tokens
+            for o in self.order_of.values()
+            if o.request is not None and o.state is OrderState.FETCHING
+        )
 
     def owns(self, request: Request) -> bool:
         """Whether a scheduled request belongs to an order."""
@@ -246,8 +260,29 @@ class PrefillSide:
         order = Order(message, request, choice.name, choice.transfer, now_s, first, num_sent_blocks=first)
         self.orders[message.grant_id] = order
         self.order_of[id(request)] = order
-        scheduler.add(request)
+        if not self._fetch(order, request, message, now_s):
+            scheduler.add(request)
         return order
+
+    def _fetch(self, order: Order, request: Request, message: PrefillOrder, now_s: float) -> bool:
+        """Returns: whether a part of the prompt's KV is on its way from a peer."""
+        scheduler = self.context.scheduler
+        if message.holder is None or not self.context.options.min_fetch_tokens:
+            return False
+        held = Held(message.holder, message.num_held_tokens)
+        if not self._fetches.num_blocks(request, scheduler.num_matching_tokens(request), held):
+            return False
+        if not scheduler.reserve(request, scheduler.pool.num_blocks // SPARE_FRACTION):
+            return False  # what is to be computed before it needs the room
+
+        def go_on(_: float) -> None:
+            order.state = OrderState.QUEUED
+            scheduler.add(request)
+
+        if self._fetches.begin(request, held, go_on, now_s):
+            order.state = OrderState.FETCHING
+            return True
+        return False
 
     def _choose(self, message: PrefillOrder | FetchOrder, now_s: float) -> Choice:
         """Returns: the pair's backend. Raises: IncompatiblePeer: none fits, of which the observer is told."""
@@ -330,6 +365,8 @@ class PrefillSide:
             return
         request = order.request
         if request is not None and self.order_of.pop(id(request), None) is not None:
+            if self._fetches.cancel(request):
+                self.context.scheduler.release_blocks(request)
             self.context.scheduler.remove(request)
         if order.state in (OrderState.COMPUTING, OrderState.SENDING):
             order.transfer.cancel(order.grant_id)

@@ -44,11 +44,12 @@ def test_requests_go_where_their_prefix_is(redis_server: EmbeddedRedis) -> None:
 
 @pytest.mark.parametrize("backend", ["shm", "tcp"])
 def test_a_prefix_is_fetched_from_the_peer_that_has_it(redis_server: EmbeddedRedis, backend: str) -> None:
-    """A decode instance that has just started takes the prefill instance's blocks and computes the rest by itself."""
+    """An instance that has just started takes the other's blocks: decode computes the rest by itself, prefill what it is ordered."""
+    longer = [*PROMPT, *range(100, 300)]
     flags = ["--max-model-len", "2048", "--max-num-seqs", "4", "--cache-transfer-protocol", backend]
     with LocalCluster(redis_server.url, f"prefix-fetch-{backend}", flags, {"OMP_NUM_THREADS": "1"}) as cluster:
         prefill, decode = cluster.start(["prefill", "decode"])
-        expected = ask(prefill, [*PROMPT, 5])[0]
+        expected, expected_longer = ask(prefill, [*PROMPT, 5])[0], ask(prefill, longer)[0]
         assert metric(decode, "handover_bytes_total") > 0
         decode.kill()
         (fresh,) = cluster.start(["decode"])
@@ -59,6 +60,12 @@ def test_a_prefix_is_fetched_from_the_peer_that_has_it(redis_server: EmbeddedRed
         assert metric(fresh, "handover_bytes_total") == metric(fresh, "prefix_fetch_failures_total") == 0
         assert ask(prefill, [*PROMPT, 5]) == (expected, 896)  # it holds the prefix now, and computes the rest again
         assert metric(fresh, "prefix_fetched_tokens_total") == 896
+        prefill.kill()
+        (fresh_prefill,) = cluster.start(["prefill"])
+        time.sleep(1.0)
+        assert ask(fresh, longer) == (expected_longer, 896)
+        assert metric(fresh_prefill, "prefix_fetched_tokens_total") == 896
+        assert metric(fresh, "handover_bytes_total") > 0 == metric(fresh_prefill, "prefix_fetch_failures_total")
 
 
 def test_blocks_come_back_from_host_memory() -> None:

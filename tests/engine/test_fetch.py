@@ -65,6 +65,11 @@ class Scene:
         """What an instance has served, in order."""
         return [s.request for s in node.engine.decode.served.values()]
 
+    def ordered(self, instance_id: str) -> list[int]:
+        """How many tokens of each prompt ordered from an instance it found or was sent."""
+        orders = self.cluster.nodes[instance_id].engine.prefill.orders.values()
+        return [o.request.local.num_cached_tokens for o in orders if o.request is not None]
+
 
 def test_all_of_it() -> None:
     scene = Scene(Role.MIXED, Role.MIXED)
@@ -97,15 +102,74 @@ def test_decode_fetches_when_little_is_left_to_compute_and_orders_a_prefill_othe
     scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
     placement = Placement(scene.ids[2], scene.ids[1])
     scene.ask("long", [*PROMPT, *range(50, 60)], placement)
-    assert scene.cluster.fetches.num_fetched == 0
-    assert len(scene.cluster.nodes[scene.ids[2]].engine.prefill.orders) == 1
+    assert scene.cluster.fetches.num_fetched == 1
+    assert scene.ordered(scene.ids[2]) == [28], "prefill has fetched it, and computed the rest"
     scene.forget(scene.other)
     scene.ask("short", [*PROMPT, 7], placement)
-    assert scene.cluster.fetches.num_fetched == 1
-    assert len(scene.cluster.nodes[scene.ids[2]].engine.prefill.orders) == 1
+    assert scene.cluster.fetches.num_fetched == 2
+    assert len(scene.ordered(scene.ids[2])) == 1
     scene.ask("cached", [*PROMPT, 8], placement)  # nothing to fetch any more, and little to compute
-    assert scene.cluster.fetches.num_fetched == 1
-    assert len(scene.cluster.nodes[scene.ids[2]].engine.prefill.orders) == 1
+    assert scene.cluster.fetches.num_fetched == 2
+    assert len(scene.ordered(scene.ids[2])) == 1
+
+
+def test_prefill_fetches_what_decode_has_and_writes_what_decode_has_not() -> None:
+    scene = Scene(Role.DECODE, Role.PREFILL)
+    decode_id, prefill_id = scene.ids
+    scene.ask("long", [*PROMPT, *range(50, 60)], Placement(prefill_id, decode_id))
+    assert scene.ordered(prefill_id) == [28]
+    (order,) = scene.other.engine.prefill.orders.values()
+    assert order.first_block == 7, "decode had the others"
+    scene.ask("longer", [*PROMPT, *range(50, 60), *range(12)], Placement(prefill_id, decode_id))
+    assert scene.cluster.fetches.num_fetched == 1, "prefill holds as much as decode"
+
+
+def test_prefill_computes_what_a_holder_does_not_send() -> None:
+    scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
+    receive = scene.holder.engine.receive
+    scene.holder.engine.receive = lambda i, m: None if isinstance(m, FetchOrder | CancelOrder) else receive(i, m)  # type: ignore[method-assign]
+    prompt, placement = [*PROMPT, *range(50, 60)], Placement(scene.ids[2], scene.ids[1])
+    started_s = scene.cluster.clock.now_s()
+    scene.ask("silent", prompt, placement)
+    assert scene.cluster.fetches.failures == {"transfer_timeout": 1} and scene.ordered(scene.ids[2]) == [0]
+    assert scene.cluster.clock.now_s() - started_s < OPTIONS.fetch_s + 2
+
+
+def test_what_ends_while_prefill_fetches_holds_nothing() -> None:
+    scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
+    prefill = scene.cluster.nodes[scene.ids[2]].engine
+    pool = prefill.context.scheduler.pool
+    for number in range(3):
+        scene.holder.engine.receive = lambda i, m: None  # type: ignore[method-assign]
+        scene.front_end.policy = Fixed(Placement(scene.ids[2], scene.ids[1]))
+        prompt = [*PROMPT, *range(50, 60), number]
+        scene.cluster.submit(f"r{number}", prompt, 5, 0.0)
+        while not prefill.grants.by_id:
+            scene.cluster.run(scene.cluster.clock.now_s() + 0.001)
+        assert prefill.prefill.num_active == 1 and prefill.outstanding_tokens() == len(prompt)
+        assert pool.counts().held == 11
+        if number == 0:  # its client leaves: decode cancels
+            scene.cluster.abort("r0", 0.0)
+        elif number == 1:
+            prefill.peer_lost(scene.ids[0])  # the holder: this one is computed
+        else:
+            prefill.peer_lost(scene.ids[1])  # decode, or so it seems
+        scene.cluster.run(scene.cluster.clock.now_s() + 60)
+        client = scene.cluster.clients[f"r{number}"]
+        assert client.was_aborted or client.tokens == expected_tokens(prompt, 5)
+        assert not prefill.grants.by_id and not pool.counts().held and scene.cluster.is_quiet()
+        prefill.context.scheduler.pool.forget_all()
+        scene.forget(scene.other)
+    assert scene.ordered(scene.ids[2])[:2] == [0, 0]
+
+
+def test_prefill_fetches_nothing_where_the_room_is_for_others() -> None:
+    scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
+    pool = scene.cluster.nodes[scene.ids[2]].engine.context.scheduler.pool
+    held = pool.allocate(24 - 10)  # 10 are needed
+    scene.cluster.at(1.0, lambda: pool.release(held))
+    scene.ask("long", [*PROMPT, *range(50, 60)], Placement(scene.ids[2], scene.ids[1]))
+    assert scene.cluster.fetches.num_fetched == 0 and scene.ordered(scene.ids[2]) == [0]
 
 
 def test_a_holder_that_says_nothing_is_not_waited_for() -> None:
@@ -180,11 +244,11 @@ def test_a_hand_over_of_another_kind_ends_the_attempt_only() -> None:
     scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
     scene.front_end.policy = Fixed(Placement(scene.ids[2], scene.ids[1]))
     scene.cluster.submit("r", [9] * 20, 5, 0.0)
-    decode = scene.other.engine.decode
-    while not decode.num_ordered:
+    grants = scene.other.engine.grants
+    while not grants.by_id:
         scene.cluster.run(scene.cluster.clock.now_s() + 0.001)
-    (grant_id,) = decode._by_grant
-    decode.on_hand_over(scene.ids[2], HandOver(grant_id, None, (), 0, "loopback"), scene.cluster.clock.now_s())
+    (grant_id,) = grants.by_id
+    scene.other.engine.receive(scene.ids[2], HandOver(grant_id, None, (), 0, "loopback"))
     scene.cluster.run(scene.cluster.clock.now_s() + 60)
     assert scene.cluster.clients["r"].tokens == expected_tokens([9] * 20, 5) and scene.cluster.is_quiet()
 

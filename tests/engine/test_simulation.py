@@ -126,7 +126,9 @@ FETCHES = EngineOptions(min_fetch_tokens=4, local_prefill_tokens=12)
 
 
 @pytest.mark.parametrize(
-    "roles", [[M, M, M], [D, D], [P, P, D, D], [M, P, D]], ids=lambda roles: "".join(r.value[0] for r in roles)
+    "roles",
+    [[M, M, M], [D, D], [P, P, D], [P, P, D, D], [M, P, D]],
+    ids=lambda roles: "".join(r.value[0] for r in roles),
 )
 def test_prefixes_are_fetched_from_peers(roles: list[Role], depth: int) -> None:
     num_fetched = 0
@@ -140,8 +142,8 @@ def test_fetches_while_everything_goes_wrong(depth: int) -> None:
     """Dropped, late and repeated messages, killed instances, damaged blocks, stale indexes, pools that evict, aborts."""
     num_fetched, failures = 0, Counter[str]()
     for seed in range(40):
-        faults = Faults(drop=0.05, repeat=0.1, late=0.1, kill_every_s=3.0, corrupt=0.05, until_s=40)
-        roles = [M, M, P, D, D] if seed % 2 else [M, M, M]
+        faults = Faults(drop=0.05, repeat=0.1, late=0.1, kill_every_s=2.0, corrupt=0.05, until_s=40)
+        roles = [[M, M, P, D, D], [M, M, M], [P, P, P, D]][seed % 3]
         cluster = run_one(seed, roles, faults, depth, 24, num_aborts=4, num_blocks=18, options=FETCHES)
         num_fetched += cluster.fetches.num_fetched
         failures += cluster.fetches.failures
