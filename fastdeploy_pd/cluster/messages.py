@@ -127,6 +127,9 @@ class PrefillOrder:
         None  #: whose prefix cache has more of the prompt than others', decode's own perhaps; None: nobody's
     )
     num_held_tokens: int = 0  #: so many of the first ones
+    num_generated: int = (
+        0  #: tokens that decode has generated, ever, after prompts of this tenant that the receiver computed
+    )
 
 
 @dataclass(frozen=True, slots=True)

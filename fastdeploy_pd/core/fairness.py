@@ -3,6 +3,7 @@
 A tenant's counter grows by INPUT_WEIGHT with each token computed of its prompts and by OUTPUT_WEIGHT with each token generated for it. The
 prompts of the one whose counter is least come first; within a tenant a prefill policy orders them as if nobody else were there. Who comes
 (back) is lifted to the least counter of those who wait: what was not used is not saved up. Streams go on in any case and are charged.
+What a decode instance generates after a prompt that was computed here it tells with its next order for the tenant.
 So as long as two tenants have prompts waiting, their counters differ by no more than what requests admitted at one time can take, however
 many requests either of them sends; and no step computes less because of it.
 Source: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024 (VTC); here counted as it is computed, chunk by chunk.
@@ -35,6 +36,7 @@ class VirtualTokenCounters:
         self._make_policy = make_policy
         self._policies: dict[str, PrefillPolicy | None] = {}  # of those that had prompts when they were last ordered
         self._least = 0  # counter of those
+        self._heard: dict[tuple[str, str], int] = {}  # by decode instance and tenant: tokens generated, the newest last
 
     def order(self, prompts: Sequence[Request], now_s: float, stretch: float = 1.0) -> Iterable[Request]:
         """See `PrefillPolicy.order`."""
@@ -66,6 +68,19 @@ class VirtualTokenCounters:
         for s in sequences:
             tenant = s.request.tenant
             counters[tenant] = counters.get(tenant, self._least) + service(s)
+
+    def hear(self, decode_id: str, tenant: str, num_generated: int) -> None:
+        """Count what was generated elsewhere.
+
+        Args:
+            num_generated: tokens, since the beginning, after this tenant's prompts that were computed here.
+        """
+        before = self._heard.pop((decode_id, tenant), num_generated)  # nobody knows what of it was counted
+        new = max(0, num_generated - before)  # less: a late message
+        self.counters[tenant] = self.counters.get(tenant, self._least) + OUTPUT_WEIGHT * new
+        self._heard[decode_id, tenant] = before + new
+        if len(self._heard) > MAX_TENANTS:
+            del self._heard[next(iter(self._heard))]
 
     def _note_present(self, tenants: Iterable[str]) -> None:
         """Lift the counters of those that had no prompts before, and forget those of many that have none now."""

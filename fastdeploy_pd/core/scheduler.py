@@ -219,6 +219,11 @@ class Scheduler:
         local.num_computed_tokens = local.num_pending_tokens = local.num_findable_blocks = 0
         local.prompt_logprobs = []
 
+    def count_elsewhere(self, decode_id: str, tenant: str, num_generated: int) -> None:
+        """Let fairness know what a decode instance has generated; see `VirtualTokenCounters.hear`."""
+        if self._counters is not None:
+            self._counters.hear(decode_id, tenant, num_generated)
+
     def forget_content(self, request: Request) -> None:
         """Let no later request find this one's blocks: something is wrong with what they hold."""
         self.pool.forget(request.local.block_table)

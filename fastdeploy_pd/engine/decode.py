@@ -61,6 +61,7 @@ class Served:
     over_s: float = 0.0
     stage_s: tuple[tuple[str, float], ...] = ()  # of its hand-over; goes out with the first chunk, like num_kv_bytes
     num_kv_bytes: int = 0
+    computed_by: str = ""  #: the prefill instance whose KV it goes on from
 
     @property
     def key(self) -> tuple[str, int]:
@@ -79,6 +80,7 @@ class DecodeSide:
         self._away: dict[int, Served] = {}  # by id() of the request: a peer fills blocks of it
         self._by_request: dict[int, Served] = {}  # by id() of the request in the scheduler
         self._over: deque[Served] = deque()
+        self._generated: OrderedDict[tuple[str, str], int] = OrderedDict()  # tokens by prefill instance and tenant
         self._aborted: OrderedDict[str, int] = OrderedDict()  # request_id -> highest attempt that was aborted
 
     @property
@@ -188,6 +190,8 @@ class DecodeSide:
             served.stage_s = ()
         served.chunks.append(chunk)
         self.context.outbox.emit(served.front_end_id, chunk)
+        if served.computed_by:
+            self._count_generated(served.computed_by, request.tenant, len(chunk.token_ids))
         if chunk.finish_reason is not None:
             self._end(served, Phase.FINISHED, now_s)
 
@@ -209,6 +213,14 @@ class DecodeSide:
             self.served.pop(served.key, None)
 
     # inside
+
+    def _count_generated(self, prefill_id: str, tenant: str, num_tokens: int) -> None:
+        """Remember, for the next order, what followed prompts that a prefill instance has computed."""
+        key = prefill_id, tenant
+        self._generated[key] = self._generated.get(key, 0) + num_tokens
+        self._generated.move_to_end(key)
+        while len(self._generated) > self.context.options.max_records:
+            self._generated.popitem(last=False)
 
     def _check_fits(self, request: Request) -> None:
         scheduler = self.context.scheduler
@@ -274,9 +286,17 @@ class DecodeSide:
         block_ids, decode_id = tuple(grant.block_ids), self.context.instance_id
         transfers = {name: transfer.descriptor() for name, transfer in self.context.transfers.items()}
         wire, served = grant.request.to_wire(now_s), self._away[id(grant.request)]
-        held = served.holder, served.num_held_tokens
         return PrefillOrder(
-            grant.grant_id, grant.nonce, wire, grant.first_block, block_ids, decode_id, transfers, *held
+            grant.grant_id,
+            grant.nonce,
+            wire,
+            grant.first_block,
+            block_ids,
+            decode_id,
+            transfers,
+            served.holder,
+            served.num_held_tokens,
+            self._generated.get((grant.peer_id, grant.request.tenant), 0),
         )
 
     def handed(self, grant: Grant, now_s: float) -> None:
@@ -286,7 +306,7 @@ class DecodeSide:
     def arrived(self, grant: Grant, hand_over: HandOver, now_s: float) -> None:
         """See GrantOwner: go on from the second token."""
         served = self._away.pop(id(grant.request))
-        served.grant = None
+        served.grant, served.computed_by = None, grant.peer_id
         if hand_over.chunk is None:
             raise ValueError(f"grant {grant.grant_id} came without a token")
         told, seconds = dict(hand_over.stage_s), now_s - grant.ordered_s

@@ -260,6 +260,7 @@ class PrefillSide:
         order = Order(message, request, choice.name, choice.transfer, now_s, first, num_sent_blocks=first)
         self.orders[message.grant_id] = order
         self.order_of[id(request)] = order
+        scheduler.count_elsewhere(message.decode_id, request.tenant, message.num_generated)
         if not self._fetch(order, request, message, now_s):
             scheduler.add(request)
         return order

@@ -103,6 +103,13 @@ def test_two_with_prompts_waiting_get_alike(
     assert dict(server.got) == pytest.approx(server.scheduler._counters.counters)  # type: ignore[union-attr]
 
 
+def test_what_others_generate_counts_once() -> None:
+    counters = VirtualTokenCounters(lambda: None)
+    for decode_id, total in (("d", 0), ("d", 7), ("d", 7), ("d", 3), ("d", 9), ("e", 100), ("e", 101)):
+        counters.hear(decode_id, "a", total)
+    assert counters.counters == {"a": OUTPUT_WEIGHT * (9 + 1)}, "what was there before e was first heard is not known"
+
+
 def test_without_it_who_sends_more_gets_more() -> None:
     shares = []
     for name in ("none", "vtc"):

@@ -301,16 +301,18 @@ class SimulatedCluster:
         options: EngineOptions | None = None,
         predictor: Predictor | None = None,
         num_host_blocks: int = 0,
+        fairness: str = "none",
     ) -> None:
         """
         Args:
+            fairness: of the schedulers.
             predictor: what engines know of their steps at first; with one, prompts and placement go by SLOs.
             depth: of the runners; 0: one step at a time, which is computed when it is launched.
             options: of the engines; None: the usual ones, and front ends know nothing of prefix caches.
             num_host_blocks: that have room behind each pool.
         """
         self.predictor = predictor
-        self.num_host_blocks = num_host_blocks
+        self.num_host_blocks, self.fairness = num_host_blocks, fairness
         self.options, self.fetches = options, FetchCounts()
         self.rng = random.Random(seed)
         self.faults = faults
@@ -373,7 +375,8 @@ class SimulatedCluster:
         """Start an instance under a new id."""
         instance_id = f"{role.value}-{self.num_events}-{len(self.nodes) + len(self.dead)}"
         pool = KVPool(self.layout)
-        options = SchedulerOptions(4, 16, 64, prefill_policy="slack" if self.predictor else "fcfs", guards_tpot=True)
+        policy = "slack" if self.predictor else "fcfs"
+        options = SchedulerOptions(4, 16, 64, prefill_policy=policy, guards_tpot=True, fairness=self.fairness)
         counter = iter(range(10**9))
         runner = SimulatedRunner(pool, self.rng if self.depth else None, max(1, self.depth))
         context = EngineContext(
@@ -538,13 +541,20 @@ class SimulatedCluster:
     # clients
 
     def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, delay_s: float, salt: str = "", on_host: bool = False
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        delay_s: float,
+        salt: str = "",
+        on_host: bool = False,
+        tenant: str = "",
     ) -> None:
         """A client asks; its tokens are sampled on the host or on the device."""
         self.clients[request_id] = Client(prompt, max_tokens)
         front_end = self.rng.choice(sorted(self.front_ends))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=0 if on_host else None)
-        request = Request(request_id, list(prompt), sampling, ENDING, cache_salt=salt)
+        request = Request(request_id, list(prompt), sampling, ENDING, cache_salt=salt, tenant=tenant)
         if self.predictor is not None:
             request.slo = Slo(self.rng.uniform(0.01, 0.3), self.rng.uniform(0.5, 2) * STEP_S)
             request.priority = self.rng.randrange(2)
