@@ -33,13 +33,13 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.engine.client import Mailbox
 from fastdeploy_pd.engine.client_api import HealthReport
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.serving import ServingOptions
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.flags import DEMO_MODEL
 from fastdeploy_pd.request import FinishReason, Request, TokenChunk
 
 LETTER = b"Z"  # what every token decodes to; nothing else in an event contains it

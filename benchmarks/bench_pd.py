@@ -29,8 +29,8 @@ from benchmarks.bench_serving import handover_totals, percentile, stage_means, s
 from benchmarks.client import Answer, ask, completion, stream
 from benchmarks.layouts import LAYOUTS, MODEL_NAME, Running
 from benchmarks.trace import MAX_INPUT_TOKENS, TraceRequest, arrivals, load
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.flags import DEMO_MODEL
 
 TTFT_FACTOR, TPOT_MS = 5.0, 100.0
 UNLOADED_LENGTHS = (64, 512, 1024, 2048, 4096, MAX_INPUT_TOKENS)

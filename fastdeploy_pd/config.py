@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import ipaddress
 import os
-import re
 import socket
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.flags import (
+    DEMO_MODEL,
+    PORT,
+    Help,
+    Parser,
+    block_size,
+    directory,
+    integer,
+    number,
+    ports,
+    protocols,
+    topic,
+    with_hyphens,
+)
 from fastdeploy_pd.interfaces import address_of
 
 ROLES = ("mixed", "prefill", "decode")
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 MIN_SECRET_BYTES = 16
 MAX_RANKS = 64
-NEAR = 0.72  # difflib's ratio above which a flag may be meant by another word
+FP8_NAMES = ("fp8", "fp8_e4m3")  # as vLLM calls it
+FP8 = "float8_e4m3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class CacheOptions:
     """The KV pool and how its blocks travel."""
 
     block_size: int
+    kv_cache_dtype: str  #: as a KVLayout names it
     num_gpu_blocks_override: int | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
@@ -185,9 +198,9 @@ def _pick(kind: type, args: argparse.Namespace, env: Mapping[str, str], secret: 
             args.served_model_name or [Path(args.model).name.replace("demo_model", "demo")]
         )
         if args.load_format == "dummy":
-            directory = Path(args.model)
-            values["model"] = str(directory / "config.json")
-            values["skip_tokenizer_init"] = args.skip_tokenizer_init or not (directory / "tokenizer.json").exists()
+            folder = Path(args.model)
+            values["model"] = str(folder / "config.json")
+            values["skip_tokenizer_init"] = args.skip_tokenizer_init or not (folder / "tokenizer.json").exists()
     elif kind is ClusterOptions:
         values["secret"] = secret
     elif kind is ServerOptions:
@@ -227,84 +240,6 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def with_hyphens(argument: str) -> str:
-    """FastDeploy's users write both --max_model_len and --max-model-len."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises ConfigError instead of printing usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        if unknown and unknown[1].startswith("-"):
-            names = [name.removeprefix("--") for name in self._option_string_actions]  # the hyphens make any two alike
-            near = difflib.get_close_matches(unknown[1].removeprefix("--"), names, 1, NEAR)
-            message = f"there is no flag {unknown[1]}" + (f"; did you mean --{near[0]}?" if near else "")
-        elif unknown:
-            message = f"{unknown[1]!r} belongs to no flag; a model is given as --model {unknown[1]}"
-        raise ConfigError(re.sub(r"^argument (--[\w-]+): ", r"\1: ", message))
-
-
-def _number(kind: Callable[[str], Any], minimum: float, maximum: float, what: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {what}")
-        return value
-
-    return parse
-
-
-def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], Any]:
-    return _number(int, minimum, maximum, f"an integer from {minimum} to {maximum}")
-
-
-_PORT = _integer(1, 65535)
-
-
-def _ports(text: str) -> tuple[int, ...]:
-    return tuple(_PORT(part.strip()) for part in text.split(","))
-
-
-def _block_size(text: str) -> int:
-    value = int(_integer(1, 1024)(text))
-    if value & (value - 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a power of two up to 1024")
-    return value
-
-
-def _topic(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be 1 to 64 of A-Z a-z 0-9 . _ -")
-    return text
-
-
-def _protocols(text: str) -> tuple[str, ...]:
-    names = tuple(n.strip() for n in text.split(","))
-    if not all(names) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; it must be names separated by commas, each once, e.g. shm,tcp"
-        )
-    return names
-
-
-def _directory(text: str) -> str:
-    if text == "demo":
-        return str(DEMO_MODEL)
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a directory; give a Hugging Face checkpoint directory, or `demo` for the model that comes with the package"
-        )
-    return text
-
-
 def _later(flag: str, instead: str, allowed: Any = None) -> Callable[[Any], None]:
     def check(value: Any) -> None:
         if value != allowed:
@@ -320,24 +255,13 @@ UNSUPPORTED: dict[str, Callable[[Any], None]] = {
 }
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows a flag's default where its text does not speak of it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in text or text == "":
-            return action.help
-        value = ",".join(action.default) if isinstance(action.default, tuple) else action.default
-        return f"{text} (default: {'demo' if value == str(DEMO_MODEL) else value})".replace("%", "%%")
-
-
 def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
     """Returns: the parser of an instance's flags; docs/configuration.md is held against it by a test."""
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         allow_abbrev=False,
         description="One instance of a fastdeploy-pd cluster.",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     _add_model_flags(parser.add_argument)
     _add_cache_flags(parser.add_argument)
@@ -348,7 +272,7 @@ def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
 
 
 def _add_model_flags(add: Callable[..., Any]) -> None:
-    add("--model", type=_directory, default=str(DEMO_MODEL), help="checkpoint directory, or `demo`")
+    add("--model", type=directory, default=str(DEMO_MODEL), help="checkpoint directory, or `demo`")
     add(
         "--served-model-name",
         action="append",
@@ -366,11 +290,11 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         help="serve without tokenizer.json: /v1/completions takes and gives token ids, text and chat are refused "
         "(implied by --load-format dummy where there is no tokenizer.json)",
     )
-    add("--max-model-len", type=_integer(2), help="most tokens of a sequence (default: what the model allows)")
+    add("--max-model-len", type=integer(2), help="most tokens of a sequence (default: what the model allows)")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="compute and KV type; all but float32 need --ops torch (default: float32, on a GPU bfloat16)",
+        help="what is computed in; all but float32 need --ops torch (default: float32, on a GPU bfloat16)",
     )
     add(
         "--device",
@@ -385,18 +309,25 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--tensor-parallel-size",
-        type=_integer(1, MAX_RANKS),
+        type=integer(1, MAX_RANKS),
         default=1,
         help="ranks that compute the model together, a process each; must divide the model's attention heads and MLP",
     )
 
 
 def _add_cache_flags(add: Callable[..., Any]) -> None:
-    add("--block-size", type=_block_size, default=64, help="tokens a KV block, a power of two")
-    add("--num-gpu-blocks-override", type=_integer(1), help="KV blocks of the pool (default: from free memory)")
+    add("--block-size", type=block_size, default=64, help="tokens a KV block, a power of two")
+    add(
+        "--kv-cache-dtype",
+        choices=("auto", *FP8_NAMES),
+        default="auto",
+        help="auto: as --dtype; fp8: half a bfloat16's memory and transfers, three bits of mantissa (e4m3), values beyond 448 cut off, "
+        "with --ops torch",
+    )
+    add("--num-gpu-blocks-override", type=integer(1), help="KV blocks of the pool (default: from free memory)")
     add(
         "--gpu-memory-utilization",
-        type=_number(float, 0.01, 0.95, "a number from 0.01 to 0.95"),
+        type=number(float, 0.01, 0.95, "a number from 0.01 to 0.95"),
         help="share of the device's free memory for KV blocks, weights loaded (default: 0.9 of a GPU's; of RAM 0.25 and no more than needed)",
     )
     add(
@@ -407,29 +338,27 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--cache-transfer-protocol",
-        type=_protocols,
+        type=protocols,
         help="transfer backends in order of preference: ipc, shm, rdma, nccl, mooncake, tcp, or one of another package (default: shm,tcp; "
         "on a GPU ipc,rdma,nccl)",
     )
     add(
         "--cache-queue-port",
-        type=_PORT,
+        type=PORT,
         help="TCP port for KV blocks, of the first of tcp, nccl and mooncake; rank 1 takes the next one, and so on (default: free ones)",
     )
     add(
         "--rdma-comm-ports",
-        type=_ports,
+        type=ports,
         default=(),
         help="TCP ports at which peers set up RDMA, one a tensor-parallel rank (default: a free one)",
     )
-    gib = _number(float, 0, 65536, "a number of GiB from 0 to 65536")
+    gib = number(float, 0, 65536, "a number of GiB from 0 to 65536")
     add("--swap-space", type=gib, default=0.0, help="GiB for evicted KV blocks")
-    add(
-        "--min-fetch-tokens", type=_integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none"
-    )
-    add("--local-prefill-tokens", type=_integer(0), default=64, help="most that decode computes after a cached prefix")
-    add("--max-num-seqs", type=_integer(1, 512), default=8, help="most sequences in a step")
-    add("--max-num-batched-tokens", type=_integer(1), default=2048, help="most tokens in a step")
+    add("--min-fetch-tokens", type=integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none")
+    add("--local-prefill-tokens", type=integer(0), default=64, help="most that decode computes after a cached prefix")
+    add("--max-num-seqs", type=integer(1, 512), default=8, help="most sequences in a step")
+    add("--max-num-batched-tokens", type=integer(1), default=2048, help="most tokens in a step")
     add(
         "--enable-chunked-prefill",
         action=argparse.BooleanOptionalAction,
@@ -453,7 +382,7 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--elastic-cooldown",
-        type=_number(float, 1, 86400, "seconds from 1 to 86400"),
+        type=number(float, 1, 86400, "seconds from 1 to 86400"),
         default=30.0,
         help="with --elastic auto: least seconds between two flips in the topic",
     )
@@ -464,20 +393,20 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
         help="splitwise: a cluster through Redis; local: one instance alone",
     )
     add("--scheduler-host", default="127.0.0.1", help="Redis host")
-    add("--scheduler-port", type=_PORT, default=6379, help="Redis port")
-    add("--scheduler-db", type=_integer(0, 1023), default=0, help="Redis database number")
+    add("--scheduler-port", type=PORT, default=6379, help="Redis port")
+    add("--scheduler-db", type=integer(0, 1023), default=0, help="Redis database number")
     add("--scheduler-username", help="Redis ACL user")
     add("--scheduler-password", help="Redis password (or FD_SCHEDULER_PASSWORD, which `ps` does not show)")
-    add("--scheduler-topic", type=_topic, default="default", help="name of the cluster in Redis")
+    add("--scheduler-topic", type=topic, default="default", help="name of the cluster in Redis")
     add(
         "--scheduler-ttl",
-        type=_number(float, 1, 86400, "seconds from 1 to 86400"),
+        type=number(float, 1, 86400, "seconds from 1 to 86400"),
         default=900.0,
         help="seconds after which a request fails and results expire",
     )
     add(
         "--peer-timeout",
-        type=_number(float, 1, 3600, "seconds from 1 to 3600"),
+        type=number(float, 1, 3600, "seconds from 1 to 3600"),
         default=10.0,
         help="seconds an instance's step counter may stand still before it counts as lost, a front end 0.7 of it; a closed connection counts at once",
     )
@@ -485,10 +414,10 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
     add("--scheduler-tls-ca-file", help="certificates that sign Redis' certificate")
     add("--scheduler-tls-cert-file", help="our certificate for Redis")
     add("--scheduler-tls-key-file", help="our certificate's key")
-    add("--pd-comm-port", type=_PORT, help="port for links between instances (default: a free one)")
+    add("--pd-comm-port", type=PORT, help="port for links between instances (default: a free one)")
     add(
         "--engine-worker-queue-port",
-        type=_PORT,
+        type=PORT,
         help="with --scheduler-name local: loopback port between API and engine (default: a Unix socket)",
     )
     add(
@@ -500,12 +429,12 @@ def _add_cluster_flags(add: Callable[..., Any]) -> None:
 
 def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address of the HTTP port")
-    add("--port", type=_PORT, help="HTTP port (default: a free one)")
-    add("--metrics-port", type=_PORT, help="a second port for /metrics alone")
+    add("--port", type=PORT, help="HTTP port (default: a free one)")
+    add("--metrics-port", type=PORT, help="a second port for /metrics alone")
     add("--api-key", action="append", help="key that clients must send; may be given several times")
-    add("--workers", type=_integer(1, 64), default=1, help="API processes")
+    add("--workers", type=integer(1, 64), default=1, help="API processes")
     add("--ready-file", help="file to write addresses to when the instance is ready")
-    add("--data-parallel-size", type=_integer(1), help="only 1 in this version")
+    add("--data-parallel-size", type=integer(1), help="only 1 in this version")
     add("--speculative-config", help="not part of this version: refused")
 
 
@@ -523,11 +452,11 @@ def _add_slo_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--slo-ttft-x",
-        type=_number(float, 0.1, 1e6, "a number from 0.1 to 1e6"),
+        type=number(float, 0.1, 1e6, "a number from 0.1 to 1e6"),
         help="time to the first token that requests expect which say nothing of it, as a multiple of the prompt's predicted prefill on "
         "an idle instance; has no effect until an instance knows what its steps take: then it goes before --slo-ttft-ms (default: none)",
     )
-    milliseconds = _number(float, 0.001, 999_999_999.999, "milliseconds from 0.001 to below 1e9")
+    milliseconds = number(float, 0.001, 999_999_999.999, "milliseconds from 0.001 to below 1e9")
     add(
         "--slo-ttft-ms",
         type=milliseconds,
@@ -543,6 +472,10 @@ def _choose_by_device(args: argparse.Namespace) -> None:
     args.cache_transfer_protocol = args.cache_transfer_protocol or (
         ("ipc", "rdma", "nccl") if is_gpu else ("shm", "tcp")
     )
+    is_fp8 = args.kv_cache_dtype in FP8_NAMES
+    if is_fp8 and args.ops != "torch":
+        raise ConfigError(f"--kv-cache-dtype is {args.kv_cache_dtype!r}; with --ops {args.ops} it must be auto")
+    args.kv_cache_dtype = FP8 if is_fp8 else args.dtype
     if is_gpu and args.ops != "torch":
         raise ConfigError(f"--ops is {args.ops!r}; with --device {args.device} it must be torch")
 

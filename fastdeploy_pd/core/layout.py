@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,7 +246,7 @@ def host_tier(config: InstanceConfig, pool: Pool) -> HostTier:
 
 def pool_layout(config: InstanceConfig, model: ModelConfig, max_model_len: int, rank: Rank) -> KVLayout:
     """Returns: of a rank's KV pool, in what memory is free now. Raises: ConfigError: that is too little; says the numbers."""
-    layout = ModelRunner.kv_layout(model, 1, config.cache.block_size, config.model.dtype)
+    layout = ModelRunner.kv_layout(model, 1, config.cache.block_size, config.cache.kv_cache_dtype)
     if rank.count > 1:
         layout = shard(layout, rank.index, rank.count)
     try:

@@ -28,7 +28,7 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fingerprint: str  #: of the model
     device: str  #: the kind of GPU, or of CPU and how many threads compute
-    dtype: str
+    dtype: str  #: computed in, and, where it differs, of the KV cache
     ops: str
     tensor_parallel_size: int
 
@@ -85,7 +85,9 @@ def conditions_of(config: InstanceConfig, fingerprint: str) -> Conditions:
         device = f"{kind}, {default_num_threads(model.tensor_parallel_size)} threads"
     else:
         device = Gpu().name
-    return Conditions(fingerprint, device, model.dtype, model.ops, model.tensor_parallel_size)
+    kv_dtype = config.cache.kv_cache_dtype
+    dtype = model.dtype if kv_dtype == model.dtype else f"{model.dtype}, KV {kv_dtype}"
+    return Conditions(fingerprint, device, dtype, model.ops, model.tensor_parallel_size)
 
 
 def profile_path(config: InstanceConfig, conditions: Conditions) -> Path:

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.redis_connection import RedisConnection, RedisOptions
-from fastdeploy_pd.config import InstanceConfig, with_hyphens
+from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.flags import with_hyphens
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
 

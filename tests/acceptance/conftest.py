@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.flags import DEMO_MODEL
 
 NUM_PROMPTS = 200
 MAX_PROMPT_TOKENS = 2000

@@ -48,17 +48,21 @@ def test_tokens_are_those_of_transformers(
             assert len(moved) == 1 and 'backend="ipc"' in moved[0] and float(moved[0].split()[-1]) > 1e6, moved
 
 
-def test_500_prompts_in_bfloat16_have_the_same_answers_from_a_pair_and_from_one(redis_server: EmbeddedRedis) -> None:
+@pytest.mark.parametrize(("kv_dtype", "count"), [("auto", 500), ("fp8", 100)])
+def test_prompts_in_bfloat16_have_the_same_answers_from_a_pair_and_from_one(
+    redis_server: EmbeddedRedis, kv_dtype: str, count: int
+) -> None:
     """One at a time: what is computed beside a sequence changes products' shapes, and so what bfloat16 makes of near ties."""
-    prompts = [Case(prompt, []) for prompt in make_prompts(500, 1900)]
+    prompts = [Case(prompt, []) for prompt in make_prompts(count, 1900)]
     flags = ["--device", "cuda", "--dtype", "bfloat16", "--max-num-seqs", "16", "--max-model-len", "2048"]
+    flags += ["--kv-cache-dtype", kv_dtype]
     answers = []
     for roles in (["mixed"], ["prefill", "decode"]):
         # No prefix cache: it cuts prompts elsewhere, and so do chunks.
         more = ["--num-gpu-blocks-override", "700", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
-        with LocalCluster(redis_server.url, f"gpu-500-{len(roles)}", [*flags, *more]) as cluster:
+        with LocalCluster(redis_server.url, f"gpu-{kv_dtype}-{len(roles)}", [*flags, *more]) as cluster:
             answers.append(asyncio.run(answers_of(start(cluster, roles)[-1:], prompts, concurrency=1)))
-    assert len(answers[0]) == 500 and all(len(a) == OUTPUT_TOKENS for a in answers[0])
+    assert len(answers[0]) == count and all(len(a) == OUTPUT_TOKENS for a in answers[0])
     assert answers[0] == answers[1]
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from fastdeploy_pd.config import DEMO_MODEL, InstanceConfig
+from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.profile import conditions_of, load_predictor, profile_path
 from fastdeploy_pd.engine.profiler import decode_groups, geometric, prefill_parts
 from fastdeploy_pd.entrypoints.cli import main
+from fastdeploy_pd.flags import DEMO_MODEL
 from fastdeploy_pd.launch.local import LocalCluster
 from fastdeploy_pd.model.checkpoint import fingerprint
 

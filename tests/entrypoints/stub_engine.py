@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 
 import uvicorn
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.engine.client_api import HealthReport
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
 from fastdeploy_pd.entrypoints.serving import ServingOptions
 from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer, Tokenizer
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.flags import DEMO_MODEL
 from fastdeploy_pd.request import Request, TokenChunk, TokenLogprobs
 
 MODEL = "demo"

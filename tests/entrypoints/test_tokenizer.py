@@ -12,9 +12,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.errors import InvalidRequest, ModelLoadError
+from fastdeploy_pd.flags import DEMO_MODEL
 from tests.entrypoints.stub_engine import demo_tokenizer
 
 TOKENIZER = demo_tokenizer()

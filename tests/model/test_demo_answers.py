@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
+from fastdeploy_pd.flags import DEMO_MODEL
 from tests.model.tiny import TinyEngine
 
 RECORDED = json.loads((Path(__file__).parent / "demo_answers.json").read_text())

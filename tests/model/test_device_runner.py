@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdeploy_pd.config import DEMO_MODEL
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.errors import FastDeployPDError
+from fastdeploy_pd.flags import DEMO_MODEL
 from fastdeploy_pd.model.parallel import Rank
 from fastdeploy_pd.model.runner import ModelRunner
 from fastdeploy_pd.model.select import make_runner

@@ -141,6 +141,33 @@ def test_float16_cache_is_close(directory: Path, ops: str) -> None:
     assert values[1] == pytest.approx(values[0], abs=0.03)
 
 
+def test_fp8_cache_is_close_and_the_same_however_a_prompt_is_cut(directory: Path) -> None:
+    torch = pytest.importorskip("torch")
+    exact, rough = (TinyEngine(directory, "torch", num_blocks=96, kv_dtype=kind) for kind in ("float32", "float8_e4m3"))
+    assert rough.layout.pool_bytes * 4 == exact.layout.pool_bytes
+    values = []
+    for engine in (exact, rough):
+        request = engine.request(prompt_of(70), 1)
+        engine.generate([request])
+        kind = torch.float32 if engine is exact else torch.float8_e4m3fn
+        cache = torch.from_numpy(engine.pool[: engine.layout.layer_bytes]).view(kind).float()
+        values.append(cache.view(engine.layout.num_blocks, -1)[request.local.block_table])
+    # The first layer's, which are of the same inputs: half a unit in the last of 3 bits, and of the smallest numbers.
+    assert values[1].allclose(values[0], rtol=2**-4, atol=2**-10)
+    assert not values[1].equal(values[0])
+    prompts = [prompt_of(n) for n in (40, 130, 7)]
+    whole, pieces = ([rough.generate([rough.request(p, 12)], chunk=chunk)[0] for p in prompts] for chunk in (10**9, 11))
+    assert whole == pieces == rough.generate([rough.request(p, 12) for p in prompts], chunk=50)
+
+
+def test_what_fp8_has_no_number_for_becomes_its_largest() -> None:
+    torch = pytest.importorskip("torch")
+    from fastdeploy_pd.model.ops.torch import rounded
+
+    found = rounded(torch.tensor([500.0, -1e9, float("inf"), float("nan"), 1.0]), torch.float8_e4m3fn).float()
+    assert found[[0, 1, 2, 4]].tolist() == [448, -448, 448, 1] and found[3].isnan()
+
+
 def test_refusals(directory: Path) -> None:
     config = ModelConfig.from_directory(directory)
     layout = ModelRunner.kv_layout(config, 4, 16, "float32")

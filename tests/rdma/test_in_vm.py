@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy_pd.config import DEMO_MODEL
+from fastdeploy_pd.flags import DEMO_MODEL
 from tests.model.tiny import TinyEngine
 from tests.rdma.conftest import SOURCES, build_extension, run_in_vm
 

@@ -15,6 +15,15 @@ HEADS = 8  # of a program
 
 
 @triton.jit
+def _rounded(x, kind, LIMIT: tl.constexpr):
+    """What a cache of this type keeps of x; NaN stays NaN."""
+    least = tl.full(x.shape, -LIMIT, tl.float32)
+    most = tl.full(x.shape, LIMIT, tl.float32)
+    inside = tl.minimum(tl.maximum(x, least, tl.PropagateNan.ALL), most, tl.PropagateNan.ALL)
+    return inside.to(kind).to(tl.float32)
+
+
+@triton.jit
 def _rotate_and_store(
     qkv,
     norm,
@@ -28,6 +37,7 @@ def _rotate_and_store(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    LIMIT: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     wait_for_inputs()
@@ -50,8 +60,14 @@ def _rotate_and_store(
     cos, sin = tl.load(angles)[None, :], tl.load(angles + HALF)[None, :]
     turned_first = tl.where(is_turned, first * cos - second * sin, first)
     turned_second = tl.where(is_turned, second * cos + first * sin, second)
-    tl.store(at, turned_first, mask=is_turned)
-    tl.store(at + HALF, turned_second, mask=is_turned)
+    is_changed = is_turned
+    if LIMIT > 0:  # attention to whole prompts reads qkv, and is to see what later steps see in the cache
+        is_kv = (heads >= NUM_HEADS)[:, None]
+        turned_first = tl.where(is_kv, _rounded(turned_first, cache.dtype.element_ty, LIMIT), turned_first)
+        turned_second = tl.where(is_kv, _rounded(turned_second, cache.dtype.element_ty, LIMIT), turned_second)
+        is_changed = is_head
+    tl.store(at, turned_first, mask=is_changed)
+    tl.store(at + HALF, turned_second, mask=is_changed)
     slot = tl.load(slots + token).to(tl.int64)
     # A block holds the heads of K and then those of V, as qkv does behind the heads of Q.
     head_of_block = slot // BLOCK_SIZE * (2 * NUM_KV_HEADS) + (heads - NUM_HEADS)
@@ -78,7 +94,7 @@ def rotate_and_store(
         positions: [n] int32.
         slots: [n] int32, block * block_size + offset; -1: nowhere.
         rotation: [max_positions, head_dim] float32, cosines and then sines.
-        cache: [num_blocks, 2, num_kv_heads, block_size, head_dim].
+        cache: [num_blocks, 2, num_kv_heads, block_size, head_dim]; in fp8 K and V are rounded in qkv, too.
     Source: the rotation is RoFormer's (Su et al.), pairs (i, i + head_dim / 2).
     """
     _, _, num_kv_heads, block_size, head_dim = cache.shape
@@ -96,6 +112,7 @@ def rotate_and_store(
         head_dim // 2,
         block_size,
         norm is not None,
+        torch.finfo(cache.dtype).max if cache.dtype.itemsize == 1 else 0.0,
         HEADS,
         num_warps=2,
         launch_pdl=IS_CHAINED,

@@ -23,7 +23,7 @@ from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.kernels import attention, heads, linear, rows
 from fastdeploy_pd.model.ops.base import DecodeGroup, PromptSpan, StepInputs
 from fastdeploy_pd.model.ops.sums import SmallSums
-from fastdeploy_pd.model.ops.torch import TorchOps
+from fastdeploy_pd.model.ops.torch import TorchOps, indexable
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 from rdma_comm.errors import RdmaError
 
@@ -119,7 +119,8 @@ class CudaOps(TorchOps):
             raise ConfigError(f"--block-size is {layout.block_size}; on a GPU it must be a power of two of at least 16")
         if layout.head_dim < 16 or layout.head_dim & (layout.head_dim - 1):
             raise ConfigError(f"head_dim is {layout.head_dim}; on a GPU it must be a power of two of at least 16")
-        most = MOST_KEY_BYTES // (layout.head_dim * ITEM_BYTES[layout.dtype])
+        item_bytes = max(2, ITEM_BYTES[layout.dtype])  # fp8 becomes what is computed in on its way into the products
+        most = MOST_KEY_BYTES // (layout.head_dim * item_bytes)
         if layout.block_size > most:
             raise ConfigError(
                 f"--block-size is {layout.block_size}; on a GPU, with head_dim {layout.head_dim} in {layout.dtype}, it must be at most {most}"
@@ -173,7 +174,7 @@ class CudaOps(TorchOps):
     def clear_blocks(self, block_ids: np.ndarray) -> None:
         """Blocks that are begun hold nothing of others, in any layer: who gets them by a transfer reads them whole."""
         if len(block_ids):
-            self._layers[:, self._to_device(block_ids.astype(np.int64))] = 0
+            indexable(self._layers)[:, self._to_device(block_ids.astype(np.int64))] = 0
 
     def _send(self, fields: dict[str, np.ndarray]) -> dict[str, Any]:
         sizes = [-(-field.size // ALIGNMENT) * ALIGNMENT for field in fields.values()]

@@ -23,6 +23,7 @@ from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_TYPES = {**COMPUTE_TYPES, "float8_e4m3": torch.float8_e4m3fn}
 QUERY_ROWS = 128
 GROUP_TIMEOUT_S = 60.0  # a rank that does not come to a sum for so long has failed
 
@@ -111,14 +112,12 @@ class TorchOps(ComposedOps):
 
     def cache(self, pool: Any, layout: KVLayout) -> list[torch.Tensor]:
         """See base."""
-        if layout.dtype not in COMPUTE_TYPES:
-            raise ConfigError(
-                f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(COMPUTE_TYPES)}"
-            )
+        if layout.dtype not in KV_TYPES:
+            raise ConfigError(f"KV dtype is {layout.dtype!r}; with --ops torch it must be one of {', '.join(KV_TYPES)}")
         self._layout = layout
         shape = (layout.num_layers, layout.num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         memory = torch.from_numpy(pool) if isinstance(pool, np.ndarray) else torch.as_tensor(pool, device=self.device)
-        return list(memory.view(COMPUTE_TYPES[layout.dtype]).view(shape))
+        return list(memory.view(KV_TYPES[layout.dtype]).view(shape))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -181,10 +180,11 @@ class TorchOps(ComposedOps):
 
     def write_kv(self, cache: torch.Tensor, plan: _Plan, k: torch.Tensor, v: torch.Tensor) -> None:
         """See composed."""
+        stored = indexable(cache)
         if len(plan.fresh_blocks):
-            cache[plan.fresh_blocks] = 0
-        cache[plan.block_ids, 0, :, plan.offsets] = k.to(cache.dtype)
-        cache[plan.block_ids, 1, :, plan.offsets] = v.to(cache.dtype)
+            stored[plan.fresh_blocks] = 0
+        for index, x in enumerate((k, v)):
+            stored[plan.block_ids, index, :, plan.offsets] = indexable(rounded(x, cache.dtype))
 
     def attend(self, q: torch.Tensor, cache: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """See composed."""
@@ -196,9 +196,10 @@ class TorchOps(ComposedOps):
         return out
 
     def _keys_values(self, cache: torch.Tensor, rows: _Rows, shape: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        heads_of_blocks = cache.view(-1, cache.shape[3] * cache.shape[4])
+        heads_of_blocks = indexable(cache).view(-1, cache.shape[3] * cache.shape[4])
         keys, values = (
-            heads_of_blocks.index_select(0, index).view(shape).to(self.dtype) for index in (rows.keys, rows.values)
+            heads_of_blocks.index_select(0, index).view(cache.dtype).view(shape).to(self.dtype)
+            for index in (rows.keys, rows.values)
         )
         return keys, values
 
@@ -234,6 +235,19 @@ class TorchOps(ComposedOps):
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         """See base."""
         return x.float().cpu().numpy()
+
+
+def indexable(x: torch.Tensor) -> torch.Tensor:
+    """Returns: x itself, or, of types of a byte, which torch does not index, its bytes."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns: x as a cache of this type keeps it; what fp8 has no number for becomes its largest, NaN stays NaN."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
 
 
 def find_device(name: str) -> torch.device:
