@@ -146,6 +146,12 @@ class DeviceRunner(ModelRunner):
 
     def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> DeviceStep:  # type: ignore[override]
         """Queue a batch; see engine/context.py."""
+        try:
+            return self._launch(batch, on_layer)
+        except torch.OutOfMemoryError as error:  # before anything of it was queued
+            raise self._out_of_memory(error) from error
+
+    def _launch(self, batch: Batch, on_layer: Callable[[int], None] | None) -> DeviceStep:
         sequences = batch.sequences
         token_ids = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
         errors = self._unknown_tokens(batch, token_ids)
@@ -168,10 +174,7 @@ class DeviceRunner(ModelRunner):
         if is_decode:
             while self._unqueued:
                 self._advance()
-            try:
-                logits = self._graphs.run(sequences, token_ids, sources)
-            except torch.OutOfMemoryError as error:
-                raise self._out_of_memory(error) from error
+            logits = self._graphs.run(sequences, token_ids, sources)
             self._sample_of = sample_of
             try:
                 self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)

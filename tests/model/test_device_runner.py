@@ -121,6 +121,22 @@ def test_out_of_memory_of_a_draw_ends_the_step_alone(runner: ModelRunner, monkey
         step.outputs()
 
 
+def test_out_of_memory_before_a_step_is_queued_leaves_nothing(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(runner.decoder.ops, "prepare", fail)
+    with pytest.raises(FastDeployPDError, match=r"in a step: lower --gpu-memory-utilization.*Tried to allocate 1 GiB"):
+        launch(runner, new_request([1, 2, 3]))
+    monkeypatch.undo()
+    request = new_request([1, 2, 3])
+    assert taken(request, launch(runner, request)) >= 0
+
+
 @pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (4, 1)])
 def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> None:
     runner, pool = new_runner(max_num_seqs), BlockPool(num_blocks, 64)
