@@ -8,6 +8,7 @@ happens to instances and messages. Like the engine it is a function of (state, m
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,7 @@ from fastdeploy_pd.core.order import due_s
 from fastdeploy_pd.core.placement import Candidate, FewestTokens, Load, Placement, PlacementPolicy
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import PrefixIndex
+from fastdeploy_pd.core.shortlist import Shortlist
 from fastdeploy_pd.engine.outbox import Outbox
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import (
@@ -151,6 +153,8 @@ class FrontEnd:
         self.num_retries: dict[str, int] = {}  # by reason
         self._rng = rng
         self._views: dict[str, _View] = {}
+        self._shortlist = Shortlist()  # of those that placement may choose
+        self._block_size = 0  # that most of them have
         self._events: list[Delivered | Failed] = []
         self._liveness = Liveness(self.options.instance_timeout_s)
         self._counter = 0
@@ -165,7 +169,7 @@ class FrontEnd:
 
     def is_serving_possible(self) -> bool:
         """Whether a request submitted now would find an instance."""
-        return any(c.can_decode for c in self._candidates({}))
+        return any(c.can_decode for c in self._candidates(self._views))
 
     def lack(self) -> str:
         """Returns: which part nobody in the topic plays, and who is there but cannot be reached; empty: nothing is missing."""
@@ -199,6 +203,7 @@ class FrontEnd:
                 self._liveness.forget(instance_id)
             else:
                 self._views[instance_id].is_draining = True
+            self._list(instance_id)
         for instance_id, member in present.items():
             view = self._views.get(instance_id)
             if view is None:
@@ -210,12 +215,16 @@ class FrontEnd:
                 self.outbox.send(instance_id, Beat(self._counter))
             else:
                 view.instance, view.is_draining = member, member.is_draining
+            self._list(instance_id)
+        sizes = Counter(v.instance.block_size for v in self._views.values() if v.instance.block_size)
+        self._block_size = max(sizes, key=lambda size: sizes[size], default=0)
 
     def peer_lost(self, peer_id: str, now_s: float, why_refused: str = "") -> None:
         """A link ended (why_refused: before it was established) or an instance went silent: what it served is placed again."""
         view = self._views.get(peer_id)
         if view is not None:
             view.is_lost, view.why_refused = True, why_refused
+            self._list(peer_id)
         self._liveness.forget(peer_id)
         for tracked in [t for t in self.requests.values() if t.decode_id == peer_id]:
             self._place_after_loss(tracked, "decode_lost", now_s)
@@ -307,22 +316,20 @@ class FrontEnd:
         """Returns: why a request cannot end by its deadline; None if it may, or the client has a part of its answer already."""
         if request.slo.deadline_s is None or request.output_token_ids:
             return None
-        return refusal(request, self._candidates({}, self._cached_tokens(request), now_s), self.policy)
+        return refusal(request, self._candidates(self._views, self._cached_tokens(request), now_s), self.policy)
 
     def _default_ttft_s(self, num_tokens: int) -> float | None:
         """Returns: the multiple of what a prompt takes on the fastest instance when it is idle, or the fixed time."""
         factor = self.options.slo_ttft_x
-        known = [p for i, v in self._views.items() if v.instance.can_prefill and (p := self.predictor_of(i))]
-        seconds = [p.prefill_s(num_tokens) for p in known if p.knows_prefill]
-        if factor is None or not seconds or min(seconds) <= 0:
+        if factor is None:
             return self.options.slo_ttft_s
-        return min(factor * min(seconds), MAX_SLO_S - 1)
+        known = [p for i, v in self._views.items() if v.instance.can_prefill and (p := self.predictor_of(i))]
+        least = min((p.prefill_s(num_tokens) for p in known if p.knows_prefill), default=0.0)
+        return min(factor * least, MAX_SLO_S - 1) if least > 0 else self.options.slo_ttft_s
 
     def _prefix_caches(self) -> tuple[int, list[str]]:
         """Returns: the block size that most instances have, and those of them whose prefix caches are known."""
-        sizes = [v.instance.block_size for v in self._views.values() if v.instance.block_size]
-        size = max(sizes, key=sizes.count, default=0)
-        known = [i for i in self.prefixes.instance_ids() if i in self._views]
+        size, known = self._block_size, [i for i in self.prefixes.instance_ids() if i in self._views]
         return size, [i for i in known if size and self._views[i].instance.block_size == size]
 
     def _cached_tokens(self, request: Request) -> dict[str, int]:
@@ -333,9 +340,19 @@ class FrontEnd:
         matches = self.prefixes.match(request.local.block_hashes, instance_ids)
         return {i: num_blocks * block_size for i, num_blocks in matches.items()}
 
+    def _list(self, instance_id: str) -> None:
+        """Bring the short list up to date with an instance's view."""
+        view = self._views.get(instance_id)
+        if view is None or view.is_lost or view.is_draining:
+            self._shortlist.remove(instance_id)
+        else:
+            kind = view.instance.can_prefill, view.instance.can_decode
+            self._shortlist.put(instance_id, kind, view.reported_tokens + view.added_tokens)
+
     def _candidates(
-        self, avoid: dict[str, str], cached: Mapping[str, int] | None = None, now_s: float = 0.0
+        self, instance_ids: Iterable[str], cached: Mapping[str, int] | None = None, now_s: float = 0.0
     ) -> list[Candidate]:
+        """Returns: of these instances those that can be chosen."""
         return [
             Candidate(
                 instance_id,
@@ -345,15 +362,22 @@ class FrontEnd:
                 (cached or {}).get(instance_id, 0),
                 view.load and view.load.after(now_s - view.load_s, [(d - now_s, s, n) for d, s, n in view.added]),
             )
-            for instance_id, view in self._views.items()
-            if not view.is_lost and not view.is_draining and instance_id not in avoid
+            for instance_id in instance_ids
+            if not (view := self._views[instance_id]).is_lost and not view.is_draining
         ]
+
+    def _looked_at(self, tracked: Tracked) -> list[str]:
+        """Returns: the few instances that a placement looks at, or, once it has gone wrong somewhere, all others."""
+        if tracked.avoid:
+            return [i for i in self._views if i not in tracked.avoid]
+        holders = sorted((i for i in tracked.cached if tracked.cached[i]), key=lambda i: -tracked.cached[i])
+        return self._shortlist.choose(holders, self._rng)
 
     def _place(self, tracked: Tracked, now_s: float) -> None:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
         cached = tracked.cached = self._cached_tokens(request)
-        candidates = self._candidates(tracked.avoid, cached, now_s)
+        candidates = self._candidates(self._looked_at(tracked), cached, now_s)
         placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
@@ -363,6 +387,7 @@ class FrontEnd:
         for instance_id in {placement.prefill_id or placement.decode_id, placement.decode_id}:
             view, num_cached = self._views[instance_id], cached.get(instance_id, 0)
             view.added_tokens += request.num_tokens - num_cached
+            self._list(instance_id)
             if view.load is not None:
                 computes = instance_id == (placement.prefill_id or placement.decode_id)
                 seconds = view.load.predictor.prefill_s(request.num_tokens, num_cached) if computes else 0.0
@@ -418,7 +443,7 @@ class FrontEnd:
         self._place(tracked, now_s)
 
     def _on_no_candidate(self, tracked: Tracked, now_s: float) -> None:
-        if tracked.avoid and self._candidates({}):
+        if tracked.avoid and self._candidates(self._views):
             if all(reason == "overloaded" for reason in tracked.avoid.values()):
                 self._fail(tracked, Overloaded("Every instance's queue is full; try again later."), now_s)
                 return
@@ -534,6 +559,7 @@ class FrontEnd:
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
         if beat.load is not None and beat.load.is_sane:
             view.load, view.load_s, view.added = beat.load, now_s, []
+        self._list(sender_id)
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
 
     def _tell_abort(self, tracked: Tracked) -> None:
