@@ -30,6 +30,8 @@ class KVLayout:
     first_kv_head: int = 0  #: of the model's, where this pool is one rank's
     total_kv_heads: int = 0  #: of the model; 0: all are in this pool
     parts: int = 1  #: equal pieces that each block is cut into; num_blocks counts them
+    rank: int = 0  #: whose pool it is ...
+    num_ranks: int = 1  #: ... of how many
 
     @property
     def block_bytes(self) -> int:
@@ -118,7 +120,10 @@ def shard(layout: KVLayout, rank: int, num_ranks: int) -> KVLayout:
     if heads % num_ranks and num_ranks % heads:
         raise ValueError(f"{heads} KV heads cannot be dealt out to {num_ranks} ranks")
     count = max(1, heads // num_ranks)
-    return replace(layout, num_kv_heads=count, first_kv_head=rank * heads // num_ranks, total_kv_heads=heads)
+    first = rank * heads // num_ranks
+    return replace(
+        layout, num_kv_heads=count, first_kv_head=first, total_kv_heads=heads, rank=rank, num_ranks=num_ranks
+    )
 
 
 def share_heads(sources: Sequence[KVLayout], targets: Sequence[KVLayout]) -> list[Share]:
@@ -147,17 +152,9 @@ def share_heads(sources: Sequence[KVLayout], targets: Sequence[KVLayout]) -> lis
     return shares
 
 
-def share_between(source: KVLayout, target: KVLayout) -> Share:
-    """Returns: what these two exchange, of whatever rank they are. Raises: ValueError: no head is in both."""
-    heads = _common_heads(source, target)
-    if not heads:
-        raise ValueError("; ".join(source.differences(target)))
-    return _share(0, source, 0, target, heads)
-
-
 def whole(layout: KVLayout) -> KVLayout:
     """Returns: the layout of a pool that holds all of the model's heads, where this one may be a rank's."""
-    return replace(layout, num_kv_heads=layout.model_kv_heads, first_kv_head=0, total_kv_heads=0)
+    return replace(layout, num_kv_heads=layout.model_kv_heads, first_kv_head=0, total_kv_heads=0, rank=0, num_ranks=1)
 
 
 def _common_heads(one: KVLayout, other: KVLayout) -> range:

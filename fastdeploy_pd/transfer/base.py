@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-TRANSFER_VERSION = 3
+TRANSFER_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from fastdeploy_pd.config import MAX_RANKS
-from fastdeploy_pd.core.layout import KVLayout, shard, share_between, whole
+from fastdeploy_pd.core.layout import KVLayout, Share, shard, share_heads, whole
 from fastdeploy_pd.errors import TransferError
 from fastdeploy_pd.transfer.layout import pack_ids, unpack_ids
 
@@ -28,18 +28,13 @@ def name_of_part(epoch: str, num_sources: int, source_rank: int, target_rank: in
 
 
 def split_name(name: str) -> tuple[str, int]:
-    """Returns: the epoch that a part belongs to, and how many ranks send; 0: the name is an epoch's own."""
+    """Returns: the epoch that a part belongs to, and how many ranks send; 0: the name is an epoch's own, or nonsense."""
     epoch, _, part = name.partition(_PART)
-    return epoch, _ranks_of(part)[0]
-
-
-def _ranks_of(part: str) -> tuple[int, int]:
-    """Returns: (number of sources, which); (0, 0): it does not say, or nonsense."""
     words = part.split(".")
     if len(words) != 3 or not all(w.isdecimal() and len(w) <= 3 for w in words):
-        return 0, 0
+        return epoch, 0
     num_sources, source = int(words[0]), int(words[1])
-    return (num_sources, source) if 0 <= source < num_sources <= MAX_RANKS else (0, 0)
+    return epoch, num_sources if 0 <= source < num_sources <= MAX_RANKS else 0
 
 
 class Sums:
@@ -177,6 +172,7 @@ class EpochBook:
         self._lock = threading.Lock()
         self._open: dict[str, Incoming] = {}
         self._parts: dict[str, list[str]] = {}  # names of an epoch's parts that are open
+        self._num_sources: dict[str, int] = {}  # whose parts they are; 0: it comes under its own name
 
     def open(self, epoch: str, block_ids: Sequence[int], nonce: int, parts: int = 1) -> None:
         """Raises: ValueError: the epoch is open already, or blocks can't be cut into so many parts."""
@@ -186,31 +182,52 @@ class EpochBook:
                 raise ValueError(f"epoch {epoch} was opened before")
             self._open[epoch] = Incoming(epoch, block_ids, nonce, layout)
 
-    def find(self, epoch: str) -> Incoming | None:
-        """Returns: the epoch if it is open."""
+    def find(self, name: str, nonce: int | None = None) -> Incoming | None:
+        """
+        Args:
+            nonce: of who is about to write under this name: the first one says how the epoch comes, whole or in whose parts, and
+                nothing else may write to its blocks in another way; None: only look.
+        Returns: the epoch, or part of one, if it is open.
+        """
+        epoch, num_sources = split_name(name)
         with self._lock:
-            return self._open.get(epoch) or self._open_part(epoch)
+            whole_one = self._open.get(epoch)
+            if nonce is None or whole_one is None or nonce != whole_one.nonce:
+                return self._open.get(name)
+            if self._num_sources.get(epoch, num_sources) != num_sources:
+                return None
+            found = self._open.get(name) or self._open_part(name, num_sources, whole_one)
+            if found is not None:
+                self._num_sources[epoch] = num_sources
+            return found
 
-    def _open_part(self, name: str) -> Incoming | None:
+    def _open_part(self, name: str, num_sources: int, whole_one: Incoming) -> Incoming | None:
         """Open what one rank of the sender writes. Only its frames tell how many ranks it has: the decode instance does not know."""
-        epoch, _, part = name.partition(_PART)
-        num_sources, source = _ranks_of(part)
-        incoming = self._open.get(epoch)
-        if not num_sources or incoming is None or len(self._parts.get(epoch, ())) == MAX_RANKS:
-            return None
+        epoch = whole_one.epoch
         try:
-            share = share_between(shard(whole(self._layout), source, num_sources), self._layout)
+            shares = self._shares_from(num_sources)
+            share = next(s for s in shares if name_of_part(epoch, num_sources, s.source_rank, s.target_rank) == name)
             layout = self._layout.cut(share.target_parts)
-        except ValueError:
+        except (ValueError, StopIteration):  # its heads are not dealt out so, or it is another rank's
             return None
-        self._open[name] = Incoming(name, share.target_ids(incoming.block_ids), incoming.nonce, layout)
+        self._open[name] = Incoming(name, share.target_ids(whole_one.block_ids), whole_one.nonce, layout)
         self._parts.setdefault(epoch, []).append(name)
         return self._open[name]
+
+    def _shares_from(self, num_sources: int) -> list[Share]:
+        """Returns: what comes to this rank from so many others. Raises: ValueError: heads can't be dealt out so."""
+        if num_sources == self._layout.num_ranks:
+            return []  # whole blocks come, under the epoch's own name
+        model, own = whole(self._layout), self._layout
+        sources = [shard(model, rank, num_sources) for rank in range(num_sources)]
+        targets = [shard(model, rank, own.num_ranks) for rank in range(own.num_ranks)]
+        return [s for s in share_heads(sources, targets) if s.target_rank == own.rank]
 
     def close(self, epoch: str) -> None:
         """Fence an epoch and its parts. Idempotent."""
         with self._lock:
             names = [epoch, *self._parts.pop(epoch, ())]
+            self._num_sources.pop(epoch, None)
             closed = [self._open.pop(name) for name in names if name in self._open]
         for incoming in closed:
             incoming.close()

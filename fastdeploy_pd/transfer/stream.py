@@ -466,7 +466,7 @@ class StreamTransfer:
             return str(error)
 
     def _on_write(self, connection: socket.socket, frame: WriteFrame, state: Any) -> None:
-        incoming = self._book.find(frame.epoch)
+        incoming = self._book.find(frame.epoch, frame.nonce)
         refusal = "the epoch is closed" if incoming is None else ""
         if incoming is not None:
             with incoming.lock:
@@ -496,7 +496,7 @@ class StreamTransfer:
             self._complete(incoming)
 
     def _on_end(self, connection: socket.socket, frame: EndFrame) -> None:
-        incoming = self._book.find(frame.epoch)
+        incoming = self._book.find(frame.epoch, frame.nonce)
         if incoming is None or incoming.nonce != frame.nonce:
             self._notify(connection, Notice(frame.epoch, 0, "the epoch is closed"))
             return

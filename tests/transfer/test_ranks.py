@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
 from fastdeploy_pd.core.layout import KVLayout, shard
 from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
-from fastdeploy_pd.transfer.layout import KVPool
+from fastdeploy_pd.transfer.frames import Notice, WriteFrame
+from fastdeploy_pd.transfer.handshake import receive_frame, send_frame
+from fastdeploy_pd.transfer.layout import KVPool, pack_ids
 from fastdeploy_pd.transfer.ranks import RankedTransfer
 from fastdeploy_pd.transfer.select import build
 
@@ -200,14 +203,46 @@ def test_names_of_parts_that_make_no_sense_open_nothing() -> None:
         alone.transfer.open_epoch("e", REMOTE, 5)
         book, whole_book = target.ends[0]._book, alone.ends[0]._book
         names = ["e@", "e@1", "e@1.0", "e@0.0.0", "e@2.2.0", "e@65.0.0", "e@x.0.0", "e@-1.0.0", "e@3.0.0", "f@1.0.0"]
-        names += ["e@2.1.0", "e@1.0.0@1.0.0", "e@1.0.0.0"]  # rank 1 of 2 has none of this rank's heads
-        assert [name for name in names if book.find(name) is not None] == []
-        assert book.find("e@1.0.0") is not None and whole_book.find("e@2.1.0") is not None
-        assert book.find("e@1.0.0") is book.find("e@1.0.0")
-        made_up = [book.find(f"e@1.0.{number}") for number in range(1, 200)]
-        assert sum(part is not None for part in made_up) == 63, "as many as there may be ranks"
+        names += ["e@4.3.0", "e@1.0.0@1.0.0", "e@1.0.0.0"]  # rank 3 of 4 has none of this rank's heads
+        names += ["e@2.0.0", "e@01.0.0", "e@1.0.00", *(f"e@1.0.{number}" for number in range(1, 200))]  # others' ranks
+        assert [name for name in names if book.find(name, 5) is not None] == []
+        assert book.find("e@1.0.0", 6) is None, "who does not know the nonce opens nothing"
+        assert book.find("e@1.0.0", 5) is not None and whole_book.find("e@2.1.0", 5) is not None
+        assert book.find("e@1.0.0", 5) is book.find("e@1.0.0")
+        for name in ("e", "e@4.0.0", "e@4.1.0"):
+            assert book.find(name, 5) is None, "its parts are one source's by now"
+        assert whole_book.find("e@2.0.0", 5) is not None and whole_book.find("e@4.0.0", 5) is None
         target.transfer.revoke("e")
-        assert book.find("e@1.0.0") is None and not book._open
+        assert book.find("e@1.0.0", 5) is None and not book._open and not book._parts and not book._num_sources
+
+
+@pytest.mark.parametrize("name", ["e@1.0.1", "e@2.0.0", "e@4.0.0", "e"])
+def test_blocks_that_have_arrived_are_not_written_under_another_name(name: str) -> None:
+    """What belongs to another rank, or comes in another way, does not land: checksums were compared already."""
+    with instances(Instance("tcp", 1, some_data()), Instance("tcp", 2)) as (source, target):
+        target.transfer.open_epoch("e", REMOTE, 5)
+        send(source, target)
+        assert isinstance(target.events()[0], EpochArrived) and isinstance(source.events()[0], EpochSent)
+        before, end = target.pools[0].array.copy(), source.ends[0]
+        layout = target.layouts[0].cut({"e@1.0.1": 2, "e@4.0.0": 4}.get(name, 1))
+        parts = [block_id * layout.parts for block_id in REMOTE]
+        rogue = end.dial(target.transfer.descriptor()["ranks"][0])
+        ids = pack_ids(parts[:1])
+        send_frame(rogue, msgspec.msgpack.encode(WriteFrame(name, 5, [0], ids, ids, layout.block_bytes)))
+        rogue.sendall(bytes([123]) * layout.block_bytes)
+        rogue.settimeout(5)
+        assert msgspec.msgpack.decode(receive_frame(rogue), type=Notice).refusal
+        assert np.array_equal(target.pools[0].array, before)
+        end.drop(rogue)
+
+
+def test_ranks_with_the_same_heads_take_turns_and_one_does_not_write_in_the_other_s_place() -> None:
+    with instances(Instance("tcp", 4)) as (target,):
+        target.transfer.open_epoch("e", REMOTE, 5)
+        senders = [
+            [r for r in range(8) if end._book.find(f"e@8.{r}.{rank}", 5)] for rank, end in enumerate(target.ends)
+        ]
+        assert senders == [[0], [3], [4], [7]]
 
 
 def test_a_whole_model_s_layout_is_what_ranks_tell(tmp_path: object) -> None:
