@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Which network devices KV transfers should use, read from sysfs alone.
+# Which network devices KV transfers should use, read from sysfs, and from /proc/net which interfaces have an address.
 #
 #   export "$(scripts/get_rdma_nics.sh gpu)"   KVCACHE_RDMA_NICS=mlx5_0,mlx5_1   RDMA devices with an active port, nearest to the GPUs first
 #   export "$(scripts/get_rdma_nics.sh cpu)"   KVCACHE_SOCKET_IFNAME=bond0       the interface for sockets
 #
-# CUDA_VISIBLE_DEVICES (indices) says which GPUs count; SYSFS_ROOT, for tests, where to look instead of /sys. Prints exactly one line.
+# CUDA_VISIBLE_DEVICES (indices) says which GPUs count; SYSFS_ROOT and PROC_ROOT, for tests, where to look instead of /sys and /proc.
+# Prints exactly one line.
 # Exit status 1, and a sentence on stderr, when there is none; 2 when called wrongly. The order is rdma_comm/devices.py's.
 set -euo pipefail
 shopt -s nullglob
 export LC_ALL=C
 
 SYS=${SYSFS_ROOT:-/sys}
+PROC=${PROC_ROOT:-/proc}
 
 die() { echo "get_rdma_nics.sh: $1" >&2; exit "${2:-1}"; }
 value() { if [[ -r $1 ]]; then head -n1 "$1" 2>/dev/null || true; fi; }
@@ -96,9 +98,24 @@ near_gpu() {
   (($(nearest "$1/device") <= 4)) && ((${#GPU_PATHS[@]} > 0))
 }
 
+# Fills ADDRESSED with the interfaces that peers can reach: they have an address that is not link-local. proc(5) ties no IPv4 address to
+# an interface (fib_trie names none), but the kernel makes a route for each.
+find_addresses() {
+  local name destination scope
+  declare -gA ADDRESSED=()
+  while read -r name destination _; do
+    # 0000FEA9: 169.254.0.0, as a little-endian number
+    if [[ $destination =~ ^[0-9A-F]{8}$ && $destination != 0000FEA9 ]]; then ADDRESSED[$name]=1; fi
+  done < <(cat "$PROC/net/route" 2>/dev/null || true)
+  while read -r _ _ _ scope _ name; do
+    if [[ $scope == 00 ]]; then ADDRESSED[$name]=1; fi # 20: link-local
+  done < <(cat "$PROC/net/if_inet6" 2>/dev/null || true)
+}
+
 cpu() {
   local net name rank state
   local -a lines=()
+  find_addresses
   for net in "$SYS"/class/net/*; do
     name=${net##*/}
     state=$(value "$net/operstate") # unknown: of drivers that do not say; the kernel asks to treat it as up
@@ -109,7 +126,8 @@ cpu() {
     elif near_gpu "$net"; then rank=2
     else rank=1; fi
     [[ $state == up ]] || rank=$((rank + 4))
-    lines+=("$(printf '%d %06d %s' "$rank" "$(value "$net/ifindex")" "$name")")
+    [[ -n ${ADDRESSED[$name]-} ]] || rank=$((rank + 10))
+    lines+=("$(printf '%02d %06d %s' "$rank" "$(value "$net/ifindex")" "$name")")
   done
   ((${#lines[@]})) || die "no network interface in $SYS/class/net is up (loopback, bridges and tunnels do not count)"
   echo "KVCACHE_SOCKET_IFNAME=$(printf '%s\n' "${lines[@]}" | sort | head -n1 | cut -d' ' -f3)"

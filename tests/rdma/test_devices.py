@@ -23,7 +23,10 @@ LOOPBACK = Interface("lo", type=772)
 
 
 def script(root: Path, kind: str, visible: str | None = None) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {"SYSFS_ROOT": str(root)}
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"} | {
+        "SYSFS_ROOT": str(root),
+        "PROC_ROOT": str(root / "proc"),
+    }
     if visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = visible
     with open("/dev/zero") as endless:  # it asks nobody
@@ -158,6 +161,50 @@ def test_an_interface_whose_driver_does_not_tell_its_state(tmp_path: Path) -> No
     assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=eth1\n"
     (root / "class/net/eth1/operstate").write_text("down\n")
     assert script(root, "cpu").stdout == "KVCACHE_SOCKET_IFNAME=eth0\n"
+
+
+ROUTES = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT" + " " * 55
+ETH2_IPV4 = [
+    "eth2\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0",
+    "eth2\t0001A8C0\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0",
+]
+ETH1_LINK_LOCAL = ["eth1\t0000FEA9\t00000000\t0001\t0\t0\t1000\t0000FFFF\t0\t0\t0"]
+IPV6 = [
+    "00000000000000000000000000000001 01 80 10 80       lo",
+    "fe80000000000000505400fffe120001 02 40 20 80     eth0",
+    "fe80000000000000505400fffe120002 03 40 20 80     eth1",
+]
+ETH1_IPV6 = ["20010db8000000000000000000000005 03 40 00 80     eth1"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "ipv6", "chosen"),
+    [
+        (None, None, "eth0"),
+        ([], IPV6, "eth0"),
+        (ETH2_IPV4, IPV6, "eth2"),
+        (ETH2_IPV4, None, "eth2"),
+        (ETH1_LINK_LOCAL, IPV6, "eth0"),
+        (ETH1_LINK_LOCAL + ETH2_IPV4, IPV6, "eth2"),
+        ([], IPV6 + ETH1_IPV6, "eth1"),
+        (None, IPV6 + ETH1_IPV6, "eth1"),
+        (ETH2_IPV4, IPV6 + ETH1_IPV6, "eth1"),
+    ],
+)
+def test_an_interface_with_an_address_comes_first(
+    tmp_path: Path, routes: list[str] | None, ipv6: list[str] | None, chosen: str
+) -> None:
+    """Files as Linux 6.1 writes them; without them, or where no interface has an address, the order is the old one."""
+    root = build(tmp_path, [Function(f"0000:00:0{n + 2}.0", net=f"eth{n}") for n in range(3)], [LOOPBACK])
+    (root / "proc/net").mkdir(parents=True)
+    if routes is not None:
+        (root / "proc/net/route").write_text("".join(f"{line}\n" for line in (ROUTES, *routes)))
+    if ipv6 is not None:
+        (root / "proc/net/if_inet6").write_text("".join(f"{line}\n" for line in ipv6))
+    assert script(root, "cpu").stdout == f"KVCACHE_SOCKET_IFNAME={chosen}\n"
+    (root / "class/net" / chosen / "operstate").write_text("unknown\n")  # one with an address, all the same
+    if chosen != "eth0":
+        assert script(root, "cpu").stdout == f"KVCACHE_SOCKET_IFNAME={chosen}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["tpu"], ["gpu", "cpu"]])
