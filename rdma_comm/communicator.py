@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from rdma_comm.bootstrap import Handshake
 from rdma_comm.endpoint import Connection, Endpoint, Options
 from rdma_comm.errors import RdmaError
+from rdma_comm.strangers import Strangers, shut
 
 log = logging.getLogger("rdma_comm")
 
@@ -101,6 +102,7 @@ class RDMACommunicator:
         self._remote_blocks: dict[tuple[str, str], int] = {}
         self._channels: dict[tuple[str, str], socket.socket] = {}  # open as long as the connection is wanted
         self._accepted: dict[Connection, socket.socket] = {}
+        self._strangers = Strangers()
         self._listener: socket.socket | None = None
         self.port, self._is_closed = port, False
         if splitwise_role == "decode":
@@ -210,7 +212,7 @@ class RDMACommunicator:
     def close(self) -> None:
         """End every connection. Idempotent."""
         if self._listener is not None:
-            _shut(self._listener)
+            shut(self._listener)
             self._listener.close()
         with self._lock:
             self._is_closed = True
@@ -220,7 +222,7 @@ class RDMACommunicator:
                 self._drop(key)
         with self._lock:
             for connection, channel in self._accepted.items():
-                _shut(channel)
+                shut(channel)
                 _end(connection)
             self._accepted.clear()
             self._endpoint.close()
@@ -255,6 +257,7 @@ class RDMACommunicator:
                 log.warning("cannot take a connection: %s", error.strerror)
                 time.sleep(ACCEPT_PAUSE_S)
                 continue
+            self._strangers.admit(channel)
             serve = threading.Thread(
                 target=self._accept, args=(channel, address[0]), name="rdma-handshake", daemon=True
             )
@@ -262,39 +265,47 @@ class RDMACommunicator:
                 serve.start()
             except RuntimeError as error:  # no more threads for now
                 log.warning("cannot take a connection: %s", error)
+                self._strangers.leave(channel)
                 channel.close()
 
     def _accept(self, channel: socket.socket, peer: str) -> None:
         with self._lock:
-            if self._is_closed:
-                channel.close()
-                return
-            try:
-                connection = self._endpoint.connection(peer)
-            except RdmaError as error:  # the NIC, or this process, has no more queue pairs for now
-                log.warning("the connection from %s cannot be taken: %s", peer, error)
-                channel.close()
-                return
-            self._accepted[connection] = channel
+            connection = None if self._is_closed else self._new_connection(peer)
+            if connection is not None:
+                self._accepted[connection] = channel
         try:
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            offer = self._handshake.accept(channel, connection.offer(self._regions))
-            try:
-                connection.connect(self._regions, offer)
-            except (RdmaError, ValueError) as error:
-                self._handshake.welcome(channel, str(error))
-                raise
-            self._handshake.welcome(channel)
-            channel.settimeout(None)
-            channel.recv(1)  # until the peer drops its end, or dies
+            if connection is not None:
+                self._serve_peer(channel, connection)
         except (RdmaError, OSError, ValueError) as error:
             if not self._is_closed:
                 log.warning("the connection from %s has ended: %s", peer, error)
         finally:
             with self._lock:
-                if self._accepted.pop(connection, None) is not None:
+                if connection is not None and self._accepted.pop(connection, None) is not None:
                     _end(connection)
             channel.close()
+            self._strangers.leave(channel)
+
+    def _new_connection(self, peer: str) -> Connection | None:
+        try:
+            return self._endpoint.connection(peer)
+        except RdmaError as error:  # the NIC, or this process, has no more queue pairs for now
+            log.warning("the connection from %s cannot be taken: %s", peer, error)
+            return None
+
+    def _serve_peer(self, channel: socket.socket, connection: Connection) -> None:
+        """Raises: RdmaError, OSError, ValueError: why it has ended."""
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        offer = self._handshake.accept(channel, connection.offer(self._regions))
+        self._strangers.leave(channel)
+        try:
+            connection.connect(self._regions, offer)
+        except (RdmaError, ValueError) as error:
+            self._handshake.welcome(channel, str(error))
+            raise
+        self._handshake.welcome(channel)
+        channel.settimeout(None)
+        channel.recv(1)  # until the peer drops its end, or dies
 
 
 def _caches(
@@ -314,13 +325,6 @@ def _caches(
             raise ValueError(f"scale_block_bytes is {scale_block_bytes}; with scales it must be at least 1")
         caches += [(address, scale_block_bytes if "scale" in name else block_bytes) for address in addresses]
     return caches
-
-
-def _shut(channel: socket.socket) -> None:
-    try:
-        channel.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it has ended already
 
 
 def _end(connection: Connection) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import select
 import socket
 import struct
 from typing import Any, TypeVar
@@ -78,16 +79,26 @@ def receive_exactly(connection: socket.socket, num_bytes: int, deadline_s: float
     """
     data = bytearray()
     while len(data) < num_bytes:
-        if deadline_s is not None:
-            left_s = deadline_s - _CLOCK.now_s()
-            if left_s <= 0:
-                raise TransferError("the peer is too slow")
-            connection.settimeout(left_s)
+        if deadline_s is not None and not is_readable(connection, deadline_s - _CLOCK.now_s()):
+            raise TransferError("the peer is too slow")
         piece = connection.recv(num_bytes - len(data))
         if not piece:
             raise TransferError("the connection ended")
         data += piece
     return bytes(data)
+
+
+def is_readable(connection: socket.socket, timeout_s: float) -> bool:
+    """Wait for bytes, whatever the connection's own timeout, which another thread may be using.
+
+    Returns: whether some are there, or its end is. Raises: TransferError: another thread has closed it.
+    """
+    poller = select.poll()
+    try:
+        poller.register(connection, select.POLLIN)
+    except ValueError as error:
+        raise TransferError("the connection ended") from error
+    return timeout_s > 0 and bool(poller.poll(timeout_s * 1000))
 
 
 def receive_frame(connection: socket.socket, deadline_s: float | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""The sending side's record of an epoch."""
+"""The sending side's record of an epoch, and how long it waits for a peer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,29 @@ from fastdeploy_pd.transfer.epochs import Sums
 
 if TYPE_CHECKING:
     from fastdeploy_pd.transfer.stream import PeerConnections
+
+
+LEAST_BYTES_PER_S = 1 << 20  # who is slower keeps blocks from others for hours
+
+
+class Pace:
+    """How long a peer may take for what it owes: silence costs patience, each byte earns some of it back.
+
+    A leaky bucket (ITU-T I.371) of seconds: never more than at the start, so that a fast past buys no silence, and a peer that takes a
+    byte now and then is as little use as one that takes none. n bytes are there after `patience_s + n / LEAST_BYTES_PER_S` at the latest.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._most_s = self._left_s = patience_s
+
+    def has_patience(self, waited_s: float, num_bytes: int) -> bool:
+        """
+        Args:
+            waited_s, num_bytes: since the last call: while something was owed, and what of it was taken.
+        Returns: whether to go on with the peer.
+        """
+        self._left_s = min(self._most_s, self._left_s - waited_s + num_bytes / LEAST_BYTES_PER_S)
+        return self._left_s > 0
 
 
 @dataclass(slots=True)

@@ -27,7 +27,8 @@ from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
 from fastdeploy_pd.transfer.handshake import Handshake, decode, describe, difference, receive_frame, send_frame
 from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids
-from fastdeploy_pd.transfer.outgoing import Outgoing
+from fastdeploy_pd.transfer.outgoing import LEAST_BYTES_PER_S, Outgoing, Pace
+from rdma_comm.strangers import MAX_STRANGERS, Strangers, shut
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
 ACCEPT_PAUSE_S = 0.1
@@ -36,7 +37,7 @@ log = logging.getLogger("fastdeploy_pd.transfer")
 STALL_TIMEOUT_S = 10.0  # a peer that takes no byte for so long has failed
 CONNECT_TIMEOUT_S = 3.0
 CLOSE_TIMEOUT_S = 5.0  # for all threads: gloo gives up half a message after STALL_TIMEOUT_S only
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024  # besides strangers'
 
 
 _FRAMES = msgspec.msgpack.Decoder(WriteFrame | RepeatFrame | EndFrame)
@@ -49,7 +50,9 @@ class PeerConnections:
     def __init__(self, transfer: StreamTransfer, descriptor: dict[str, Any], num_connections: int) -> None:
         self.descriptor = descriptor
         self.is_dead = False
-        self.heard_s = 0.0  # when its last notice came
+        self.pace = Pace(STALL_TIMEOUT_S)
+        self.judged_s = 0.0  # when its pace was looked at, and ...
+        self.num_taken = 0  # ... bytes that were done since then
         self._transfer = transfer
         self._queues: list[queue.SimpleQueue[WriteFrame | EndFrame | None]] = []
         self._next = itertools.count()
@@ -116,7 +119,7 @@ class PeerConnections:
         return None
 
     def _hear(self, connection: socket.socket) -> None:
-        reason = "a fault of this end"
+        reason, clock = "a fault of this end", WallClock()
         try:
             while True:
                 try:
@@ -124,11 +127,14 @@ class PeerConnections:
                 except TimeoutError:
                     self._transfer.on_silence(self)
                     continue
-                self._transfer.on_notice(self, decode(receive_frame(connection), _NOTICES))
+                self._transfer.on_notice(
+                    self, decode(receive_frame(connection, clock.now_s() + STALL_TIMEOUT_S), _NOTICES)
+                )
         except (OSError, TransferError) as error:
             reason = f"the peer ended the connection ({error})"
-        finally:  # a connection that nobody listens to any more must not be used
+        finally:  # a connection that nobody listens to any more must not be used; who is sending is woken
             self._transfer.peer_failed(self, reason)
+            self._transfer.drop(connection)
 
 
 class StreamTransfer:
@@ -152,6 +158,7 @@ class StreamTransfer:
         self._threads: set[threading.Thread] = set()
         self._spawning = threading.Lock()  # guards it
         self._connections: set[socket.socket] = set()
+        self._strangers = Strangers()
         self._is_closed = False
         self._clock = WallClock()
         self.num_rejected = 0  #: connections that were refused
@@ -295,10 +302,7 @@ class StreamTransfer:
         """Close a connection, waking whoever waits in it."""
         with self._lock:
             self._connections.discard(connection)
-        try:
-            connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it had ended already
+        shut(connection)
         connection.close()
 
     def send(self, connection: socket.socket, frame: WriteFrame | EndFrame, last: WriteFrame | None) -> bool:
@@ -329,6 +333,7 @@ class StreamTransfer:
             if outgoing is None or outgoing.is_over:
                 return
             outgoing.num_done += num_bytes
+            outgoing.peer.num_taken += num_bytes
             if not outgoing.is_end_sent or outgoing.num_done < outgoing.num_queued or outgoing.num_readers:
                 return
             outgoing.is_over = True
@@ -343,8 +348,8 @@ class StreamTransfer:
             self._events.put(event)
 
     def on_notice(self, peer: PeerConnections, notice: Notice) -> None:
-        """The receiver has taken bytes, or refuses."""
-        peer.heard_s = self._clock.now_s()
+        """The receiver has taken bytes, or refuses. Raises: TransferError: it took too few until now."""
+        self._judge(peer)
         outgoing = self._out.get(notice.epoch)
         if outgoing is None or outgoing.peer is not peer:
             return
@@ -354,16 +359,24 @@ class StreamTransfer:
             self.add_done(notice.epoch, notice.num_bytes)
 
     def on_silence(self, peer: PeerConnections) -> None:
-        """The receiver has said nothing for STALL_TIMEOUT_S. Raises: TransferError: it should have, or nobody needs the connection."""
-        now_s = self._clock.now_s()
+        """The receiver has said nothing for STALL_TIMEOUT_S. Raises: TransferError: it takes too little, or nobody needs the connection."""
         with self._lock:
-            served = [o for o in self._out.values() if o.peer is peer]
-            if not served:
+            if not any(o.peer is peer for o in self._out.values()):
                 peer.is_dead = True  # the next epoch connects anew
                 raise TransferError("idle")
-            owing = [o for o in served if self.acknowledges and o.num_done < o.num_sent]
-            if any(now_s - max(o.owed_since_s, peer.heard_s) > STALL_TIMEOUT_S for o in owing):
-                raise TransferError(f"the peer has taken nothing for {STALL_TIMEOUT_S:g} s")
+        self._judge(peer)
+
+    def _judge(self, peer: PeerConnections) -> None:
+        """Raises: TransferError: it keeps too long what it owes: blocks here are pinned meanwhile."""
+        now_s = self._clock.now_s()
+        with self._lock:
+            owing = [o for o in self._out.values() if o.peer is peer and o.num_done < o.num_sent]
+            since_s = max(peer.judged_s, min((o.owed_since_s for o in owing), default=now_s))
+            num_taken, peer.num_taken, peer.judged_s = peer.num_taken, 0, now_s
+            if peer.pace.has_patience(now_s - since_s, num_taken):
+                return
+        what = f"less than {LEAST_BYTES_PER_S} bytes a second" if num_taken else "nothing"
+        raise TransferError(f"the peer has taken {what} for {STALL_TIMEOUT_S:g} s")
 
     def peer_failed(self, peer: PeerConnections, reason: str) -> None:
         """A connection ended: every unfinished epoch of the peer fails, the next one connects anew."""
@@ -416,20 +429,23 @@ class StreamTransfer:
                 time.sleep(ACCEPT_PAUSE_S)
                 continue
             with self._lock:
-                if self._is_closed or len(self._connections) >= MAX_CONNECTIONS:
+                if self._is_closed or len(self._connections) >= MAX_CONNECTIONS + MAX_STRANGERS:
                     connection.close()
                     continue
                 self._connections.add(connection)
+            self._strangers.admit(connection)
             try:
                 self.spawn(lambda c=connection: self._serve(c), f"kv-{self.name}-receive")
             except RuntimeError as error:  # no more threads for now
                 log.warning("cannot take a connection: %s", error)
+                self._strangers.leave(connection)
                 self.drop(connection)
 
     def _serve(self, connection: socket.socket) -> None:
         reason = "a fault of this end"
         try:
             self._handshake.accept(connection)
+            self._strangers.leave(connection)
             state = self.accepted(connection)
             try:
                 connection.settimeout(None)
@@ -444,6 +460,7 @@ class StreamTransfer:
             log.warning("refused a connection: %s", error)
         finally:
             self.drop(connection)
+            self._strangers.leave(connection)
 
     def _receive(self, connection: socket.socket, state: Any) -> str:
         """Returns: why the connection ended."""

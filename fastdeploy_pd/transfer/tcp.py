@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import select
 import socket
 from typing import Any
 
@@ -14,8 +13,9 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError, TransferError
 from fastdeploy_pd.transfer.epochs import Incoming
 from fastdeploy_pd.transfer.frames import WriteFrame
-from fastdeploy_pd.transfer.handshake import send_frame
+from fastdeploy_pd.transfer.handshake import is_readable, send_frame
 from fastdeploy_pd.transfer.layout import KVPool, neighbours, unpack_ids
+from fastdeploy_pd.transfer.outgoing import LEAST_BYTES_PER_S
 from fastdeploy_pd.transfer.stream import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, StreamTransfer
 
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -89,15 +89,10 @@ class TcpTransfer(StreamTransfer):
     def land(self, connection: socket.socket, incoming: Incoming, frame: WriteFrame, state: Any) -> None:
         """See base."""
         views = self._views(incoming.layout, frame.layers, unpack_ids(frame.remote))
-        poller = select.poll()
-        try:
-            poller.register(connection, select.POLLIN)
-        except ValueError as error:  # closed by another thread
-            raise TransferError("the connection ended") from error
+        end_s = self._end_s(frame.num_bytes)
         while views:
             # Waiting is done before; while landing, only bytes that are here already are taken.
-            if not poller.poll(STALL_TIMEOUT_S * 1000):
-                raise TransferError("the sender stalls in the middle of a block")
+            self._wait(connection, end_s)
             with incoming.landing() as is_open:
                 if not is_open:
                     break
@@ -110,14 +105,22 @@ class TcpTransfer(StreamTransfer):
         self._skip_bytes(connection, frame.num_bytes)
 
     def _skip_bytes(self, connection: socket.socket, num_bytes: int) -> None:
-        scratch = bytearray(min(num_bytes, len(self._scratch)))
-        connection.settimeout(STALL_TIMEOUT_S)
+        scratch, end_s = bytearray(min(num_bytes, len(self._scratch))), self._end_s(num_bytes)
         while num_bytes:
+            self._wait(connection, end_s)
             received = connection.recv_into(scratch, min(num_bytes, len(scratch)))
             if received == 0:
                 raise TransferError("the connection ended")
             num_bytes -= received
-        connection.settimeout(None)
+
+    def _end_s(self, num_bytes: int) -> float:
+        """Returns: when what a frame announces must be here: a sender may be slow, but not for ever."""
+        return self._clock.now_s() + STALL_TIMEOUT_S + num_bytes / LEAST_BYTES_PER_S
+
+    def _wait(self, connection: socket.socket, end_s: float) -> None:
+        """Raises: TransferError: no byte comes, or too few have."""
+        if not is_readable(connection, min(STALL_TIMEOUT_S, end_s - self._clock.now_s())):
+            raise TransferError("the sender stalls in the middle of a block")
 
     def _views(self, layout: KVLayout, layers: list[int], block_ids: np.ndarray) -> list[memoryview]:
         """The blocks' bytes, layer by layer; neighbours in the pool as one piece."""

@@ -27,6 +27,7 @@ from fastdeploy_pd.transfer.select import build
 from fastdeploy_pd.transfer.shm import check_user
 from fastdeploy_pd.transfer.stream import StreamTransfer
 from fastdeploy_pd.transfer.tcp import TcpTransfer
+from rdma_comm.strangers import Strangers
 from tests.transfer.optional import has_mooncake
 
 LAYOUT = KVLayout(num_layers=3, num_blocks=40, num_kv_heads=2, block_size=16, head_dim=8, dtype="float32")
@@ -415,3 +416,128 @@ def test_a_pool_that_could_become_smaller_is_not_read() -> None:
     target.close()
     pool.close()
     target_pool.close()
+
+
+class Dripping:
+    """Ends that wait for no longer than 0.3 s, and much more to send than sockets hold."""
+
+    layout = dataclasses.replace(LAYOUT, num_blocks=200)
+
+    def __init__(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("stream", "tcp"):
+            monkeypatch.setattr(f"fastdeploy_pd.transfer.{module}.STALL_TIMEOUT_S", 0.3)
+        monkeypatch.setattr("fastdeploy_pd.transfer.tcp.SOCKET_BUFFER_BYTES", 16384)
+        pools = KVPool(self.layout), KVPool(self.layout)
+        self.source, self.target = (build(backend, pool=p, layout=self.layout, fingerprint="m") for p in pools)
+
+    def send(self) -> None:
+        ids = list(range(200))
+        self.target.open_epoch("e", ids, 5)
+        self.source.start("e", 5, self.target.descriptor(), ids)
+        for layer in range(3):
+            self.source.write("e", layer, ids, ids)
+        self.source.finish("e")
+
+    def close(self) -> None:
+        self.source.close()
+        self.target.close()
+
+
+def test_a_receiver_that_takes_little_now_and_then_pins_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, is_over = Dripping("tcp", monkeypatch), threading.Event()
+
+    def drip(connection: socket.socket, _: Any) -> str:
+        while not is_over.wait(0.1) and connection.recv(16384):
+            pass
+        return "over"
+
+    monkeypatch.setattr(ends.target, "_receive", drip)
+    ends.send()
+    (event,) = until(ends.source.poll)
+    assert isinstance(event, EpochFailed) and "the peer has taken" in event.reason
+    until(lambda: not ends.source._connections and not ends.source._out)
+    is_over.set()
+    ends.close()
+
+
+def test_a_receiver_that_acknowledges_little_now_and_then_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, is_over = Dripping("shm", monkeypatch), threading.Event()
+    notify = ends.target._notify
+
+    def drip(connection: socket.socket, notice: Notice) -> None:
+        while not is_over.wait(0.1):
+            notify(connection, msgspec.structs.replace(notice, num_bytes=1))
+
+    monkeypatch.setattr(ends.target, "_notify", drip)
+    ends.send()
+    (event,) = until(ends.source.poll)
+    assert isinstance(event, EpochFailed) and "less than 1048576 bytes a second" in event.reason
+    is_over.set()
+    ends.close()
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_sender_that_drips_is_sent_away(monkeypatch: pytest.MonkeyPatch, is_wanted: bool) -> None:
+    ends = Dripping("tcp", monkeypatch)
+    if is_wanted:
+        ends.target.open_epoch("e", [1, 2], 5)
+    rogue = ends.source.dial(ends.target.descriptor())
+    send_frame(rogue, msgspec.msgpack.encode(WRITE))
+
+    def drip() -> None:
+        for _ in range(50):
+            rogue.sendall(b"1")
+            time.sleep(0.1)
+
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        drip()
+    if is_wanted:
+        (event,) = until(ends.target.poll)
+        assert isinstance(event, EpochFailed) and "the sender stalls" in event.reason
+    ends.source.drop(rogue)
+    ends.close()
+
+
+def test_a_notice_that_drips_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, is_over = Dripping("shm", monkeypatch), threading.Event()
+
+    def drip(connection: socket.socket, notice: Notice) -> None:
+        connection.sendall(struct.pack("<I", 1 << 19))
+        with contextlib.suppress(OSError):
+            while not is_over.wait(0.1):
+                connection.sendall(b"1")
+
+    monkeypatch.setattr(ends.target, "_notify", drip)
+    ends.send()
+    (event,) = until(ends.source.poll)
+    assert isinstance(event, EpochFailed) and "too slow" in event.reason
+    is_over.set()
+    ends.close()
+
+
+def test_strangers_are_few_and_push_out_each_other_alone(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeploy_pd.transfer.handshake.HANDSHAKE_TIMEOUT_S", 60.0)
+    ends.target._strangers = Strangers(4)
+    peer, num_threads = ends.rogue(), threading.active_count()
+    where = ends.target.descriptor()
+    strangers = []
+    for _ in range(12):
+        strangers.append(ends.source.connect_socket(where))
+        time.sleep(0.01)  # they are let in in this order
+    until(lambda: all(is_ended(s) for s in strangers[:8]))
+    assert not any(is_ended(s) for s in [*strangers[8:], peer])
+    assert threading.active_count() <= num_threads + 4
+    ends.check_still_well()
+    assert not is_ended(peer) and sum(not is_ended(s) for s in strangers) < 4
+    for connection in (*strangers, peer):
+        ends.source.drop(connection)
+
+
+def is_ended(connection: socket.socket) -> bool:
+    connection.settimeout(0.01)
+    try:
+        return not connection.recv(1)
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
