@@ -98,17 +98,18 @@ near_gpu() {
   (($(nearest "$1/device") <= 4)) && ((${#GPU_PATHS[@]} > 0))
 }
 
-# Fills ADDRESSED with the interfaces that peers can reach: they have an address that is not link-local. proc(5) ties no IPv4 address to
-# an interface (fib_trie names none), but the kernel makes a route for each.
+# Fills ADDRESSED with the interfaces that peers can reach, as they have an address that is not link-local: 0 for IPv4, which
+# --advertise-host's default needs, else 10. /proc/net ties no IPv4 address to an interface (fib_trie names none), but the kernel makes a
+# route for each.
 find_addresses() {
   local name destination scope
   declare -gA ADDRESSED=()
   while read -r name destination _; do
     # 0000FEA9: 169.254.0.0, as a little-endian number
-    if [[ $destination =~ ^[0-9A-F]{8}$ && $destination != 0000FEA9 ]]; then ADDRESSED[$name]=1; fi
+    if [[ $destination =~ ^[0-9A-F]{8}$ && $destination != 0000FEA9 ]]; then ADDRESSED[$name]=0; fi
   done < <(cat "$PROC/net/route" 2>/dev/null || true)
   while read -r _ _ _ scope _ name; do
-    if [[ $scope == 00 ]]; then ADDRESSED[$name]=1; fi # 20: link-local
+    if [[ $scope == 00 ]]; then : "${ADDRESSED[$name]:=10}"; fi # 20: link-local
   done < <(cat "$PROC/net/if_inet6" 2>/dev/null || true)
 }
 
@@ -126,7 +127,7 @@ cpu() {
     elif near_gpu "$net"; then rank=2
     else rank=1; fi
     [[ $state == up ]] || rank=$((rank + 4))
-    [[ -n ${ADDRESSED[$name]-} ]] || rank=$((rank + 10))
+    rank=$((rank + ${ADDRESSED[$name]-20}))
     lines+=("$(printf '%02d %06d %s' "$rank" "$(value "$net/ifindex")" "$name")")
   done
   ((${#lines[@]})) || die "no network interface in $SYS/class/net is up (loopback, bridges and tunnels do not count)"

@@ -188,7 +188,7 @@ ETH1_IPV6 = ["20010db8000000000000000000000005 03 40 00 80     eth1"]
         (ETH1_LINK_LOCAL + ETH2_IPV4, IPV6, "eth2"),
         ([], IPV6 + ETH1_IPV6, "eth1"),
         (None, IPV6 + ETH1_IPV6, "eth1"),
-        (ETH2_IPV4, IPV6 + ETH1_IPV6, "eth1"),
+        (ETH2_IPV4, IPV6 + ETH1_IPV6, "eth2"),
     ],
 )
 def test_an_interface_with_an_address_comes_first(
