@@ -102,9 +102,8 @@ class RDMACommunicator:
         self._remote_blocks: dict[tuple[str, str], int] = {}
         self._channels: dict[tuple[str, str], socket.socket] = {}  # open as long as the connection is wanted
         self._accepted: dict[Connection, socket.socket] = {}
-        self._strangers = Strangers()
         self._listener: socket.socket | None = None
-        self.port, self._is_closed = port, False
+        self.port, self._is_closed, self._strangers = port, False, Strangers()
         if splitwise_role == "decode":
             self._listener = socket.create_server((host, int(port)), backlog=128)
             self.port = str(self._listener.getsockname()[1])
