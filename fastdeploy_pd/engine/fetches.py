@@ -16,6 +16,11 @@ from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.engine.grants import Failure, Grant, Grants
 from fastdeploy_pd.request import Request
 
+# Who waits for as long as computing takes loses at most as much again, whatever the peer does (the ski rental problem). Twice that, as a peer
+# that computes looks at its messages between steps only.
+PATIENCE = 2.0
+LEAST_PATIENCE_S = 0.25
+
 Then = Callable[[float], None]  # what goes on at this time
 
 
@@ -62,9 +67,13 @@ class Fetches:
 
         Returns: whether they are on their way: `then` is called once they are here or won't come. False: nothing was done.
         """
-        num_blocks = self.num_blocks(request, request.local.num_computed_tokens, held)
+        num_here, scheduler = request.local.num_computed_tokens, self.context.scheduler
+        num_blocks = self.num_blocks(request, num_here, held)
         if num_blocks:
             grant = self._grants.open(self, request, held.holder, num_blocks, now_s, is_fetch=True)
+            if scheduler.predictor is not None:
+                compute_s = scheduler.predictor.prefill_s(num_here + num_blocks * scheduler.pool.block_size, num_here)
+                grant.gives_up_s = min(grant.gives_up_s, now_s + max(LEAST_PATIENCE_S, PATIENCE * compute_s))
             self._open[id(request)] = Fetch(held, then, grant)
         return num_blocks > 0
 
@@ -108,4 +117,6 @@ class Fetches:
                 return
         else:
             self.context.observer.fetch_failed(failure.code)
+            if failure.code == "transfer_timeout":
+                self._rule.observe(grant.peer_id, len(grant.block_ids), 0.0, now_s - grant.ordered_s)
         fetch.then(now_s)

@@ -135,6 +135,23 @@ def test_prefill_computes_what_a_holder_does_not_send() -> None:
     assert scene.cluster.clock.now_s() - started_s < OPTIONS.fetch_s + 2
 
 
+def test_nobody_waits_much_longer_than_computing_takes() -> None:
+    scene = Scene(Role.MIXED, Role.MIXED)
+    scene.other.engine._tell_scheduler = lambda: None  # type: ignore[method-assign]  # what we say is not refined
+    scene.other.engine.context.scheduler.predictor = Predictor(prefill=(0.0, 0.02, 0.0), decode=(0.0, 0.0, 0.0))
+    receive = scene.holder.engine.receive
+    scene.holder.engine.receive = lambda i, m: None if isinstance(m, FetchOrder | CancelOrder) else receive(i, m)  # type: ignore[method-assign]
+    for number in range(3):
+        scene.ask(f"silent{number}", PROMPT, Placement(None, scene.ids[1]))
+        stamps = scene.requests(scene.other)[number].timeline.stamps
+        scene.forget(scene.other)
+        lasted_s = max(stamps.values()) - min(stamps.values())
+        assert lasted_s < 2 * 28 * 0.02 + 1 if number == 0 else lasted_s < 1, (
+            "a peer that let us wait is not asked at once"
+        )
+    assert scene.cluster.fetches.failures == {"transfer_timeout": 1}
+
+
 def test_what_ends_while_prefill_fetches_holds_nothing() -> None:
     scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
     prefill = scene.cluster.nodes[scene.ids[2]].engine
