@@ -22,6 +22,7 @@ from fastdeploy_pd.cluster.registry import LEASE_S, HeartbeatThread, MemberRecor
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
+from fastdeploy_pd.engine.collection import uncollected
 from fastdeploy_pd.engine.elastic import ElasticThread
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
@@ -175,7 +176,8 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
     sys.setswitchinterval(SWITCH_S)
     secret = config.cluster.secret
     metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
-    built = build_engine(config, metrics, secret)
+    with uncollected():
+        built = build_engine(config, metrics, secret)
     built.engine.start_from(load_predictor(config, built.fingerprint))
     links = Links(built.instance_id, bind_endpoints(config, run_dir), secret=secret)
     shell = EngineShell(config, built, links, metrics)

@@ -22,6 +22,7 @@ import msgspec
 
 from fastdeploy_pd.engine.build import attach_pool, build_backends, load_model, pool_layout
 from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channel, Happened, Refusal, Setup
+from fastdeploy_pd.engine.collection import uncollected
 from fastdeploy_pd.engine.context import Step
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
@@ -155,7 +156,8 @@ def main() -> int:
     setup = _SETUP.decode(orders.receive(TIMEOUT_S) or b"")
     configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")
     try:
-        runner, ends = prepare(setup, orders)
+        with uncollected():
+            runner, ends = prepare(setup, orders)
         threading.Thread(target=serve_ends, args=(ends,), name="ends", daemon=True).start()
         follow(runner, ends, steps)
     except FastDeployPDError as error:

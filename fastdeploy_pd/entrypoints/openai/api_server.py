@@ -24,6 +24,7 @@ import uvloop
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine import policies
+from fastdeploy_pd.engine.collection import uncollected
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
@@ -49,13 +50,16 @@ class EngineSupervisor:
         self._num_restarts = 0
         self._clock = WallClock()
 
-    def start(self) -> dict[str, object]:
-        """Start the engine and wait until it is ready.
+    def start(self) -> None:
+        """Start the engine; `wait_ready` comes next."""
+        self._spawn()
+
+    def wait_ready(self) -> dict[str, object]:
+        """Wait for the engine that was started, and watch it from then on.
 
         Returns: what it announces: instance_id, links_address, max_model_len, ...
         Raises: ConfigError: it refused its configuration or died.
         """
-        self._spawn()
         deadline_s = self._clock.now_s() + ENGINE_START_TIMEOUT_S
         ready = self._run_dir / "engine.json"
         while not ready.exists():
@@ -187,8 +191,6 @@ def announce(config: InstanceConfig, address: str, facts: dict[str, object]) -> 
 
 def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
-    from fastdeploy_pd.entrypoints.openai.worker import serve_api
-
     check_own(config.server.host, "--host")
     http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_ports(config)
@@ -201,7 +203,10 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     workers: list[subprocess.Popen[bytes]] = []
     is_gentle, status = True, 0
     try:
-        facts = supervisor.start()
+        supervisor.start()
+        with uncollected():  # takes a second, beside the engine's start
+            from fastdeploy_pd.entrypoints.openai.worker import serve_api
+        facts = supervisor.wait_ready()
         if config.server.workers == 1:
             ready = lambda: announce(config, address, facts)  # noqa: E731
             # Alone, the engine has to serve what its own API has accepted; in a topic others take what comes from now on.
@@ -259,7 +264,8 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> tuple[bool, int]
 
 def run_worker(config: InstanceConfig, run_dir: Path) -> int:
     """One of several API processes."""
-    from fastdeploy_pd.entrypoints.openai.worker import serve_api
+    with uncollected():
+        from fastdeploy_pd.entrypoints.openai.worker import serve_api
 
     http_socket = socket.socket(fileno=int(os.environ["FD_HTTP_FD"]))
     metrics_socket = None
