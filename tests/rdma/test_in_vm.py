@@ -14,9 +14,12 @@ import pytest
 
 from fastdeploy_pd.flags import DEMO_MODEL
 from tests.model.tiny import TinyEngine
-from tests.rdma.conftest import SOURCES, build_extension, run_in_vm
+from tests.rdma.conftest import ROOT, SOURCES, build_extension, run_in_vm
 
-PYTEST = ("pytest", "-q", "-p", "no:cacheprovider", "--timeout=200")
+#: without what an emulated processor would import for nothing: plugins, and conftest.py files above the tests
+PYTEST = ("pytest", "-q", "-c", "/dev/null", f"--rootdir={ROOT}", "-p", "pytest_timeout", "--timeout=200")
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+INSIDE, TRANSFER = "--confcutdir=tests/rdma/inside", "--confcutdir=tests/transfer"
 
 
 def find_sanitizer() -> Path | None:
@@ -32,14 +35,14 @@ def find_sanitizer() -> Path | None:
 def test_the_compiled_part_and_the_communicator() -> None:
     # What runs under the sanitizer below need not run twice: a minute each.
     rest = ("-k", "thousand or test_communicator or test_pyverbs") if find_sanitizer() else ()
-    printed = run_in_vm(*PYTEST, "tests/rdma/inside", *rest, timeout_s=600)
+    printed = run_in_vm(*PYTEST, INSIDE, "tests/rdma/inside", *rest, timeout_s=600, env=NO_PLUGINS)
     assert " passed" in printed and "failed" not in printed
 
 
 @pytest.mark.timeout(700)
 def test_the_transfer_contract_on_rdma() -> None:
     files = ("tests/transfer/test_contract.py", "tests/transfer/test_connect.py")
-    printed = run_in_vm(*PYTEST, *files, "-k", "rdma", timeout_s=600)
+    printed = run_in_vm(*PYTEST, TRANSFER, *files, "-k", "rdma", timeout_s=600, env=NO_PLUGINS)
     assert " passed" in printed and "failed" not in printed
 
 
@@ -53,8 +56,8 @@ def test_the_compiled_part_under_address_sanitizer(tmp_path: Path) -> None:
     build_extension(package, "-fsanitize=address", "-g", "-O1")
     options = "ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:verify_asan_link_order=0"
     printed = run_in_vm(
-        *PYTEST, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand", "--import-mode=append",
-        timeout_s=700, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={library}", options, "PYTHONMALLOC=malloc"),
+        *PYTEST, INSIDE, "tests/rdma/inside/test_verbs.py", "tests/rdma/inside/test_endpoint.py", "-k", "not thousand", "--import-mode=append",
+        timeout_s=700, env=NO_PLUGINS, mem_mib=3000, first_path=tmp_path, prefix=("env", f"LD_PRELOAD={library}", options, "PYTHONMALLOC=malloc"),
     )  # fmt: skip
     assert " passed" in printed and "failed" not in printed and "AddressSanitizer" not in printed
     assert f"tested {package}/_verbs" in printed
