@@ -26,9 +26,11 @@ ensure_venv() {
   requirements=""
   for file in "$@"; do requirements="$requirements -r $file"; done
   # shellcheck disable=SC2086  # the list is meant to be split
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check $requirements ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $requirements ||
     fail "pip could not install the packages of $*. Is the package index reachable, and 2 GB of disk free?"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . ||
     fail "pip could not install this project"
+  # On all cores, which pip does not; what is left out is compiled when it is imported, most of it never.
+  .venv/bin/python -m compileall -q -j 0 -x '/(tests|testing|models)/' .venv/lib >/dev/null 2>&1 || true
   printf '%s' "$wanted" > "$stamp"
 }

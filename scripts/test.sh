@@ -6,14 +6,20 @@ cd "$(dirname "$0")/.."
 
 # What the RDMA tests need, a virtual machine with soft-RoCE, and Mooncake's engine. Without it they are skipped and say so.
 packages="qemu-system-x86 kmod iproute2 xz-utils libibverbs1 libibverbs-dev ibverbs-providers libnuma1 libcurl4 python3-pyverbs"
-libraries=$(ldconfig -p 2>/dev/null | grep -cE 'lib(ibverbs\.so\.1|numa\.so\.1|curl\.so\.4) ' || true)
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v qemu-system-x86_64 && [ -e /usr/include/infiniband/verbs.h ] && [ "$libraries" -ge 3 ] && [ -e /usr/lib/python3/dist-packages/pyverbs ]; } >/dev/null; then
-  printf 'installing %s (once) ...\n' "$packages"
-  # shellcheck disable=SC2086  # the list is meant to be split
-  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >/dev/null 2>&1 ||
-    printf 'they cannot be installed here: tests that need them are skipped\n' >&2
-fi
+machines=tests/rdma/test_in_vm.py
+prepare_machines() {
+  libraries=$(ldconfig -p 2>/dev/null | grep -cE 'lib(ibverbs\.so\.1|numa\.so\.1|curl\.so\.4) ' || true)
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v qemu-system-x86_64 && [ -e /usr/include/infiniband/verbs.h ] && [ "$libraries" -ge 3 ] && [ -e /usr/lib/python3/dist-packages/pyverbs ]; } >/dev/null; then
+    printf 'installing %s (once) ...\n' "$packages"
+    # shellcheck disable=SC2086  # the list is meant to be split
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } >/dev/null 2>&1 ||
+      printf 'they cannot be installed here: tests that need them are skipped\n' >&2
+  fi
+  [ $# != 0 ] || tests/rdma/vm.sh --fetch >/dev/null 2>&1 || true # what it lacks the tests say
+}
+prepare_machines "$@" & # its downloads beside pip's
 ensure_venv test requirements.txt requirements-test.txt
+wait $!
 .venv/bin/ruff check .
 .venv/bin/mypy --no-error-summary
 run() { .venv/bin/python -m pytest -q -p no:cacheprovider --durations=15 "$@"; }
@@ -30,7 +36,6 @@ collect() {
 
 # Two emulated machines need both cores, one of them no more than one for seven minutes. Of the acceptance tests those that compare
 # answers compute all the time, the others wait most of it.
-machines=tests/rdma/test_in_vm.py
 answers=tests/acceptance/test_equality.py
 run "$machines" -k two_machines || status=1
 run "$machines" -k 'not two_machines' >"$output" 2>&1 &
