@@ -58,8 +58,8 @@ def reference_answers(prompts: Sequence[list[int]], num_tokens: int) -> list[Cas
     for prompt in prompts:
         cache, ids, expected = None, torch.tensor([prompt]), []
         for _ in range(num_tokens):
-            with torch.no_grad():
-                output = model(ids, past_key_values=cache, use_cache=True)
+            with torch.inference_mode():
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             best = output.logits[0, -1].topk(2)
             if best.values[0] - best.values[1] < MIN_GAP:
                 break
@@ -110,14 +110,18 @@ async def stream_tokens(
     return tokens, reason
 
 
-async def answers_of(urls: Sequence[str], cases: Sequence[Case], concurrency: int = 24) -> list[list[int]]:
+async def answers_of(
+    urls: Sequence[str], cases: Sequence[Case], concurrency: int = 24, salt: str = ""
+) -> list[list[int]]:
     """Every case's answer, many at a time, spread over the instances' ports."""
     limit = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(timeout=240, limits=httpx.Limits(max_connections=concurrency + 8)) as client:
 
         async def one(number: int, case: Case) -> list[int]:
             async with limit:
-                return await complete(client, urls[number % len(urls)], case.prompt)
+                return await complete(
+                    client, urls[number % len(urls)], case.prompt, **({"cache_salt": salt} if salt else {})
+                )
 
         return await asyncio.gather(*(one(n, c) for n, c in enumerate(cases)))
 

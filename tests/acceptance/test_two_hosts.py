@@ -17,7 +17,16 @@ import pytest
 
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.launch.embedded_redis import find_server
-from tests.acceptance.conftest import Case, answers_of, differences
+from tests.acceptance.conftest import (
+    MAX_PROMPT_TOKENS,
+    NUM_PROMPTS,
+    OUTPUT_TOKENS,
+    Case,
+    answers_of,
+    differences,
+    make_prompts,
+    reference_answers,
+)
 
 PASSWORD = secrets.token_hex(8)
 NUM_CASES = 60
@@ -116,7 +125,8 @@ def start_instance(hosts: TwoHosts, host: int, role: str, secret: Path) -> Path:
 
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="this user may not make network namespaces (ip netns add)")
-def test_prefill_on_one_host_decode_on_another(hosts: TwoHosts, cases: list[Case]) -> None:
+def test_prefill_on_one_host_decode_on_another(hosts: TwoHosts) -> None:
+    cases = reference_answers(make_prompts(NUM_PROMPTS, MAX_PROMPT_TOKENS)[:NUM_CASES], OUTPUT_TOKENS)
     secret = hosts.directory / "cluster.secret"
     secret.write_text(secrets.token_hex(32))
     secret.chmod(0o600)
@@ -129,11 +139,11 @@ def test_prefill_on_one_host_decode_on_another(hosts: TwoHosts, cases: list[Case
     assert {json.loads(r.read_text())["http"] for r in ready} == {f"http://{a}:8000" for a in hosts.addresses}
     # The client sits on host B: it reaches the front end of A over the cable, too.
     chosen = hosts.directory / "cases.json"
-    chosen.write_text(json.dumps([c.prompt for c in cases[:NUM_CASES]]))
+    chosen.write_text(json.dumps([c.prompt for c in cases]))
     program = f"import tests.acceptance.test_two_hosts as t; t.ask({[f'http://{a}:8000' for a in hosts.addresses]!r}, {str(hosts.directory)!r})"
     assert hosts.run(1, sys.executable, "-c", program).wait(200) == 0, hosts.logs()
     answers = json.loads((hosts.directory / "answers.json").read_text())
-    assert not differences(cases[:NUM_CASES], answers["tokens"])
+    assert not differences(cases, answers["tokens"])
     assert answers["kv_bytes"] > NUM_CASES * 10_000, hosts.logs()
 
 
