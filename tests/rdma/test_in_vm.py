@@ -17,7 +17,9 @@ from tests.model.tiny import TinyEngine
 from tests.rdma.conftest import ROOT, SOURCES, build_extension, run_in_vm
 
 #: without what an emulated processor would import for nothing: plugins, and conftest.py files above the tests
-PYTEST = ("pytest", "-q", "-c", "/dev/null", f"--rootdir={ROOT}", "-p", "pytest_timeout", "--timeout=200")
+PYTEST = (
+    "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={ROOT}", "-p", "pytest_timeout", "--timeout=200",
+)  # fmt: skip
 NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 INSIDE, TRANSFER = "--confcutdir=tests/rdma/inside", "--confcutdir=tests/transfer"
 
