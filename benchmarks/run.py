@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("transfer", "frontend", "step", "serving")
+NAMES = ("transfer", "frontend", "step", "serving", "sim")
 
 
 def main() -> int:

@@ -17,9 +17,13 @@ import pytest
 from benchmarks.bench_pd import fastest, judge
 from benchmarks.client import Received, ask
 from benchmarks.engine_cases import CASES, Case, figures, table
+from benchmarks.peers import dynosim
 from benchmarks.peers.vllm_proxy import REMOTE_DECODE, Proxy
 from benchmarks.peers.vllm_server import Server
+from benchmarks.sim_parts import GRIDS, PARTS, Setup, below_best
+from benchmarks.simulations import held_rate, held_text, simulate
 from benchmarks.trace import arrivals, load
+from fastdeploy_pd.sim import latency
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -33,6 +37,9 @@ def write_model(directory: Path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(MODEL))
     return directory
+
+
+SAMPLE = ROOT / "benchmarks" / "data" / "mooncake_conversation.jsonl.gz"
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -170,3 +177,70 @@ def test_a_pair_under_the_trace(tmp_path: Path) -> None:
     assert (run["failed"], run["handover"]["count"], len(run["requests"])) == (0, 8, 8)
     assert run["handover"]["bytes"] > 0 and run["handover"]["overhead_ms"] > 0
     assert sorted(map(int, result["reference_ttft_ms"])) == [2, 10, 20, 41, 82, 140]
+
+
+@pytest.mark.slow
+def test_every_part_of_the_simulators_benchmark_runs(tmp_path: Path) -> None:
+    out, few = tmp_path / "out.json", ("--max-requests", "6", "--jobs", "2")
+    done = python("-m", "benchmarks.bench_sim", *few, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert list(found) == [name for name in PARTS if name != "large"]
+    assert [line[3:] for line in done.stdout.splitlines() if line.startswith("## ")] == list(found)
+    assert all(row["ours"]["offered"] == 6 and not row["dynosim"] for row in found["peer"] + found["agreement"])
+    assert {row["placement"] for row in found["tropical"]} >= {"slo", "tropical", "distserve", "vllm-chunked"}
+    for row in found["tropical"] + found["static"]:
+        assert len(row["shares"]) == len(row["rates"]) and all(0 <= share <= 1 for share in row["shares"])
+    assert all(row["cpu_s"] > 0 and row["most_bytes"] > 1e6 for row in found["speed"])
+    assert "`auto:8` is nowhere below the best static layout." in done.stdout
+
+
+def test_what_the_simulators_benchmark_refuses() -> None:
+    assert (
+        "there is no peers; there are peer, agreement" in python("-m", "benchmarks.bench_sim", "--only", "peers").stderr
+    )
+    gone = python("-m", "benchmarks.bench_sim", "--only", "speed", "--trace", "nowhere")
+    assert gone.returncode == 1 and "nowhere cannot be read" in gone.stderr and "Traceback" not in gone.stderr
+    assert "--peer nowhere is no program" in python("-m", "benchmarks.bench_sim", "--peer", "nowhere").stderr
+
+
+def test_the_rate_up_to_which_most_are_in_time() -> None:
+    flags = Setup(SAMPLE).on_grid("70b-h200-tp4", "2M", most=60)
+    rates = [0.5, 8.0]
+    shares = [simulate([*flags, "--rate", str(rate)])["slo_attainment"] for rate in rates]
+    row = {"rates": rates, "shares": shares}
+    assert shares[0] >= 0.9 > shares[1]
+    row["held"] = held = held_rate(flags, row)
+    assert held is not None and held_text(row) == f"{held:.2f}"
+    assert simulate([*flags, "--rate", str(held)])["slo_attainment"] >= 0.9
+    assert simulate([*flags, "--rate", str(held * 1.005)])["slo_attainment"] < 0.9
+    for shares, text in (([0.95, 0.9], "> 8"), ([0.85, 0.2], "< 0.5")):
+        row = {"rates": rates, "shares": shares}
+        row["held"] = held_rate(flags, row)
+        assert row["held"] is None and held_text(row) == text
+
+
+def test_where_ours_is_below_the_best_static_layout() -> None:
+    names = ("auto:8", "7P1D", "6P2D")
+    columns = ([1.0, 0.91, 0.5], [1.0, 0.92, 0.4], [0.9, 0.93, 0.49])
+    rows = [{"name": name, "rates": [1, 2, 3], "shares": shares} for name, shares in zip(names, columns, strict=True)]
+    assert below_best(rows) == ["2 req/s, 91.00 % beside 93.00 % of 6P2D"]
+
+
+def test_dynosims_rows_are_judged_as_ours_are() -> None:
+    times = latency.read(GRIDS, "8b-h200-tp1")
+    alone_ms = times.prefill_ms(1000)
+
+    def row(ttft_x: float, tpot_ms: float, num_output: int, status: str = "completed") -> dict[str, Any]:
+        first_ms = ttft_x * alone_ms
+        last_ms = first_ms + tpot_ms * (num_output - 1)
+        return {
+            "terminal_status": status, "input_length": 1000, "output_length": num_output, "ttft_ms": first_ms,
+            "first_token_ms": first_ms, "last_token_ms": last_ms,
+        }  # fmt: skip
+
+    rows = [row(4.9, 99, 11), row(5.1, 9, 11), row(1, 101, 11), row(1, 0, 1), row(1, 1, 11, "failed")]
+    found = dynosim.judge(rows, times)
+    assert found["slo_attainment"] == 2 / 5
+    assert found["tpot_ms"]["p50"] == pytest.approx(99), "one token has no TPOT"
+    assert found["ttft_s"]["p99"] == pytest.approx(5.1 * alone_ms / 1e3, rel=0.01)

@@ -173,10 +173,7 @@ class Planner:
             low, high = high, high * 2
         else:
             return low
-        while high > low * (1 + RATE_ERROR):
-            middle = (low * high) ** 0.5
-            low, high = (middle, high) if holds(middle) else (low, middle)
-        return low
+        return highest_between(holds, low, high, RATE_ERROR)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         """Whether prefill is done in time if nothing else is computed, no cached block is ever lost, and the longest prompts fail."""
@@ -189,6 +186,14 @@ class Planner:
             max(o.num_input for o in self._offered)
         )
         return served_s <= span_s * (num_prefills or len(candidate.layout))
+
+
+def highest_between(holds: Callable[[float], bool], low: float, high: float, error: float) -> float:
+    """Returns: by bisection, the highest rate that holds, to an error in shares of it; low holds, high does not."""
+    while high > low * (1 + error):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def prefill_works(offered: Sequence[Offered], times: Latency, finds_prefixes: bool) -> Iterator[float]:
