@@ -20,9 +20,9 @@ ALLOWED = {
     "transfer": {"errors", "clock", "config", "request", "interfaces", "core"},
     "cluster": {"errors", "clock", "config", "request", "core"},
     "observe": {"errors", "clock", "config", "request", "core"},
-    "sim": {"errors", "clock", "request", "core"},
+    "sim": {"errors", "clock", "machine", "request", "core"},
 }
-BASE = {"errors", "clock", "config", "flags", "request", "interfaces"}
+BASE = {"errors", "clock", "config", "flags", "request", "interfaces", "machine"}
 ALLOWED["engine"] = {*BASE, "core", "model", "transfer", "cluster", "observe"}
 ALLOWED["launch"] = {*ALLOWED["engine"], "engine", "launch", "entrypoints"}
 ALLOWED["doctor"] = {*ALLOWED["engine"], "engine", "launch"}

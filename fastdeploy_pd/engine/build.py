@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fastdeploy_pd import machine
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
@@ -105,11 +106,11 @@ class BuiltEngine:
 
 
 def free_memory_bytes() -> int:
-    """Returns: memory the machine could give us now (MemAvailable), in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable line; give --num-gpu-blocks-override")
+    """Returns: memory the machine could give us now, in bytes. Raises: ConfigError: it does not say."""
+    free = machine.free_memory_bytes()
+    if free is None:
+        raise ConfigError("/proc/meminfo has no MemAvailable line; give --num-gpu-blocks-override")
+    return free
 
 
 def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int, gpu: Gpu | None = None) -> int:

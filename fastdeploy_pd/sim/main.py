@@ -17,6 +17,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core import multiplexing, order
 from fastdeploy_pd.core.placement import PlacementPolicy
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.machine import free_memory_bytes
 from fastdeploy_pd.sim import baselines, failures, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.instance import MakePolicy
@@ -197,23 +198,13 @@ def check_positive(args: argparse.Namespace, *flags: str) -> None:
 
 def check_memory(num_requests: int, has_rows: bool) -> None:
     """Raises: ConfigError: so many requests do not fit into the memory that is free; says both sizes."""
-    needed, free = num_requests * (REQUEST_BYTES + ROW_BYTES * has_rows), _free_bytes()
+    needed, free = num_requests * (REQUEST_BYTES + ROW_BYTES * has_rows), free_memory_bytes()
     if free is not None and needed > free:
         rows = ", with --per-request," if has_rows else ""
         raise ConfigError(
             f"{num_requests} requests{rows} need about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.1f} GB are free; "
             "it must be fewer: --num-prompts, --max-requests, --repeat"
         )
-
-
-def _free_bytes() -> int | None:
-    """Returns: memory that the machine could give now; None: it does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def check_instance_flags(args: argparse.Namespace) -> None:
