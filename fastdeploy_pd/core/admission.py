@@ -3,20 +3,17 @@
 All goes well when the instance where it ends soonest takes it, its prompt is overtaken by nobody who is not there yet, and the model ends
 it as soon as it may. Its steps also compute other prompts' parts, those that are there when it comes, as far as they surely do. The time
 this takes is worked out from what instances report of their steps (`predictor`) and of what waits there (`Load`); what one has not
-reported counts as nothing. So nobody is refused by mistake but by errors of the predictions. CAUTION allows for those, and for what
-is not predicted: beside streams with a TPOT `order.Slack` leaves more prompts for later.
+reported counts as nothing. So nobody is refused by mistake but by errors of the predictions, and CAUTION allows for those.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import replace
 
-from fastdeploy_pd.core.order import late, most_wait_s
+from fastdeploy_pd.core.order import most_wait_s
 from fastdeploy_pd.core.placement import Candidate, FewestTokens, Load, PlacementPolicy, RoundRobin
-from fastdeploy_pd.core.scheduler import DUE_AIM
 from fastdeploy_pd.errors import DeadlineUnreachable, FastDeployPDError, InvalidRequest
 from fastdeploy_pd.request import Request
 
@@ -93,16 +90,7 @@ def _first_token_s(load: Load | None, request: Request, num_cached: int, after_s
     own_s = load.predictor.prefill_s(request.num_tokens, num_cached)
     if after_s == math.inf:
         return own_s
-    ahead_s = _ahead_s(load, request, own_s, after_s)
-    begun_s = load.busy_s - load.age_s + ahead_s - after_s
-    beside_s = 0.0
-    if not ahead_s:  # it is the first in its step, and others fill that up
-        # which is cut where its first token would come late by it
-        left_s = DUE_AIM * (most_wait_s(request.slo) - max(0.0, begun_s)) - own_s
-        left_s -= load.predictor.decode_s(load.num_streams, load.stream_tokens)
-        num_more = load.step_tokens - (request.num_tokens - num_cached)
-        beside_s = max(0.0, min(left_s, _beside_s(load, request, 1, num_more, own_s + max(0.0, begun_s), after_s)))
-    return max(0.0, begun_s) + own_s + beside_s
+    return max(0.0, load.busy_s - load.age_s + _ahead_s(load, request, after_s) - after_s) + own_s
 
 
 def _rest_s(load: Load | None, request: Request, first_s: float, after_s: float) -> float:
@@ -112,52 +100,40 @@ def _rest_s(load: Load | None, request: Request, first_s: float, after_s: float)
         return 0.0
     mean_tokens = request.num_tokens + (num_steps + 1) // 2
     own_s = num_steps * load.predictor.decode_s(1, mean_tokens)
-    return own_s + _beside_s(load, request, num_steps, load.step_tokens, first_s, after_s)
+    return own_s + _beside_s(load, request, num_steps, first_s, after_s)
 
 
-def _beside_s(load: Load, request: Request, num_steps: int, step_tokens: int, from_s: float, after_s: float) -> float:
-    """Returns: seconds, at least, of the other prompts' parts in steps of step_tokens that a request takes part in from from_s on.
+def _beside_s(load: Load, request: Request, num_steps: int, from_s: float, after_s: float) -> float:
+    """Returns: seconds, at least, of the other prompts' parts in num_steps steps that a request takes part in from from_s on.
 
-    So many tokens cost least if they are those of the prompts that are cheapest by the token. A prompt's first tokens cost less than
-    its last ones, so those that are begun and do not end are cheaper still: one on time, and one late one (`order.Slack`).
+    A step is full of other prompts but where one ends: what follows may be cut to bring its first token on time. So either few of them
+    end, and most steps are full, or many do, and have been computed; or there is nothing left to compute.
     """
-    deadline_s, is_guarded = request.slo.deadline_s, request.slo.tpot_s is not None
-    a, b, c = (max(0.0, x) for x in load.predictor.prefill)
-    if after_s == math.inf or deadline_s is None or is_guarded or min(load.step_tokens, step_tokens, num_steps) < 1:
+    is_guarded = request.slo.tpot_s is not None
+    if after_s == math.inf or is_guarded or load.step_tokens < 1 or load.num_free_tokens < request.num_tokens:
         return 0.0
-    if load.num_free_tokens < request.num_tokens:
-        return 0.0
-    is_late = late(load.prompts, load.busy_s)  # by `order.Slack` those may be left out of a step
-    jobs = sorted(s - c for (_, s), x in zip(load.prompts, is_late, strict=True) if s > c and (load.is_fcfs or not x))
-    costs = [(s, load.predictor.tokens_within(s + c, 0) + 1) for s in jobs[: max(0, load.num_seats - 1)]]
-    if not costs:
-        return 0.0
-    sum_s, most_s = sum(s for s, _ in costs), max(s / n for s, n in costs)
-    # A step in which a prompt ends is cut where what follows would make its first token late.
-    tight_s = deadline_s + after_s + 3 * step_tokens * most_s
-    num_full = num_steps - sum(max(0.0, after_s) < d < tight_s for d, _ in load.prompts)
-    num_tokens, least = step_tokens * max(0, num_full), 0.0
-    left = num_tokens
-    for seconds, num in sorted(costs, key=lambda job: job[0] / job[1]):
-        least += seconds * min(1.0, left / num)
-        left = max(0, left - num)
-    least = max(b * num_tokens, least - 2 * max(a * n * n / 4 for _, n in costs))
-    return min(least, max(0.0, load.busy_s - load.age_s + sum_s - after_s - from_s))
+    _, token_s, once_s = (max(0.0, x) for x in load.predictor.prefill)
+    left = sorted(max(0.0, s - once_s) for _, s in load.prompts)
+    past_s = max(0.0, from_s + after_s + load.age_s - load.busy_s)  # in which some of it may have been computed
+    least_s = sum(left[: max(0, load.num_seats - 1)]) - past_s  # of more, streams may take the seats
+    ended_s = -past_s
+    for num_ended, seconds in enumerate([0.0, *left]):
+        ended_s += seconds
+        least_s = min(least_s, max(token_s * load.step_tokens * (num_steps - num_ended), ended_s))
+    return max(0.0, least_s)
 
 
-def _ahead_s(load: Load, request: Request, own_s: float, after_s: float) -> float:
-    """Returns: seconds of the prompts that come before a request's: all of them where an instance goes by arrival, else those that are
-    due before it and can be on time (`order.Slack`), as far as the instance goes by that; those that could be overtaken are left out.
+def _ahead_s(load: Load, request: Request, after_s: float) -> float:
+    """Returns: seconds of the prompts that surely come before a request's: all where an instance goes by arrival, those that are due no
+    later where it goes by that.
+
+    Under `order.Slack` nobody surely does: one that would be late is left for later, and every step that takes a little longer than
+    predicted may make one late.
     """
-    once_s = max(0.0, load.predictor.prefill[2])  # several prompts' parts in one step pay it together
     if request.num_tokens < 2:
         return 0.0  # a single token goes with the streams
-    if load.is_fcfs:
-        return sum(max(0.0, s - once_s) for _, s in load.prompts)
-    if load.priority is None or request.priority < load.priority:
+    if not load.is_fcfs and (load.priority is None or request.priority < load.priority):
         return 0.0
-    due_s, jobs = most_wait_s(request.slo) + after_s, list(load.prompts)
-    place = bisect_right(jobs, due_s, key=lambda job: job[0])
-    jobs.insert(place, (due_s, own_s))
-    is_late = late(jobs, load.busy_s)
-    return sum(max(0.0, s - once_s) for (_, s), x in zip(jobs[:place], is_late, strict=False) if not x)
+    due_s = math.inf if load.is_fcfs else most_wait_s(request.slo) + after_s
+    once_s = max(0.0, load.predictor.prefill[2])  # several prompts' parts in one step pay it together
+    return sum(max(0.0, seconds - once_s) for due, seconds in load.prompts if due <= due_s)

@@ -31,7 +31,7 @@ class Load:
     stream_tokens: int = 0  #: their tokens in sum
     slack_s: float = math.inf  #: that streams can wait before their SLO suffers
     num_free_tokens: int = 0  #: that KV blocks nobody holds have room for, less what waits for them
-    priority: int | None = None  #: of all the prompts, computed by due time or as they came; None: not so
+    priority: int | None = None  #: of all the prompts, which are computed by due time alone; None: not so
     is_fcfs: bool = False  #: they are computed as they came, whatever is due when
     step_tokens: int = 0  #: of prompts that a step computes beside its streams, if so many wait; 0: it may be fewer
     num_seats: int = 0  #: sequences that a step has room for beside the streams

@@ -40,7 +40,6 @@ from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Phase, Request
 
-BY_DUE = ("fcfs", "edf", "slack")  # policies under which a prompt does not overtake those that are due before it
 MAX_PROMPTS = 256  # that placement is told of: those that are due first
 MOST_SHARE = 0.8  # of the time, that streams are taken to need
 DUE_AIM = (
@@ -162,11 +161,12 @@ class Scheduler:
         prompts = tuple([(due - now_s, seconds) for due, seconds in jobs])
         found = Load(predictor, prompts, busy_s, len(streams), num_tokens, slack_s, num_free)
         priorities = {r.priority for r in requests if is_prompt(r)}
-        if self.options.prefill_policy in BY_DUE and len(priorities) < 2 and self._counters is None:
+        is_alike = len(priorities) < 2 and self._counters is None
+        if self.options.prefill_policy == "edf" and is_alike:
             found.priority = max(priorities, default=0)
         found.is_fcfs = self._policy is None
         found.num_seats = self.options.max_num_seqs - len(streams)
-        if found.is_fcfs or found.priority is not None:
+        if found.is_fcfs or (self.options.prefill_policy in ("edf", "slack") and is_alike):
             found.step_tokens = self._full_step_tokens(requests, num_free)
         return found
 

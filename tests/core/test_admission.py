@@ -59,7 +59,7 @@ def test_what_it_takes() -> None:
         ([mixed(cached=600)], 0.5),
         ([mixed(busy_s=0.7)], 1.8),
         ([mixed((2.0, 1.5), (30.0, 4.0))], 2.6),  # the second is due later: it is overtaken
-        ([mixed((2.0, 1.5), (2.0, 1.4))], 2.5),  # both cannot be on time: the longer one goes back
+        ([mixed((2.0, 1.5), (2.0, 1.4))], 4.0),  # both are due before it, late or not
         ([mixed((2.0, 1.5), priority=1)], 1.1),  # one that is less urgent is overtaken
         ([mixed((2.0, 1.5), priority=None)], 1.1),
         ([mixed((2.0, 1.5)), other], 1.5),
@@ -99,22 +99,22 @@ def test_other_prompts_parts_in_its_steps_count() -> None:
     request = request_of(100, 9.0)
     busy = Load(PREDICTOR, ((60.0, 1.0), (60.0, 3.0)), **FULL_STEPS)
     for load, seconds in (
-        (busy, 0.2 + 10 * 0.1),
+        (replace(busy, prompts=((60.0, 2.0), (60.0, 2.0))), 0.2 + 10 * 0.1),
+        (busy, 0.2 + 9 * 0.1),  # one may end in them, and cut a step short
+        (replace(busy, prompts=((60.0, 0.02), (60.0, 0.03), (60.0, 3.0))), 0.2 + 8 * 0.1),
         (replace(busy, prompts=((60.0, 0.7),)), 0.2 + 0.6),  # they may have been computed before its first token
         (replace(busy, step_tokens=50), 0.2 + 10 * 0.05),
         (replace(busy, step_tokens=0), 0.2),
         (replace(busy, num_seats=1), 0.2),  # streams may take all the others
         (replace(busy, num_seats=2, prompts=((60.0, 0.3), (60.0, 0.4))), 0.2 + 0.2),
         (replace(busy, num_free_tokens=99), 0.2),
-        (replace(busy, prompts=((2.0, 1.0), (60.0, 3.0))), 1.2 + 9 * 0.1),  # it is behind one that may cut a step
+        (replace(busy, prompts=((2.0, 1.0), (60.0, 3.0))), 1.2 + 9 * 0.1),  # it is behind the first
         (replace(busy, age_s=3.6), 0.2 + 0.3),  # most of it may be done meanwhile
         (replace(busy, is_fcfs=True), 4.0 + 0.2),
     ):
         assert least_s(request, [Candidate("m", True, True, load=load)]) == pytest.approx(CAUTION * seconds), load
     guarded = replace(request, slo=replace(request.slo, tpot_s=0.05))
     assert least_s(guarded, [Candidate("m", True, True, load=busy)]) == pytest.approx(CAUTION * 0.2)
-    short = Candidate("m", True, True, load=replace(busy, step_tokens=300))
-    assert least_s(request_of(100, 9.0, max_tokens=1), [short]) == pytest.approx(CAUTION * 0.3), "and in the first step"
 
 
 def test_a_decode_instance_computes_no_prompt_if_the_policy_gives_it_none() -> None:
@@ -161,8 +161,8 @@ CURVED = Predictor((2.5e-6, 1e-3, 0.005), (0.0, 0.0, 0.01))
     st.integers(1, 400),
     st.integers(0, 2),
     st.floats(0.05, 4.0),
-    # Beside streams with a TPOT `slack` takes prompts for longer than they are, and leaves more of them for later: not predicted.
-    st.sampled_from([*((policy, None) for policy in POLICIES), *((p, 0.02) for p in POLICIES if p != "slack")]),
+    st.sampled_from(POLICIES),
+    st.sampled_from([None, 0.02]),
     st.sampled_from([PREDICTOR, CURVED]),
     st.sampled_from([2, 8]),
     st.sampled_from([40, 400]),
@@ -174,7 +174,8 @@ def test_who_is_refused_would_have_been_late(
     num_tokens: int,
     priority: int,
     deadline_s: float,
-    policy_and_tpot: tuple[str, float | None],
+    policy: str,
+    tpot_s: float | None,
     predictor: Predictor,
     num_seats: int,
     num_blocks: int,
@@ -182,7 +183,6 @@ def test_who_is_refused_would_have_been_late(
     has_ttft: bool,
 ) -> None:
     """A scheduler whose steps take what is predicted serves everybody; nobody is added after the one that is judged."""
-    policy, tpot_s = policy_and_tpot
     scheduler = Scheduler(
         BlockPool(num_blocks, 16),
         SchedulerOptions(num_seats, 64, 4096, enable_prefix_caching=False, prefill_policy=policy, guards_tpot=True),
@@ -205,10 +205,10 @@ def test_who_is_refused_would_have_been_late(
         assert took_s > deadline_s
 
 
-@pytest.mark.parametrize("predictor", [PREDICTOR, CURVED])
+@pytest.mark.parametrize(("predictor", "share"), [(PREDICTOR, 0.6), (CURVED, 0.4)])  # what curves is not counted
 @pytest.mark.parametrize(("policy", "ttft_s"), [("fcfs", None), ("edf", 100.0), ("slack", 100.0)])
 def test_who_must_be_late_behind_long_prompts_is_refused(
-    predictor: Predictor, policy: str, ttft_s: float | None
+    predictor: Predictor, share: float, policy: str, ttft_s: float | None
 ) -> None:
     """Its deadline puts it first under edf and slack, and each of its steps takes as long as others' parts in it."""
     scheduler = Scheduler(
@@ -229,7 +229,7 @@ def test_who_must_be_late_behind_long_prompts_is_refused(
     assert isinstance(refusal(request, [alone]), DeadlineUnreachable)
     accept(scheduler, request)
     took_s = serve(scheduler, predictor, request, now_s) - now_s
-    assert 0.6 * took_s < earliest_s / CAUTION <= took_s
+    assert share * took_s < earliest_s / CAUTION <= took_s
 
 
 def accept(scheduler: Scheduler, request: Request) -> None:
