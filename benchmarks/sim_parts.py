@@ -142,7 +142,7 @@ def tropical(setup: Setup) -> Found:
     cells = []
     for row in rows:
         ours, its = held[row["step_tokens"], row["requests"]], row["held"]
-        row["ours_by_it"] = ours / its if ours and its else None
+        row["ours_by_it"] = ours / its if ours and its and row["placement"] != "slo" else None
         name = f"`{row['layout']}`" if row["placement"] == "slo" else f"`{row['placement']}`, {row['layout']}"
         ratio = f"{row['ours_by_it']:.2f}" if row["ours_by_it"] else ""
         shares = map(percent, row["shares"])
