@@ -13,7 +13,6 @@ from tests.acceptance.conftest import Case, answers_of, differences
 from tests.acceptance.standing import Standing
 from tests.transfer.optional import has_mooncake
 
-SHORT = 500  # tokens
 TOPOLOGIES = {  # in the order in which least has to be started
     "mixed": ["mixed"],
     "mixed+1P1D": ["mixed", "prefill", "decode"],
@@ -54,11 +53,9 @@ def id_of(value: object) -> str:
     ("standing", "topology"), [(s, t) for s, names in SETTINGS.items() for t in names], indirect=["standing"], ids=id_of
 )
 def test_tokens_are_those_of_transformers(standing: Standing, cases: list[Case], topology: str) -> None:
-    # A pair gets all prompts; elsewhere, of the long ones, which take most of the time, every fourth does.
-    some = cases if topology == "1P1D" else [c for n, c in enumerate(cases) if len(c.prompt) <= SHORT or n % 4 == 0]
     urls = [i.http_url for i in standing.of(TOPOLOGIES[topology])]
     # A salt of its own: what another topology has computed is in no prefix cache.
-    assert not differences(some, asyncio.run(answers_of(urls, some, salt=topology)))
+    assert not differences(cases, asyncio.run(answers_of(urls, cases, salt=topology)))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ ENV = {"OMP_NUM_THREADS": "1"}
 NUM_FLIPS = 50
 NUM_CLIENTS = 6
 NUM_TOKENS = 24
+NUM_LONG = 800
 PROMPTS = [list(range(40 + n, 100 + 45 * n)) for n in range(8)]
 TOPIC = "roles"
 
@@ -130,8 +131,10 @@ def test_a_drain_under_load_ends_when_all_is_served(cluster: LocalCluster, redis
     seen: list[dict[str, object]] = []
 
     async def leave(client: httpx.AsyncClient, answered: Answered) -> None:
+        # Long enough that it still drains when it is asked again, by a command that takes a second to start.
         own = [
-            asyncio.create_task(stream_tokens(client, leaver.http_url, PROMPTS[1], max_tokens=200)) for _ in range(3)
+            asyncio.create_task(stream_tokens(client, leaver.http_url, PROMPTS[1], max_tokens=NUM_LONG))
+            for _ in range(3)
         ]
         await answered()
         seen.append((await client.post(leaver.http_url + "/v1/admin/drain", json={"timeout_s": 40})).json())
@@ -140,7 +143,7 @@ def test_a_drain_under_load_ends_when_all_is_served(cluster: LocalCluster, redis
         command = await asyncio.to_thread(fastdeploy_pd, redis_server, "drain", leaver.http_url, "--timeout-s", "40")
         assert command.returncode == 0, command.stderr
         answers = await asyncio.gather(*own)
-        assert all((len(tokens), reason) == (200, "length") for tokens, reason in answers)
+        assert all((len(tokens), reason) == (NUM_LONG, "length") for tokens, reason in answers)
         assert len({tuple(tokens) for tokens, _ in answers}) == 1
 
     asyncio.run(under_load([prefill.http_url, decode.http_url], leave))
