@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import zmq
@@ -27,6 +28,8 @@ log = logging.getLogger("fastdeploy_pd.links")
 QUEUE_MESSAGES = 10_000  # high-water mark of each direction of each link
 DRAIN_MESSAGES = 1_000  # most messages of one socket taken in one call, so that none starves another
 RECONNECT_MS = 20
+UNREACHED_S = 60.0  # a peer that was not reached for so long is called no more
+MAX_SOCKETS = 3 * 8192  # ZeroMQ's; a link takes three
 
 _REFUSED_EVENTS = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -74,6 +77,7 @@ class _Dealer:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     address: str
+    since_s: float
     is_up: bool = False
 
 
@@ -93,6 +97,7 @@ class Links:
         self._refused_by: set[str] = set()
         self.num_rejected = 0  #: messages that could not be decoded
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self._server = key_pair(secret, "server") if secret else None
         self._client = key_pair(secret, "client") if secret else None
         self._authenticator: ThreadAuthenticator | None = None
@@ -113,25 +118,15 @@ class Links:
             if known.address == address:
                 return
             self.disconnect(peer_id)
-        socket = self._context.socket(zmq.DEALER)
-        _set_queues(socket)
-        socket.setsockopt(zmq.ROUTING_ID, _routing_id(self.own_id, peer_id))
-        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        if self._server is not None and self._client is not None:
-            socket.curve_serverkey = self._server.public
-            socket.curve_publickey, socket.curve_secretkey = self._client.public, self._client.secret
-        monitor = socket.get_monitor_socket(_LOST_EVENTS | _UP_EVENTS)
+        self._drop_unreached()
         try:
-            socket.connect(address)
+            socket, monitor = self._dial(peer_id, address)
         except zmq.ZMQError as error:
             if peer_id not in self._refused_by:
                 self._refused_by.add(peer_id)
-                log.warning("the address %r of %s cannot be used: %s", address, peer_id, error)
-            socket.disable_monitor()
-            monitor.close(0)
-            socket.close(0)
+                log.warning("the address %.256r of %.256s cannot be used: %s", address, peer_id, error.strerror)
             return
-        self._dealers[peer_id] = _Dealer(socket, monitor, address)
+        self._dealers[peer_id] = _Dealer(socket, monitor, address, time.monotonic())
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
 
@@ -206,6 +201,30 @@ class Links:
         """Returns: every socket whose descriptor shows that something has arrived."""
         sockets = [s for d in self._dealers.values() for s in (d.socket, d.monitor)]
         return [*sockets, self._wake_out, *([self._router] if self._router is not None else [])]
+
+    def _dial(self, peer_id: str, address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """Returns: a socket that connects to a peer, and its monitor. Raises: zmq.ZMQError: no address, a name too long, too many."""
+        with ExitStack() as failure:
+            socket = self._context.socket(zmq.DEALER)
+            failure.callback(socket.close, 0)
+            _set_queues(socket)
+            socket.setsockopt(zmq.ROUTING_ID, _routing_id(self.own_id, peer_id))
+            socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+            if self._server is not None and self._client is not None:
+                socket.curve_serverkey = self._server.public
+                socket.curve_publickey, socket.curve_secretkey = self._client.public, self._client.secret
+            monitor = socket.get_monitor_socket(_LOST_EVENTS | _UP_EVENTS)
+            failure.callback(monitor.close, 0)
+            failure.callback(socket.disable_monitor)
+            socket.connect(address)
+            failure.pop_all()
+        return socket, monitor
+
+    def _drop_unreached(self) -> None:
+        """Nobody tells us that a peer is gone which we never reached; ZeroMQ would call it for ever."""
+        oldest_s = time.monotonic() - UNREACHED_S
+        for peer_id in [i for i, d in self._dealers.items() if not d.is_up and d.since_s < oldest_s]:
+            self.disconnect(peer_id)
 
     def _listen(self, binds: Sequence[str]) -> None:
         router = self._context.socket(zmq.ROUTER)

@@ -100,6 +100,42 @@ def test_an_address_that_is_none_gives_no_link() -> None:
     links.close()
 
 
+def test_a_name_that_is_too_long_gives_no_link() -> None:
+    links = Links("a", ["tcp://127.0.0.1:*"])
+    links.connect("x" * 300, links.addresses[0])
+    assert not links.send("x" * 300, Beat(1))
+    links.close()
+
+
+def test_a_thousand_peers() -> None:
+    links = Links("a", ["tcp://127.0.0.1:*"])
+    for number in range(1000):
+        links.connect(f"peer-{number}", links.addresses[0])
+    assert all(links.send(f"peer-{number}", Beat(1)) for number in range(1000))
+    links.close()
+
+
+def test_more_peers_than_there_may_be_sockets_give_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeploy_pd.cluster.links.MAX_SOCKETS", 20)
+    links = Links("a", ["tcp://127.0.0.1:*"])
+    for number in range(10):
+        links.connect(f"peer-{number}", links.addresses[0])
+    assert links.send("peer-0", Beat(1)) and not links.send("peer-9", Beat(1))
+    links.close()
+
+
+def test_who_was_never_reached_is_called_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = Links("a", ["tcp://127.0.0.1:*"])
+    links.connect("reached", links.addresses[0])
+    wait_for(links, PeerUp)
+    links.connect("gone", "tcp://127.0.0.1:1")
+    assert links.send("gone", Beat(1))
+    monkeypatch.setattr("fastdeploy_pd.cluster.links.UNREACHED_S", 0.0)
+    links.connect("other", links.addresses[0])
+    assert not links.send("gone", Beat(1)) and links.send("reached", Beat(1)) and links.send("other", Beat(1))
+    links.close()
+
+
 def test_a_link_to_who_had_the_address_before_does_not_take_the_present_one_s_place() -> None:
     server, client = Links("new", ["tcp://127.0.0.1:*"]), Links("client")
     for name in ("new", "old"):  # the record of "old", which died, is known until its lease lapses
