@@ -195,7 +195,7 @@ class HandOver:
         TokenChunk | None
     )  #: the output token that follows the prompt, as prefill has sent it to the front end; of a fetch: None
     digests: tuple[int, ...]  #: checksum of each block in block_ids order, as computed at the source
-    num_bytes: int
+    num_bytes: Annotated[int, msgspec.Meta(ge=0)]
     backend: str
     stage_s: tuple[tuple[str, float], ...] = ()
 

@@ -127,7 +127,8 @@ class Grants:
             self.context.outbox.send(sender_id, HandOverAck(message.grant_id, is_good=False))
             return
         if grant.hand_over is None:
-            if (message.chunk is None) is not grant.is_fetch:
+            num_tokens = 0 if message.chunk is None else len(message.chunk.token_ids)
+            if num_tokens != (0 if grant.is_fetch else 1):
                 other = Failure("a hand-over of another kind than was ordered", "prefill_failed")
                 self._fail(grant, other, now_s)
                 return
