@@ -363,6 +363,11 @@ class Scheduler:
             self.num_prefix_hits += request.local.num_cached_tokens
         return True
 
+    def num_wanted_blocks(self) -> int:
+        """Returns: free blocks with which any waiting request has room: who leaves so many takes none that one waits for."""
+        most = max((r.num_tokens for r in self.waiting if not r.local.block_table), default=0)
+        return self.pool.num_blocks_for(most) + len(self.running)
+
     def _num_lacking(self, request: Request, cached: Sequence[int], num_spare_blocks: int) -> int:
         """Returns: how many free blocks more `reserve` needs, with `cached` as the prefix; 0 or less: none."""
         num_fresh = self.pool.num_blocks_for(request.num_tokens) - len(cached)

@@ -273,7 +273,9 @@ class PrefillSide:
         held = Held(message.holder, message.num_held_tokens)
         if not self._fetches.num_blocks(request, scheduler.num_matching_tokens(request), held):
             return False
-        if not scheduler.reserve(request, scheduler.pool.num_blocks // SPARE_FRACTION):
+        if not scheduler.reserve(
+            request, max(scheduler.num_wanted_blocks(), scheduler.pool.num_blocks // SPARE_FRACTION)
+        ):
             return False  # what is to be computed before it needs the room
 
         def go_on(_: float) -> None:

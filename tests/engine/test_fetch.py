@@ -10,6 +10,7 @@ from fastdeploy_pd.core.placement import Candidate, Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
 from fastdeploy_pd.engine.outbox import Send
+from fastdeploy_pd.engine.prefill import Order, OrderState
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.request import Request, Slo
 from tests.engine.simulated_cluster import BLOCK_SIZE, Faults, Node, SimulatedCluster, expected_tokens
@@ -187,6 +188,28 @@ def test_prefill_fetches_nothing_where_the_room_is_for_others() -> None:
     scene.cluster.at(1.0, lambda: pool.release(held))
     scene.ask("long", [*PROMPT, *range(50, 60)], Placement(scene.ids[2], scene.ids[1]))
     assert scene.cluster.fetches.num_fetched == 0 and scene.ordered(scene.ids[2]) == [0]
+
+
+def test_fetches_do_not_take_the_blocks_that_a_large_prompt_waits_for() -> None:
+    scene = Scene(Role.MIXED, Role.DECODE, Role.PREFILL)
+    prefill, receive = scene.cluster.nodes[scene.ids[2]].engine, scene.holder.engine.receive
+    scene.holder.engine.receive = lambda i, m: scene.cluster.at(0.3, lambda: receive(i, m))  # type: ignore[method-assign]
+    transfers = {"loopback": scene.other.engine.context.transfers["loopback"].descriptor()}
+
+    def order(name: str, prompt: list[int], num_held: int) -> Order:
+        prefill.context.scheduler.pool.forget_all()
+        num_blocks = -(-len(prompt) // BLOCK_SIZE)
+        held = (scene.holder.peer, num_held) if num_held else (None, 0)
+        wire, block_ids = Request(name, prompt).to_wire(), tuple(range(num_blocks))
+        prefill.receive(scene.ids[1], PrefillOrder(name, 5, wire, 0, block_ids, scene.ids[1], transfers, *held))
+        return prefill.prefill.orders[name]
+
+    assert order("first", [*PROMPT, 0, 0, 0], 28).state is OrderState.FETCHING
+    large = order("large", [9] * 62, 0)  # 16 of 24 blocks
+    for number in range(10):
+        scene.cluster.run(scene.cluster.clock.now_s() + 0.1)
+        order(f"later-{number}", [*PROMPT, number, 0, 0], 28)
+    assert large.state is not OrderState.QUEUED
 
 
 def test_a_holder_that_says_nothing_is_not_waited_for() -> None:
