@@ -89,8 +89,11 @@ class DecodeSide:
         return len(self._away)
 
     def outstanding_tokens(self) -> int:
-        """Returns: tokens of attempts that are not in the scheduler yet; their streams will run here."""
-        return sum(s.request.num_tokens for s in self.queued) + len(self._away)
+        """Returns: tokens of attempts that are not in the scheduler yet: what is to be computed, and one for each ordered stream."""
+        return sum(s.request.num_tokens for s in self.queued) + sum(
+            s.request.num_tokens - s.request.local.num_computed_tokens if s.state is ServedState.FETCHING else 1
+            for s in self._away.values()
+        )
 
     def active(self) -> Iterable[Served]:
         """Returns: attempts that are not over."""

@@ -212,6 +212,17 @@ def test_fetches_do_not_take_the_blocks_that_a_large_prompt_waits_for() -> None:
     assert large.state is not OrderState.QUEUED
 
 
+def test_a_fetching_attempt_counts_with_what_is_left_of_it() -> None:
+    scene = Scene(Role.MIXED, Role.MIXED)
+    engine, prompt = scene.other.engine, [*PROMPT, *range(50, 60)]
+    scene.holder.engine.receive = lambda i, m: None  # type: ignore[method-assign]
+    scene.front_end.policy = Fixed(Placement(None, scene.ids[1]))
+    scene.cluster.submit("r", prompt, 5, 0.0)
+    while not engine.grants.by_id:
+        scene.cluster.run(scene.cluster.clock.now_s() + 0.001)
+    assert engine.outstanding_tokens() == len(prompt)
+
+
 def test_a_holder_that_says_nothing_is_not_waited_for() -> None:
     scene = Scene(Role.MIXED, Role.MIXED)
     receive = scene.holder.engine.receive
