@@ -247,6 +247,10 @@ class PrefillSide:
                 raise InvalidRequest(
                     f"{len(message.block_ids)} blocks from {message.first_block} on were ordered for {request.num_tokens} tokens"
                 )
+            # The first token would seem to be the last one; decode may take longer sequences.
+            goes_on = request.sampling.max_tokens - len(request.output_token_ids) > 1
+            if request.num_tokens + goes_on >= scheduler.options.max_model_len:
+                raise InvalidRequest(f"{request.num_tokens} tokens, of at most {scheduler.options.max_model_len} here")
         except (InvalidRequest, IncompatiblePeer) as error:
             self._refuse(message.grant_id, error.message)
             self._end_unknown(message.decode_id, message.grant_id, error.message)

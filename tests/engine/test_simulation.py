@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -225,3 +226,14 @@ def test_a_request_that_kills_prefill_instances_is_given_up() -> None:
     error = cluster.clients["poison"].error
     assert error is not None and error.code == "poison"
     assert cluster.is_quiet()
+
+
+def test_a_prefill_instance_with_a_shorter_limit_cuts_no_answer() -> None:
+    cluster = SimulatedCluster(1, [P, D], Faults(until_s=0))
+    scheduler = next(iter(cluster.nodes.values())).engine.context.scheduler
+    scheduler.options = replace(scheduler.options, max_model_len=16)
+    for num_tokens in range(13, 18):
+        cluster.submit(f"r{num_tokens}", [7] * num_tokens, 5, 0.5)
+    cluster.run(60)
+    for client in cluster.clients.values():
+        assert client.tokens == expected_tokens(client.prompt, 5)
