@@ -170,11 +170,11 @@ class DecodeSide:
     # the step
 
     def admit_queued(self, now_s: float) -> None:
-        """Reserve blocks for queued attempts, in order, as far as there is room."""
+        """Reserve blocks for queued attempts, in order, as far as there is room beside what waits in the scheduler."""
         scheduler = self.context.scheduler
         while self.queued:
             served = self.queued[0]
-            if not scheduler.reserve(served.request, num_spare_blocks=len(scheduler.running)):
+            if not scheduler.reserve(served.request, scheduler.num_wanted_blocks()):
                 is_alone = scheduler.is_idle and not self._away
                 if not is_alone or not scheduler.reserve(served.request):
                     return

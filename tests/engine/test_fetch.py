@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, OrderEnded, PrefillOrder
+from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, OrderEnded, PrefillOrder, Reserve
 from fastdeploy_pd.core.placement import Candidate, Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
+from fastdeploy_pd.engine.decode import Served, ServedState
 from fastdeploy_pd.engine.outbox import Send
 from fastdeploy_pd.engine.prefill import Order, OrderState
 from fastdeploy_pd.engine.roles import Role
-from fastdeploy_pd.request import Request, Slo
+from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
 from tests.engine.simulated_cluster import BLOCK_SIZE, Faults, Node, SimulatedCluster, expected_tokens
 
 OPTIONS = EngineOptions(min_fetch_tokens=BLOCK_SIZE, local_prefill_tokens=6)
@@ -210,6 +211,25 @@ def test_fetches_do_not_take_the_blocks_that_a_large_prompt_waits_for() -> None:
         scene.cluster.run(scene.cluster.clock.now_s() + 0.1)
         order(f"later-{number}", [*PROMPT, number, 0, 0], 28)
     assert large.state is not OrderState.QUEUED
+
+
+def test_attempts_that_fetch_do_not_take_the_blocks_that_a_large_prompt_waits_for() -> None:
+    scene = Scene(Role.MIXED, Role.MIXED)
+    engine, receive = scene.other.engine, scene.holder.engine.receive
+    scene.holder.engine.receive = lambda i, m: scene.cluster.at(0.3, lambda: receive(i, m))  # type: ignore[method-assign]
+
+    def reserve(name: str, prompt: list[int], num_held: int) -> Served:
+        engine.context.scheduler.pool.forget_all()
+        held = (scene.holder.peer, num_held) if num_held else (None, 0)
+        engine.receive("f", Reserve(Request(name, prompt, SamplingParams(max_tokens=2)).to_wire(), None, *held))
+        return engine.decode.served[name, 1]
+
+    assert reserve("first", [*PROMPT, 0, 0, 0], 28).state is ServedState.FETCHING
+    large = reserve("large", [9] * 62, 0).request  # 16 of 24 blocks
+    for number in range(10):
+        scene.cluster.run(scene.cluster.clock.now_s() + 0.1)
+        reserve(f"later-{number}", [*PROMPT, number, 0, 0], 28)
+    assert large.phase is not Phase.RESERVED
 
 
 def test_a_fetching_attempt_counts_with_what_is_left_of_it() -> None:
