@@ -304,7 +304,7 @@ class Cluster:
         queued, scheduler = self._queued[decode], decode.scheduler
         while queued:
             served = queued[0]
-            if not scheduler.reserve(served.request, num_spare_blocks=len(scheduler.running)):
+            if not scheduler.reserve(served.request, scheduler.num_wanted_blocks()):
                 is_alone = scheduler.is_idle and not self._num_ordered[decode]
                 if not is_alone or not scheduler.reserve(served.request):
                     return
