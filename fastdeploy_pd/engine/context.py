@@ -130,6 +130,9 @@ class EngineOptions:
     query_s: float = 2.0  #: an accepted order that says nothing is asked after
     arrival_s: float = 30.0  #: a hand-over whose bytes don't come is given up
     fetch_s: float = 5.0  #: a prefix that has not come from a peer by then is computed
+    stuck_s: float = (
+        5.0  #: an instance that computes nothing for so long, for lack of blocks, gives up an order that waits for them
+    )
     min_fetch_tokens: int = 0  #: see core/fetch.py; 0: nothing is fetched
     local_prefill_tokens: int = 0  #: no more left of a prompt than so many: decode computes them itself
     beat_s: float = 0.25

@@ -84,6 +84,7 @@ class PrefillSide:
         self.order_of: dict[int, Order] = {}  # by id() of the request: two attempts have the same request_id
         self._refused: OrderedDict[str, str] = OrderedDict()
         self._selection = Selection(context.backends)
+        self._stuck_since_s = 0.0  # nothing has run, and orders have waited
 
     @property
     def num_active(self) -> int:
@@ -219,6 +220,7 @@ class PrefillSide:
     def tick(self, now_s: float) -> None:
         """Send unacknowledged hand-overs again; forget what ended long ago."""
         options = self.context.options
+        self._end_stuck(now_s)
         for order in self.orders.values():
             if order.state is OrderState.HANDED and now_s - order.last_sent_s >= options.resend_s:
                 self._answer(order, now_s)
@@ -235,6 +237,16 @@ class PrefillSide:
             del self.orders[oldest.grant_id]
 
     # inside
+
+    def _end_stuck(self, now_s: float) -> None:
+        """Give an order up where nothing is computed for lack of blocks: attempts may hold them that wait for a peer where it is the same."""
+        scheduler = self.context.scheduler
+        waiting = [o for r in scheduler.waiting if (o := self.order_of.get(id(r)))] if not scheduler.running else []
+        if not waiting:
+            self._stuck_since_s = now_s
+        elif now_s - self._stuck_since_s >= self.context.options.stuck_s:
+            self._stuck_since_s = now_s
+            self._end(waiting[-1], "no blocks came free", now_s)
 
     def _accept(self, message: PrefillOrder, now_s: float) -> Order | None:
         scheduler = self.context.scheduler

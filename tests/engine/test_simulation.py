@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 
 from fastdeploy_pd.cluster.messages import Refused
+from fastdeploy_pd.core.placement import Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
 from fastdeploy_pd.engine.roles import Role
 from tests.engine.simulated_cluster import BAD_TOKEN, STEP_S, Faults, SimulatedCluster, expected_tokens
+from tests.engine.test_fetch import Fixed
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LIMIT_S = 400.0
@@ -234,6 +236,18 @@ def test_a_prefill_instance_with_a_shorter_limit_cuts_no_answer() -> None:
     scheduler.options = replace(scheduler.options, max_model_len=16)
     for num_tokens in range(13, 18):
         cluster.submit(f"r{num_tokens}", [7] * num_tokens, 5, 0.5)
+    cluster.run(60)
+    for client in cluster.clients.values():
+        assert client.tokens == expected_tokens(client.prompt, 5)
+
+
+def test_instances_that_wait_for_each_other_s_blocks_go_on() -> None:
+    cluster = SimulatedCluster(1, [M, M], Faults(until_s=0))
+    one, other = cluster.nodes
+    for front_end, ids in zip(cluster.front_ends.values(), ((one, other), (other, one)), strict=True):
+        front_end.policy = Fixed(Placement(*ids))  # a policy of a user's may
+    for number in range(12):
+        cluster.submit(f"r{number}", [number] * 34, 5, 0.3)
     cluster.run(60)
     for client in cluster.clients.values():
         assert client.tokens == expected_tokens(client.prompt, 5)
