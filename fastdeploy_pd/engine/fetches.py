@@ -114,6 +114,8 @@ class Fetches:
             num_held_tokens = (grant.first_block + failure.num_held_blocks) * self.context.scheduler.pool.block_size
             is_less = num_held_tokens < fetch.held.num_tokens  # each time, so this ends
             if is_less and self.begin(request, replace(fetch.held, num_tokens=num_held_tokens), fetch.then, now_s):
+                again = self._open[id(request)].grant
+                again.gives_up_s = min(again.gives_up_s, grant.gives_up_s)
                 return
         else:
             self.context.observer.fetch_failed(failure.code)

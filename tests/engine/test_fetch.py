@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, OrderEnded, PrefillOrder, Reserve
+from fastdeploy_pd.cluster.messages import CancelOrder, FetchOrder, HandOver, Message, OrderEnded, PrefillOrder, Reserve
 from fastdeploy_pd.core.placement import Candidate, Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.context import EngineOptions
@@ -252,6 +252,28 @@ def test_a_holder_that_says_nothing_is_not_waited_for() -> None:
     assert scene.cluster.fetches.failures == {"transfer_timeout": 1}
     stamps = scene.requests(scene.other)[0].timeline.stamps
     assert max(stamps.values()) - started_s < OPTIONS.fetch_s + 2
+
+
+def test_a_holder_that_says_less_each_time_is_not_waited_for_each_time() -> None:
+    scene = Scene(Role.MIXED, Role.MIXED)
+    receive, asked = scene.holder.engine.receive, []
+
+    def answer(sender_id: str, message: Message) -> None:
+        if not isinstance(message, FetchOrder):
+            return receive(sender_id, message)
+        if message.grant_id not in asked:
+            asked.append(message.grant_id)
+            less = OrderEnded(message.grant_id, "less is here", num_held_blocks=len(message.block_ids) - 1)
+            scene.cluster.at(2.0, lambda: scene.other.engine.receive(scene.ids[0], less))
+        return None
+
+    scene.holder.engine.receive = answer  # type: ignore[method-assign]
+    started_s = scene.cluster.clock.now_s()
+    scene.ask("again", PROMPT, Placement(None, scene.ids[1]))
+    assert (
+        len(asked) > 1
+        and max(scene.requests(scene.other)[0].timeline.stamps.values()) - started_s < OPTIONS.fetch_s + 2
+    )
 
 
 def test_what_computes_sooner_is_computed() -> None:
