@@ -18,6 +18,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
+from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.codec import MAX_MESSAGE_BYTES, decode, encode
 from fastdeploy_pd.cluster.link_auth import KeyPair, key_pair, refuse_open_bind
 from fastdeploy_pd.cluster.messages import Message
@@ -38,6 +39,7 @@ _LOST_EVENTS = zmq.EVENT_DISCONNECTED | _REFUSED_EVENTS
 _UP_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 WHY_REFUSED = "it ended the link before it was established: its cluster secret differs, or it has just died"
+_CLOCK = WallClock()
 _TO = ">"  # between the names of caller and called
 
 
@@ -126,7 +128,7 @@ class Links:
                 self._refused_by.add(peer_id)
                 log.warning("the address %.256r of %.256s cannot be used: %s", address, peer_id, error.strerror)
             return
-        self._dealers[peer_id] = _Dealer(socket, monitor, address, time.monotonic())
+        self._dealers[peer_id] = _Dealer(socket, monitor, address, _CLOCK.now_s())
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
 
@@ -222,7 +224,7 @@ class Links:
 
     def _drop_unreached(self) -> None:
         """Nobody tells us that a peer is gone which we never reached; ZeroMQ would call it for ever."""
-        oldest_s = time.monotonic() - UNREACHED_S
+        oldest_s = _CLOCK.now_s() - UNREACHED_S
         for peer_id in [i for i, d in self._dealers.items() if not d.is_up and d.since_s < oldest_s]:
             self.disconnect(peer_id)
 
