@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.sim_parts import PARTS, Setup
 from benchmarks.simulations import Row
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.sim.main import check_output, check_positive
 
 SAMPLE = Path(__file__).parent / "data" / "mooncake_conversation.jsonl.gz"
 
@@ -55,6 +56,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.peer and not shutil.which(args.peer):
         parser.error(f"--peer {args.peer} is no program; it must be a Python that has ai-dynamo 1.4.2 and numpy")
+    try:
+        check_positive(args, "max_requests", "jobs")
+        check_output(args.json)
+    except ConfigError as error:
+        parser.error(error.message)
     setup = Setup(args.trace.resolve(), args.peer, args.max_requests, args.jobs)
     found: dict[str, list[Row]] = {}
     for name in args.only:

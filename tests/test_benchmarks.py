@@ -201,6 +201,13 @@ def test_what_the_simulators_benchmark_refuses() -> None:
     )
     gone = python("-m", "benchmarks.bench_sim", "--only", "speed", "--trace", "nowhere")
     assert gone.returncode == 1 and "nowhere cannot be read" in gone.stderr and "Traceback" not in gone.stderr
+    for flags, text in (
+        (("--jobs", "0"), "--jobs is 0; it must be a whole number from 1"),
+        (("--max-requests", "0"), "--max-requests is 0; it must be a whole number from 1"),
+        (("--json", "nowhere/out.json"), "--json nowhere/out.json cannot be written"),
+    ):
+        wrong = python("-m", "benchmarks.bench_sim", "--only", "speed", *flags)
+        assert wrong.returncode == 2 and text in wrong.stderr and "Traceback" not in wrong.stderr
     assert "--peer nowhere is no program" in python("-m", "benchmarks.bench_sim", "--peer", "nowhere").stderr
 
 
