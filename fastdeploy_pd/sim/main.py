@@ -83,7 +83,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--fail", action="append", metavar="TIME:INSTANCE[:SECONDS][,...]", help=fail_help)
     add("--seed", type=int, default=0, help="of placement's coins and of synthetic requests (default 0)")
     add("--json", type=Path, metavar="OUT", help="where the report goes; the table goes to stdout in any case")
-    add("--per-request", action="store_true", help="a row a request in the report")
+    add("--per-request", action="store_true", help="a row a request in the report of --json")
     add_synthetic_flags(parser)
 
 
@@ -111,6 +111,8 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, policies: Policies = OURS) -> int:
     """Returns: exit status. Raises: ConfigError: a flag or a file is wrong."""
     check_output(args.json)
+    if args.per_request and not args.json:
+        raise ConfigError("--per-request adds rows to the report; give --json, where it goes")
     clock = WallClock()
     runs = []
     for rate in args.rate or (None,):
