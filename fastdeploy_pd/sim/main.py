@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     rate_help = "requests/s; the trace is sped up or slowed down to it (default: its own); several: a run for each"
     add("--rate", type=parse_rates, metavar="R[,R...]", help=rate_help)
-    add("--max-requests", type=int, metavar="N", help="the trace's first N alone")
+    add("--max-requests", type=int, metavar="N", help="the trace's first N alone, or of synthetic ones")
     add("--repeat", type=int, default=1, metavar="N", help="the requests N times over, sharing no prefixes (default 1)")
     placements = ", ".join([*multiplexing.PLACEMENTS, *baselines.NAMES])
     add("--placement", help=f"{placements}, or an entry point's name (default fewest-tokens; with auto:N slo)")
@@ -243,7 +243,7 @@ def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
             raise ConfigError("--trace synthetic has no rate of its own; give --rate")
         check_memory(args.num_prompts * getattr(args, "repeat", 1), getattr(args, "per_request", False))
         synthetic = trace.Synthetic(**{f.name: getattr(args, f.name) for f in fields(trace.Synthetic)})
-        return synthetic.offered(args.rate, rng)
+        return synthetic.offered(args.rate, rng)[: args.max_requests]
     requests = trace.load(Path(args.trace), args.max_requests)
     return requests if args.rate is None else trace.at_rate(requests, args.rate)
 

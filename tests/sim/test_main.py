@@ -55,10 +55,25 @@ def test_tight_and_loose_objectives(tmp_path: Path) -> None:
     assert found[2]["goodput"] == pytest.approx(80 / found[2]["span_s"])
 
 
+def test_the_first_synthetic_requests_are_the_same_requests(tmp_path: Path) -> None:
+    found = []
+    for few in ((), ("--max-requests", "20")):
+        out = tmp_path / "out.json"
+        flags = [*FLAGS, "--trace", "synthetic", "--rate", "3", "--num-prompts", "80", "--layout", "8M", *few]
+        assert main([*flags, "--random-range-ratio", "0.5", "--per-request", "--json", str(out)]) == 0
+        rows = json.loads(out.read_text())["requests"]
+        found.append([(r["number"], r["arrival_s"], r["input_tokens"], r["output_tokens"]) for r in rows])
+    assert len(found[0]) == 80 and found[1] == found[0][:20]
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
         (["--trace", "synthetic", "--layout", "1M"], "--trace synthetic has no rate of its own; give --rate"),
+        (
+            ["--trace", "synthetic", "--rate", "9", "--layout", "1M", "--per-request"],
+            "to the report; give --json, where",
+        ),
         (
             ["--trace", str(TRACE), "--layout", "auto"],
             "--layout auto: it must be counts before P, D or M, as in 6P2D or 8M, or auto:8",
