@@ -244,7 +244,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-blocks", help="KV blocks of an instance, one for each profile (default: known for some profiles)")
     add("--kv-bytes-per-token", help="one for each profile (default: known for some profiles)")
     add("--placement", default="slo", help="names as of `simulate`, joined by , (default slo)")
-    add("--prefill-policy", default="slack", help="names as of `simulate`, joined by ,; each with each (default slack)")
+    add(
+        "--prefill-policy",
+        default="slack",
+        help="names as of `simulate`, joined by ,; each with each of our placements (default slack)",
+    )
     add("--max-num-batched-tokens", default="2048,8192", help="chunk sizes to try (default 2048,8192)")
     simulator.add_instance_flags(parser)
     add("--seed", type=int, default=0, help="of placement's coins and of synthetic requests (default 0)")
@@ -263,7 +267,8 @@ def run(args: argparse.Namespace, known: Policies = OURS) -> int:
     for placement in placements:
         for name in orders:
             known.check(placement, name)
-    policies = [(p, o) for p in placements for o in orders if o == "fcfs" or p not in baselines.NAMES]
+    # Published placements have an order of their own, and fcfs stands for it.
+    policies = [(p, o) for p in placements for o in (["fcfs"] if p in baselines.NAMES else orders)]
     kinds = _kinds(args)
     chunks = _counts(args.max_num_batched_tokens, "--max-num-batched-tokens")
     check_size(args.gpus, kinds, len(policies) * len(chunks))

@@ -100,6 +100,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out.read_text())["best"] is None
 
 
+def test_published_placements_are_tried_in_their_own_order(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    flags = [*FLAGS, "--gpus", "8", "--rate", "0.5", "--max-requests", "40", "--max-num-batched-tokens", "8192"]
+    assert main([*flags, "--placement", "distserve", "--goal", "0.5", "--json", str(out)]) == 0
+    best = json.loads(out.read_text())["best"]
+    assert (best["layout"], best["placement"], best["prefill_policy"]) == ("1P1D", "distserve", "fcfs")
+    main(
+        [*flags, "--placement", "vllm-chunked,slo", "--prefill-policy", "slack,sjf", "--goal", "1", "--json", str(out)]
+    )
+    found = json.loads(out.read_text())
+    tried = [*([found["best"]] if found["best"] else []), *found["others"]]
+    orders = sorted((c["placement"], c["prefill_policy"]) for c in tried if c["layout"] == "1M")
+    assert orders == [("slo", "sjf"), ("slo", "slack"), ("vllm-chunked", "fcfs")]
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
