@@ -474,7 +474,9 @@ def _choose_by_device(args: argparse.Namespace) -> None:
     )
     is_fp8 = args.kv_cache_dtype in FP8_NAMES
     if is_fp8 and args.ops != "torch":
-        raise ConfigError(f"--kv-cache-dtype is {args.kv_cache_dtype!r}; with --ops {args.ops} it must be auto")
+        raise ConfigError(
+            f"--kv-cache-dtype is {args.kv_cache_dtype!r}; with --ops {args.ops} it must be auto (fp8 needs --ops torch)"
+        )
     args.kv_cache_dtype = FP8 if is_fp8 else args.dtype
     if is_gpu and args.ops == "reference":
         raise ConfigError(f"--ops is {args.ops!r}; with --device {args.device} it must be torch")
