@@ -63,10 +63,6 @@ double monotonic_s(void);
 /* Move a queue pair to the error state: what is posted comes back flushed, what arrives is refused. */
 int fail_queue_pair(QueuePair *pair);
 
-/* Destroy a queue pair and throw away what it left in its send queue: when this returns 0 nothing of it lands any more, and no completion
- * of it is taken for another's. Idempotent; call it with the GIL, by which others are kept from the pair. Returns an errno. */
-int end_queue_pair(QueuePair *pair);
-
 PyObject *transfer(PyObject *module, PyObject *args, PyObject *kwargs);
 extern const char transfer_doc[];
 

@@ -43,41 +43,28 @@ int fail_queue_pair(QueuePair *self)
     return verbs.modify_qp(self->qp, &wanted, MASK_STATE);
 }
 
-int end_queue_pair(QueuePair *self)
+static int destroy_pair(QueuePair *self)
 {
-    struct abi_qp *qp = self->qp;
-    struct abi_wc left;
-    int error, was_busy = self->is_busy;
-    if (!qp)
-        return 0;
-    self->qp = NULL; /* from now on `fail` and others leave it alone */
-    self->is_busy = 1;
-    Py_BEGIN_ALLOW_THREADS /* the NIC may take its time */
-    error = verbs.destroy_qp(qp);
-    Py_END_ALLOW_THREADS
-    self->is_busy = was_busy;
-    if (error)
-        self->qp = qp;
-    while (!self->qp && self->send_cq->cq && self->send_cq->cq->context->ops.poll_cq(self->send_cq->cq, 1, &left) > 0)
-        ;
+    int error = self->qp ? verbs.destroy_qp(self->qp) : 0;
+    if (!error)
+        self->qp = NULL;
     return error;
 }
 
 static PyObject *pair_close(QueuePair *self, PyObject *unused)
 {
     (void)unused;
-    if (self->is_busy) {
+    if (self->qp && self->is_busy) {
         PyErr_SetString(PyExc_RuntimeError, "a transfer is using this queue pair; call fail() and let it end");
         return NULL;
     }
-    int error = end_queue_pair(self);
+    int error = destroy_pair(self);
     return error ? raise_verbs("ibv_destroy_qp", error, self->peer, NULL) : Py_NewRef(Py_None);
 }
 
 static void pair_dealloc(QueuePair *self)
 {
-    if (self->qp)
-        verbs.destroy_qp(self->qp);
+    destroy_pair(self);
     Py_XDECREF(self->send_cq);
     Py_XDECREF(self->recv_cq);
     Py_XDECREF(self->domain);
@@ -202,12 +189,9 @@ static PyObject *pair_send_immediate(QueuePair *self, PyObject *args, PyObject *
     }
     Py_END_ALLOW_THREADS
     self->is_busy = 0;
-    if (!error && count > 0 && done.status == WC_SUCCESS)
-        Py_RETURN_NONE;
-    end_queue_pair(self); /* a completion that came late would be taken for another request's */
     if (error || count < 0)
         return raise_verbs("ibv_post_send of an immediate", error ? error : EIO, self->peer, NULL);
-    return raise_completion(&done, self->peer);
+    return done.status == WC_SUCCESS ? Py_NewRef(Py_None) : raise_completion(&done, self->peer);
 }
 
 static PyObject *pair_number(QueuePair *self, void *unused)
@@ -224,7 +208,7 @@ static PyMethodDef METHODS[] = {
     {"post_receives", (PyCFunction)pair_post_receives, METH_VARARGS, "post_receives(count): take so many immediates. Raises: VerbsError."},
     {"send_immediate", (PyCFunction)(void (*)(void))pair_send_immediate, METH_VARARGS | METH_KEYWORDS,
      "send_immediate(value, timeout_s=10.0): a write of no bytes that raises `value` at the peer behind everything written before.\n"
-     "Raises: VerbsError, CompletionFailed: the pair is closed by then."},
+     "Raises: VerbsError, CompletionFailed."},
     {"fail", (PyCFunction)pair_fail, METH_NOARGS, "Stop: nothing of it lands any more, a transfer in progress ends. From any thread. Raises: VerbsError."},
     {"close", (PyCFunction)pair_close, METH_NOARGS, "Destroy; idempotent. Raises: VerbsError; RuntimeError: a transfer uses it."},
     {NULL, NULL, 0, NULL},

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdma_comm import _verbs
 from rdma_comm.devices import SYSFS, Nic, choose_gid, distance, list_gpus, list_nics
-from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaError, RdmaUnavailable, VerbsError
+from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaUnavailable
 from rdma_comm.gpu_memory import GpuMemory
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ class Connection:
             local, remote, sizes: int64 arrays, one entry a block: offsets into our region and the peer's, bytes.
             timeout_s: without any progress for so long the connection fails.
             region: which of the regions.
-        Raises: CompletionFailed: every NIC has failed, and nothing lands any more; VerbsError: something may; ValueError: a block is outside a region.
+        Raises: CompletionFailed: every NIC has failed; ValueError: a block is outside a region.
         """
         self._run(_verbs.READ, local, remote, sizes, timeout_s, region)
 
@@ -359,13 +359,7 @@ class Connection:
         if not links:
             raise CompletionFailed(-1, self.lost[-1] if self.lost else "not connected", 0, self.peer)
         rails = tuple((link.pair, link.regions[region], *link.remote[region]) for link in links)
-        try:
-            num_done, results, is_stalled = _verbs.transfer(opcode, rails, local, remote, sizes, timeout_s)
-        except VerbsError as error:  # a NIC does not even let go of a failed queue pair
-            for link in links:
-                link.is_lost = True
-                self.lost.append(f"{link.rail.nic.name}: {error}")
-            raise
+        num_done, results, is_stalled = _verbs.transfer(opcode, rails, local, remote, sizes, timeout_s)
         fault = (0, "", 0)
         for link, (_, status, name, vendor_error) in zip(links, results, strict=True):
             if status:
@@ -380,12 +374,7 @@ class Connection:
         link = next((x for x in self._links if not x.is_lost), None)
         if link is None:
             raise CompletionFailed(-1, "every NIC has failed", 0, self.peer)
-        try:
-            link.pair.send_immediate(value, timeout_s)
-        except RdmaError as error:
-            link.is_lost = True
-            self.lost.append(f"{link.rail.nic.name}: {error}")
-            raise
+        link.pair.send_immediate(value, timeout_s)
 
     def receive_immediates(self, timeout_s: float) -> list[int]:
         """Returns: numbers that the peer has raised; none after timeout_s. Raises: VerbsError."""
@@ -395,8 +384,7 @@ class Connection:
             for _, status, _, _, immediate, _ in link.queues[1].poll(timeout_s=wait_s):
                 if status == 0 and immediate is not None:
                     values.append(immediate)
-                    if not link.is_lost:
-                        link.pair.post_receives(1)
+                    link.pair.post_receives(1)
         return values
 
     def fail(self) -> None:
