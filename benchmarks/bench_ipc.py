@@ -2,16 +2,20 @@
 
     python -m benchmarks.bench_ipc --json out.json        (two GPUs with NVLink, PyTorch)
 
-A process owns the source GPU, this one the target; it pulls. Medians of several rounds; every copy's bytes are compared once.
+A process owns the source GPU, this one the target; it pulls. Medians of several rounds; every copy's bytes are compared once. Where NIXL is
+installed (pip install --no-deps nixl-cu13), it is timed beside (peers/nixl_gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing as mp
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from ctypes import c_size_t, c_ulonglong
@@ -35,7 +39,9 @@ BLOCKS_KIB = (4, 8, 16, 32, 64, 256, 1024)
 CTAS = (8, 16, 24, 32, 48, 66, 132)
 ROUNDS = 7
 MATRIX = 8192
-LOAD_S = 0.5
+LOAD_S, LOAD_TURNS = 0.4, 3
+PACE_GB_S = 6.0  # KV of a whole prefill GPU: 44,000 tokens a second of Llama-3-8B
+PACED_BYTES, PACED_EPOCHS = 64 << 20, 60
 COPY_AND_DIGEST = BlockMover.copy_and_digest
 
 
@@ -53,6 +59,8 @@ def source_process(pipe: Connection) -> None:
     while (asked := pipe.recv()) is not None:
         if asked == "digest":
             pipe.send(digest_seconds(gpu, pool))
+        elif isinstance(asked, KVLayout):
+            send_paced(pipe, gpu, torch, asked)
         elif isinstance(asked, tuple):
             send_epochs(pipe, gpu, *asked)
         else:
@@ -159,6 +167,67 @@ def hand_over_speed(
     return found
 
 
+def send_paced(pipe: Connection, gpu: Gpu, torch: Any, layout: KVLayout) -> None:
+    """Hand over small epochs at PACE_GB_S while this GPU multiplies matrices; answer with what is left of its speed."""
+    pool, transfer = end_of(gpu, layout, True, "ipc")
+    descriptor, blocks = pipe.recv()
+    interval_s = PACED_BYTES / PACE_GB_S / 1e9
+
+    def send() -> None:
+        began_s = time.perf_counter()
+        for number, ids in enumerate(blocks):
+            time.sleep(max(0.0, began_s + number * interval_s - time.perf_counter()))
+            transfer.start(f"paced-{number}", 7, descriptor, ids)
+            for layer in range(layout.num_layers):
+                transfer.write(f"paced-{number}", layer, ids[::-1], ids)
+            transfer.finish(f"paced-{number}")
+
+    load_s = PACED_EPOCHS * interval_s
+    before = products_per_second(torch, 0, load_s)
+    thread = threading.Thread(target=send)
+    thread.start()
+    beside = products_per_second(torch, 0, load_s)
+    thread.join()
+    events = wait_events(transfer, PACED_EPOCHS)
+    after = products_per_second(torch, 0, load_s)
+    pipe.send((beside / ((before + after) / 2), {e.epoch: getattr(e, "digests", None) for e in events}))
+    transfer.close()
+    pool.close()
+
+
+def paced_cost(pipe: Connection, gpu: Gpu, layout: KVLayout) -> float:
+    """Returns: the share of its products a second that a GPU keeps while what it sends goes at PACE_GB_S, checksums and all: a median."""
+    kept = []
+    count = PACED_BYTES // layout.num_layers // layout.block_bytes
+    for turn in range(LOAD_TURNS + 2):
+        pipe.send(layout)
+        pool, transfer = end_of(gpu, layout, True, "ipc")
+        order: list[int] = np.random.default_rng(turn).permutation(layout.num_blocks).tolist()
+        blocks = [order[n * count : (n + 1) * count] for n in range(PACED_EPOCHS)]
+        for number, ids in enumerate(blocks):
+            transfer.open_epoch(f"paced-{number}", ids, 7)
+        pipe.send((transfer.descriptor(), blocks))
+        arrived = {e.epoch: getattr(e, "digests", ()) for e in wait_events(transfer, PACED_EPOCHS)}
+        share, sent = pipe.recv()
+        if arrived != sent:
+            raise SystemExit("the paced hand-overs failed")
+        kept.append(share)
+        transfer.close()
+        pool.close()
+    return statistics.median(kept)
+
+
+def nixl_speeds() -> dict[str, float] | str:
+    """Returns: NIXL's GB/s by block, or why there are none."""
+    if importlib.util.find_spec("nixl_cu13") is None:
+        return "not installed: pip install --no-deps nixl-cu13"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "nixl.json"
+        command = [sys.executable, "-m", "benchmarks.peers.nixl_gpu", "--json", str(path)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+        return json.loads(path.read_text()) if path.exists() else f"failed: {done.stderr[-2000:]}"
+
+
 def products_per_second(torch: Any, device: int, seconds: float) -> float:
     """Returns: bf16 products of MATRIX x MATRIX a second, as a prefill's."""
     a, b = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=f"cuda:{device}") for _ in range(2))
@@ -248,7 +317,7 @@ def load_cost(
     for on in ("source", "target"):
         moved[:] = [0, 0.0]
         ratios = []
-        for _ in range(5):  # in turns: a GPU under load grows slower by itself
+        for _ in range(LOAD_TURNS):  # in turns: a GPU under load grows slower by itself
             alone, is_over = products(on), threading.Event()
             thread = threading.Thread(target=copies, args=(is_over,))
             thread.start()
@@ -309,7 +378,7 @@ def main() -> int:
             row[kib] = round(copy_speed(mover, source, target, kib << 10), 1)
         result["scattered_gb_s"][ctas] = row
         sys.stdout.write(f"{ctas:4} CTAs " + " ".join(f"{kib} KiB {speed}" for kib, speed in row.items()) + "\n")
-        if ctas in (8, 16, 32):
+        if ctas in (16, 32):
             result["beside"][ctas] = load_cost(pipe, torch, mover, source, target, 32 << 10)
             sys.stdout.write(f"     {result['beside'][ctas]}\n")
         sys.stdout.flush()
@@ -318,11 +387,17 @@ def main() -> int:
         result["engines"] = engines(pipe, torch, gpu, source, target)
     result["digest_s"] = {"target": digest_seconds(gpu, target)}
     gpu.free(target)
+    result["nixl_gb_s"] = nixl_speeds()
+    sys.stdout.write(f"NIXL: {result['nixl_gb_s']}\n")
     for is_checked, name in ((True, "hand_over"), (False, "without_checksums"))[: 2 if args.backend == "ipc" else 1]:
         result[name] = {
             k: hand_over_speed(pipe, gpu, lay, is_checked, args.backend) for k, lay in hand_over_layouts().items()
         }
         sys.stdout.write(f"{name} {result[name]}\n")
+    if args.backend == "ipc":
+        layouts = hand_over_layouts()
+        result["paced_speed_left"] = {kib: paced_cost(pipe, gpu, layouts[kib]) for kib in (8, 64)}
+        sys.stdout.write(f"the source keeps, at {PACE_GB_S:g} GB/s: {result['paced_speed_left']}\n")
     pipe.send("digest")
     result["digest_s"]["source"] = pipe.recv()
     sys.stdout.write(f"one piece {result['one_piece_gb_s']:.0f} GB/s; digests of 1 GiB {result['digest_s']}\n")

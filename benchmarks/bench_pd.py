@@ -1,4 +1,4 @@
-"""Two GPUs under the same recorded traffic, used in four ways: ours and vLLM's, prefill and decode together or apart (layouts.py).
+"""Two GPUs under the same recorded traffic, used in five ways: ours and vLLM's, prefill and decode together or apart (layouts.py).
 
     make bench-pd ARGS='--model DIR --load-format dummy --json pd.json'
     python -m benchmarks.bench_pd --device cpu --scale 0.02 --requests 40 --rates 2,8        (a try on the demo model, ours alone)
@@ -27,12 +27,11 @@ import uvloop
 
 from benchmarks.bench_serving import handover_totals, percentile, stage_means, stage_median_ms
 from benchmarks.client import Answer, ask, completion, stream
-from benchmarks.layouts import LAYOUTS, MODEL_NAME, Running
+from benchmarks.layouts import LAYOUTS, MODEL_NAME, TPOT_MS, TTFT_FACTOR, Running
 from benchmarks.trace import MAX_INPUT_TOKENS, TraceRequest, arrivals, load
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.flags import DEMO_MODEL
 
-TTFT_FACTOR, TPOT_MS = 5.0, 100.0
 UNLOADED_LENGTHS = (64, 512, 1024, 2048, 4096, MAX_INPUT_TOKENS)
 UNLOADED_REPEATS = 3
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}

@@ -1,4 +1,4 @@
-"""Two GPUs used in four ways: ours and vLLM's, with prefill and decode together on each or on one each. Started and ended here."""
+"""Two GPUs used in five ways: ours and vLLM's, with prefill and decode together on each or on one each. Started and ended here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster
 
 MAX_NUM_SEQS = 256
+TTFT_FACTOR, TPOT_MS = 5.0, 100.0  # the SLO: a multiple of the unloaded TTFT, and a limit
+BY_SLO = ("--placement", "slo", "--slo-ttft-x", f"{TTFT_FACTOR:g}", "--slo-tpot-ms", f"{TPOT_MS:g}")
 MODEL_NAME = "bench"
 
 
@@ -43,10 +45,10 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     return flags + ([] if (Path(args.model) / "tokenizer.json").exists() else ["--skip-tokenizer-init"])
 
 
-def _ours(*roles: str) -> Callable[[argparse.Namespace], AbstractContextManager[Running]]:
+def _ours(*roles: str, more: Sequence[str] = ()) -> Callable[[argparse.Namespace], AbstractContextManager[Running]]:
     @contextmanager
     def start(args: argparse.Namespace) -> Iterator[Running]:
-        flags = ["--model", str(args.model), "--device", args.device, *common_flags(args), *args.flags]
+        flags = ["--model", str(args.model), "--device", args.device, *common_flags(args), *more, *args.flags]
         with EmbeddedRedis() as redis, LocalCluster(redis.url, "bench-pd", flags) as cluster:
             instances = [cluster.launch(role, [], _own_gpu(args, place)) for place, role in enumerate(roles)]
             cluster.wait_ready(instances)
@@ -94,6 +96,7 @@ def _missing_for(*modules: str) -> Callable[[argparse.Namespace], str]:
 
 LAYOUTS = {
     "ours-1p1d": Layout("ours, 1 prefill + 1 decode", _ours("prefill", "decode")),
+    "ours-1p1d-slo": Layout("ours, 1 prefill + 1 decode, --placement slo", _ours("prefill", "decode", more=BY_SLO)),
     "ours-2mixed": Layout("ours, 2 mixed", _ours("mixed", "mixed")),
     "vllm-2": Layout("vLLM, 2 replicas", _vllm(False), _missing_for("vllm")),
     "vllm-1p1d": Layout("vLLM, 1 prefill + 1 decode (NIXL)", _vllm(True), _missing_for("vllm", "nixl")),

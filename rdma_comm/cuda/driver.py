@@ -299,7 +299,8 @@ class Stream:
         self.gpu, self.handle, self._event = gpu, c_void_p(), c_void_p()
         lowest, highest = c_int(), c_int()
         gpu.call("cuCtxGetStreamPriorityRange", byref(lowest), byref(highest))
-        gpu.call("cuStreamCreateWithPriority", byref(self.handle), c_uint(STREAM_NON_BLOCKING), lowest)
+        # Copies and checksums are short and a peer waits for them: behind a step's kernels they would wait for as long as that takes.
+        gpu.call("cuStreamCreateWithPriority", byref(self.handle), c_uint(STREAM_NON_BLOCKING), highest)
         gpu.call("cuEventCreate", byref(self._event), c_uint(EVENT_DISABLE_TIMING))
 
     def wait(self) -> None:

@@ -144,3 +144,89 @@ def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> N
     assert pool.num_free == num_blocks
     request = new_request([1, 2, 3])
     assert taken(request, launch(runner, request)) >= 0
+
+
+def several(runner: ModelRunner, requests: list[Request]) -> Any:
+    """Launch all of them as one batch."""
+    sequences = []
+    for request in requests:
+        request.local.samples_on_device = runner.samples_on_device(request)
+        sequences.append(ScheduledSequence(request, request.local.num_computed_tokens, request.num_tokens))
+    step = runner.launch(Batch(sequences, 64))
+    for request in requests:
+        request.local.num_computed_tokens = request.num_tokens
+        request.local.num_pending_tokens += 1
+    return step
+
+
+def all_taken(requests: list[Request], step: Any) -> None:
+    for request, output in zip(requests, step.outputs(), strict=True):
+        request.local.num_pending_tokens -= 1
+        request.output_token_ids.append(output.token_id)
+
+
+def mixture() -> tuple[list[Request], list[Request]]:
+    """Five that generate, two of which draw, and two whose prompts come later; the last one's tokens are chosen by the CPU."""
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {}, {"temperature": 1.1, "seed": 4}, {}]
+    old = [new_request([1 + 4 * n, 2 + 4 * n, 3 + 4 * n, 4 + 4 * n], **s) for n, s in enumerate(settings)]
+    return old, [
+        new_request([41, 42, 43, 44], temperature=0.9, seed=8),
+        new_request([45, 46, 47, 48], presence_penalty=0.7),
+    ]
+
+
+@pytest.mark.parametrize("least", [10**6, 2], ids=["together", "apart"])
+def test_what_generates_and_prompts_may_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    from fastdeploy_pd.model import device_runner
+
+    alone = new_runner(max_num_seqs=8)
+    wanted = [r for part in mixture() for r in part]
+    for request in wanted:
+        for _ in range(7):
+            taken(request, launch(alone, request))
+    monkeypatch.setattr(device_runner, "LEAST_DECODES", least)
+    monkeypatch.setattr(device_runner, "LEAST_PROMPT_TOKENS", 100)
+    runner = new_runner(max_num_seqs=8)
+    old, new = mixture()
+    all_taken(old, several(runner, old))
+    ahead = several(runner, old)  # its tokens are on the device alone when the next one is launched
+    batch = [old[0], new[0], *old[1:], new[1]]
+    joined = several(runner, batch)
+    assert isinstance(joined, device_runner.JoinedStep) == (least == 2)
+    all_taken(old, ahead)
+    after = several(runner, batch[:-1])  # takes the tokens of both parts where they were chosen
+    while not joined.poll():
+        pass
+    all_taken(batch, joined)
+    all_taken(batch[:-1], after)
+    for _ in range(3):
+        all_taken(batch, several(runner, batch))
+    found = {tuple(r.local.block_table): r.output_token_ids for r in batch}
+    assert len(found) == 7
+    for request in wanted:
+        tokens = found[tuple(request.local.block_table)]
+        assert len(tokens) >= 4 and tokens == request.output_token_ids[: len(tokens)]
+
+
+def test_out_of_memory_of_the_prompts_ends_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fastdeploy_pd.model import device_runner
+
+    monkeypatch.setattr(device_runner, "LEAST_DECODES", 2)
+    monkeypatch.setattr(device_runner, "LEAST_PROMPT_TOKENS", 100)
+    runner = new_runner(max_num_seqs=8)
+    old, new = mixture()
+    all_taken(old, several(runner, old))
+    run_layer = runner.decoder.run_layer
+
+    def fail(index: int, *arguments: Any) -> Any:
+        if index == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return run_layer(index, *arguments)
+
+    all_taken(old, several(runner, old))  # the graph is there
+    monkeypatch.setattr(runner.decoder, "run_layer", fail)
+    step = several(runner, [*old, *new])
+    with pytest.raises(FastDeployPDError, match="Tried to allocate 9 GiB"):
+        step.outputs()

@@ -16,7 +16,7 @@ import triton.language as tl
 from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
-MOST_SPLITS = 32
+MOST_SPLITS = 64
 TILE_ROWS = 64
 
 
@@ -110,7 +110,9 @@ def _combine(
 
 def num_splits(num_sequences: int, num_kv_heads: int, max_blocks: int, num_processors: int) -> int:
     """Returns: parts of a sequence that are attended to side by side: enough to fill the GPU, in a power of two."""
-    wanted = max(1, 4 * num_processors // (num_sequences * num_kv_heads))
+    num_programs = num_sequences * num_kv_heads
+    rounds = 8 if num_programs <= 64 else 4  # few programs are long ones: more and shorter parts end at the same time
+    wanted = max(1, rounds * num_processors // num_programs)
     return min(MOST_SPLITS, triton.next_power_of_2(max_blocks), 1 << (wanted.bit_length() - 1))
 
 
