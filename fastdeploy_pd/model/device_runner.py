@@ -33,7 +33,7 @@ LAYERS_AT_ONCE = (
 ALIGNED = 4  # rows of `sampled`: kernels are compiled for pointers that are multiples of 16 bytes
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 # From so many single tokens beside so many of prompts on, a graph for the ones and then a step for the others take less time than one step.
-LEAST_DECODES, LEAST_PROMPT_TOKENS = 48, 2048
+LEAST_DECODES, LEAST_PROMPT_TOKENS = 32, 2048
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
 
 

@@ -1,11 +1,11 @@
-"""Real clusters of processes on this machine."""
+"""Real clusters of processes on this machine; with `--device cuda` (pytest's, this directory given) on its GPUs."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,57 @@ import transformers
 
 from fastdeploy_pd.entrypoints.tokenizer import Tokenizer
 from fastdeploy_pd.flags import DEMO_MODEL
+from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
+from tests.transfer.gpu import num_gpus
 
 NUM_PROMPTS = 200
 MAX_PROMPT_TOKENS = 2000
 OUTPUT_TOKENS = 12
 MIN_GAP = 2e-3  # of the two best logits: closer than rounding could turn, a token is nobody's fault
+
+#: last on every instance's command line, so it counts
+GPU_FLAGS = ["--device", "cuda", "--ops", "torch", "--dtype", "float32", "--cache-transfer-protocol", "ipc"]
+GPU_FLAGS += [
+    "--gpu-memory-utilization",
+    "0.02",
+]  # a share of what is free: instances have to find room beside each other
+NOT_ON_GPUS = {
+    "test_paddle_prefills_for_torch_and_the_other_way_round": "Paddle's wheels have no kernels for every card",
+    "test_other_ways_for_the_blocks": "the way between GPUs is ipc",
+    "test_the_idle_side_gives_an_instance": "the demo model puts no GPU under pressure",
+    "test_a_drain_under_load_ends_when_all_is_served": "a GPU has served all before the second command is there",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where instances compute")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device", "cpu") == "cuda":
+        for item in items:
+            name = getattr(item, "originalname", item.name)
+            reason = "no GPU here" if num_gpus() == 0 else NOT_ON_GPUS.get(name)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --device cuda every instance that a test launches is on a GPU, as long as there are as many one of its own."""
+    launch = LocalCluster.launch
+
+    def on_gpu(
+        cluster: LocalCluster, role: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> LocalInstance:
+        place = len(cluster.instances)
+        order = ",".join(str((place + n) % num_gpus()) for n in range(num_gpus()))
+        return launch(cluster, role, [*flags, *GPU_FLAGS], {"CUDA_VISIBLE_DEVICES": order, **(env or {})})
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--device", "cpu") == "cuda":
+            patch.setattr(LocalCluster, "launch", on_gpu)
+        yield
 
 
 @dataclass(frozen=True)
@@ -85,9 +131,9 @@ async def complete(client: httpx.AsyncClient, url: str, prompt: list[int], **cha
 
 
 async def stream_tokens(
-    client: httpx.AsyncClient, url: str, prompt: list[int], **changes: object
+    client: httpx.AsyncClient, url: str, prompt: list[int], into: list[int] | None = None, **changes: object
 ) -> tuple[list[int], str | None]:
-    """Token ids of a streamed answer and its finish reason (None: the stream broke off)."""
+    """Token ids of a streamed answer, which come into `into` one by one, and its finish reason (None: the stream broke off)."""
     body = {
         "model": "demo",
         "prompt": prompt,
@@ -96,7 +142,7 @@ async def stream_tokens(
         "stream": True,
         "return_token_ids": True,
     }
-    tokens: list[int] = []
+    tokens: list[int] = [] if into is None else into
     reason = None
     async with client.stream("POST", url + "/v1/completions", json={**body, **changes}) as answer:
         assert answer.status_code == 200, await answer.aread()

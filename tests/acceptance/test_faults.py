@@ -46,11 +46,14 @@ async def during_streams(url: str, action: Callable[[], Awaitable[None]], num_st
     wishes = {"max_tokens": NUM_TOKENS, "temperature": 0.9, "cache_salt": uuid.uuid4().hex}
     async with httpx.AsyncClient(timeout=120) as client:
         expected = [await complete(client, url, PROMPT, seed=s, **wishes) for s in range(num_streams)]
+        received: list[list[int]] = [[] for _ in range(num_streams)]
         streams = [
-            asyncio.create_task(stream_tokens(client, url, PROMPT, seed=s, **wishes)) for s in range(num_streams)
+            asyncio.create_task(stream_tokens(client, url, PROMPT, into, seed=s, **wishes))
+            for s, into in enumerate(received)
         ]
-        await asyncio.sleep(0.7)
-        assert not any(s.done() for s in streams), "the streams must still run when it happens"
+        while min(map(len, received)) < NUM_TOKENS // 20:
+            assert not any(s.done() for s in streams), "the streams must still run when it happens"
+            await asyncio.sleep(0.001)
         await action()
         for stream, tokens in zip(streams, expected, strict=True):
             found, reason = await stream
