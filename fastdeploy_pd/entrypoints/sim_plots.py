@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.machine import why_not_written_below
 from fastdeploy_pd.sim.fields import field, json_object, number, reason
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns: exit status. Raises: ConfigError: a report cannot be read, or matplotlib is not installed."""
+    """Returns: exit status. Raises: ConfigError: a report cannot be read, nothing can be written, or matplotlib is not installed."""
+    check_out(args.out)
     try:
         import matplotlib
     except ImportError as error:
@@ -87,8 +90,19 @@ def run(args: argparse.Namespace) -> int:
                     figure.savefig(args.out / f"{name}.{kind}", metadata=metadata)
                 sys.stdout.write(f"{args.out / name}.png, .svg\n")
     except OSError as error:
-        raise ConfigError(f"--out {args.out} cannot be written: {error}") from error
+        raise ConfigError(
+            f"--out: {error.filename or args.out} cannot be written: {error.strerror or error}"
+        ) from error
     return 0
+
+
+def check_out(folder: Path) -> None:
+    """Raises: ConfigError: no picture can be written there, nor a directory made that is not there yet."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if why := why_not_written_below(there):
+        raise ConfigError(
+            f"--out {folder} cannot be written: {why}; it must be a directory that may be written to, or can be made"
+        )
 
 
 def load(paths: Sequence[Path]) -> list[Series]:

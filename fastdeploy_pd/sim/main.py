@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -17,7 +16,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core import multiplexing, order
 from fastdeploy_pd.core.placement import PlacementPolicy
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.machine import free_memory_bytes
+from fastdeploy_pd.machine import free_memory_bytes, why_not_written
 from fastdeploy_pd.sim import baselines, failures, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.instance import MakePolicy
@@ -104,8 +103,23 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
     synthetic = parser.add_argument_group("--trace synthetic", "random requests, as of `vllm bench serve`")
     for f in fields(trace.Synthetic):
         kind = float if isinstance(f.default, float) else int
-        flag = f"--{f.name.replace('_', '-')}"
-        synthetic.add_argument(flag, type=kind, default=f.default, help=f"(default {f.default})")
+        synthetic.add_argument(_flag(f.name), type=kind, help=f"(default {f.default})")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _fill_synthetic(args: argparse.Namespace) -> None:
+    """Give the flags of `--trace synthetic` their defaults. Raises: ConfigError: one is given with a trace that is a file."""
+    for f in fields(trace.Synthetic):
+        value = getattr(args, f.name)
+        if value is None:
+            setattr(args, f.name, f.default)
+        elif args.trace != "synthetic":
+            raise ConfigError(
+                f"{_flag(f.name)} is {value}, which only --trace synthetic has a use for; with --trace {args.trace} it must be left out"
+            )
 
 
 def run(args: argparse.Namespace, policies: Policies = OURS) -> int:
@@ -136,8 +150,10 @@ def run(args: argparse.Namespace, policies: Policies = OURS) -> int:
 
 def check_output(path: Path | None) -> None:
     """Raises: ConfigError: the file cannot be written, which is better known before a long run than behind it."""
-    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise ConfigError(f"--json {path} cannot be written; it must be a file in a directory that is there")
+    if path is not None and (why := why_not_written(path)):
+        raise ConfigError(
+            f"--json {path} cannot be written: {why}; it must be a file in a directory that is there and may be written to"
+        )
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
@@ -145,7 +161,7 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"--json {path} cannot be written: {error}") from error
+        raise ConfigError(f"--json {path} cannot be written: {error.strerror or error}") from error
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
@@ -195,7 +211,7 @@ def check_positive(args: argparse.Namespace, *flags: str) -> None:
         value = getattr(args, flag)
         if value is not None and not 1e-9 <= value <= 1e15:
             allowed = "a whole number from 1" if isinstance(value, int) else "above 0, from 1e-9"
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; it must be {allowed} to 1e15")
+            raise ConfigError(f"{_flag(flag)} is {value}; it must be {allowed} to 1e15")
 
 
 def check_memory(num_requests: int, has_rows: bool) -> None:
@@ -238,6 +254,7 @@ def make_cluster(
 
 def offer(args: argparse.Namespace, rng: random.Random) -> list[trace.Offered]:
     """Returns: the requests that the flags ask for. Raises: ConfigError: a flag or the trace is wrong."""
+    _fill_synthetic(args)
     if args.trace == "synthetic":
         if args.rate is None:
             raise ConfigError("--trace synthetic has no rate of its own; give --rate")

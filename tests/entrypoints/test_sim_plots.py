@@ -88,3 +88,7 @@ def test_pictures(reports: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert b"<!-- apart -->" in svgs[0]["attainment.svg"] and b"<!-- 2M fewest-tokens -->" in svgs[0]["attainment.svg"]
     assert main(["plot", *reports, "--out", str(tmp_path / "x"), "--goal", "2"]) == 2
     assert "--goal is 2.0; it must be above 0 and at most 1" in capsys.readouterr().err
+    taken = tmp_path / "taken" / "attainment.png"
+    taken.mkdir(parents=True)
+    assert main(["plot", *reports, "--out", str(taken.parent)]) == 2
+    assert capsys.readouterr().err == f"error: --out: {taken} cannot be written: Is a directory\n"

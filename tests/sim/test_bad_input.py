@@ -119,8 +119,18 @@ def test_a_damaged_archive(simulation: list[str], tmp_path: Path, capsys: pytest
         (["--trace", "synthetic", "--rate", "1", "--num-prompts", "1"], "--num-prompts is 1; it must be at least 2"),
         (["--trace", "synthetic", "--rate", "1", "--burstiness", "nan"], "--burstiness is nan; it must be above 0"),
         (["--trace", "synthetic", "--rate", "1", "--burstiness", "inf"], "--burstiness is inf; it must be above 0"),
-        (["--json", "no/out.json"], "--json no/out.json cannot be written"),
-        (["--json", "/"], "--json / cannot be written"),
+        (["--json", "no/out.json"], "--json no/out.json cannot be written: no is not there; it must be a file in a"),
+        (["--json", __file__ + "/out.json"], f"/out.json cannot be written: {__file__} is no directory; it must be"),
+        (
+            ["--json", "/"],
+            "--json / cannot be written: it is a directory; it must be a file in a directory that is there",
+        ),
+        (
+            ["--num-prompts", "1000"],
+            "--num-prompts is 1000, which only --trace synthetic has a use for; with --trace ",
+        ),
+        (["--burstiness", "0.5"], "--burstiness is 0.5, which only --trace synthetic has a use for"),
+        (["--random-range-ratio", "0"], "--random-range-ratio is 0.0, which only"),
     ],
 )
 def test_flags(flags: list[str], text: str, simulation: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,9 +224,37 @@ def test_plan(simulation: list[str], capsys: pytest.CaptureFixture[str]) -> None
     for more, text in (
         (["--rate", "inf"], "--rate is inf; it must be above 0"),
         (["--kv-latency-ms", "nan"], "--kv-latency-ms is nan; it must be from 0 to 1e9"),
-        (["--json", "no/out.json"], "--json no/out.json cannot be written"),
+        (["--json", "no/out.json"], "--json no/out.json cannot be written: no is not there"),
+        (["--random-input-len", "9"], "--random-input-len is 9, which only --trace synthetic has a use for"),
     ):
         assert text in refused(capsys, *flags, *more)
+
+
+def test_a_place_that_may_not_be_written_to(
+    simulation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old.json").write_text("")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs tests may write everywhere, perhaps
+    told = refused(capsys, *simulation, "--json", tmp_path / "old.json")
+    assert "old.json cannot be written: it may not be written to; it must be a file" in told
+    told = refused(capsys, *simulation, "--json", tmp_path / "new.json")
+    assert f"new.json cannot be written: {tmp_path} may not be written to; it must be a file" in told
+    told = refused(capsys, "plot", "no report", "--out", tmp_path / "a" / "b")
+    assert f"b cannot be written: {tmp_path} may not be written to; it must be a directory" in told
+
+
+def test_a_file_that_fails_after_all(simulation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / ("x" * 300)
+    assert main([*simulation, "--json", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: --json {path} cannot be written: File name too long\n"
+
+
+def test_where_pictures_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        told = refused(capsys, "plot", "no report", "--out", out)
+        assert told.startswith(f"error: --out {out} cannot be written: {file} is no directory; it must be a directory")
 
 
 def test_reports(tmp_path: Path) -> None:
