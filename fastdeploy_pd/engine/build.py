@@ -20,10 +20,10 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout, shard, whole
 from fastdeploy_pd.core.order import prefill_left_s
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt
+from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.context import EngineContext, EngineOptions, HandOverObserver
 from fastdeploy_pd.engine.crew import Crew, RemoteEnd
 from fastdeploy_pd.engine.loop import Engine
-from fastdeploy_pd.engine.policies import prefill_policy
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import ConfigError, TransferUnavailable
 from fastdeploy_pd.model.checkpoint import ModelConfig, fingerprint
@@ -36,6 +36,7 @@ from fastdeploy_pd.transfer.host_tier import HostTier
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.ranks import RankedTransfer
 from fastdeploy_pd.transfer.select import build as build_transfer
+from fastdeploy_pd.transfer.select import find as find_transfer
 from rdma_comm.cuda.driver import Gpu
 from rdma_comm.errors import RdmaError
 
@@ -149,13 +150,32 @@ def num_pool_blocks(config: InstanceConfig, layout: KVLayout, max_model_len: int
 
 
 def resolve_max_model_len(config: InstanceConfig, model: ModelConfig) -> int:
-    """Returns: --max-model-len, or what the model was made for. Raises: ConfigError: more than that is asked for."""
+    """Returns: --max-model-len, or what the model was made for. Raises: ConfigError: more than that is asked for, or than a step may have."""
     wanted = config.model.max_model_len
     if wanted is not None and wanted > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len is {wanted}; this model's config.json allows max_position_embeddings = {model.max_position_embeddings}"
         )
-    return wanted if wanted is not None else model.max_position_embeddings
+    max_model_len = wanted if wanted is not None else model.max_position_embeddings
+    if not config.scheduling.enable_chunked_prefill and config.scheduling.max_num_batched_tokens < max_model_len:
+        raise ConfigError(
+            f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
+            f"--max-model-len ({max_model_len})"
+        )
+    return max_model_len
+
+
+def check(config: InstanceConfig) -> None:
+    """What an instance in a topic would refuse, as far as that can be told before anything is started or loaded.
+
+    Raises: ConfigError, ModelLoadError: what is wrong, with flag or file and field.
+    """
+    model = ModelConfig.from_directory(Path(config.model.model))
+    Rank(0, config.model.tensor_parallel_size).check(model, config.model.ops)
+    resolve_max_model_len(config, model)
+    policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
+    for name in config.cache.cache_transfer_protocol:
+        find_transfer(name)
 
 
 def load_model(config: InstanceConfig, rank: Rank) -> tuple[ModelRunner, int]:
@@ -165,11 +185,6 @@ def load_model(config: InstanceConfig, rank: Rank) -> tuple[ModelRunner, int]:
     """
     directory = Path(config.model.model)
     max_model_len = resolve_max_model_len(config, ModelConfig.from_directory(directory))
-    if not config.scheduling.enable_chunked_prefill and config.scheduling.max_num_batched_tokens < max_model_len:
-        raise ConfigError(
-            f"--max-num-batched-tokens is {config.scheduling.max_num_batched_tokens}; without chunked prefill it must be at least "
-            f"--max-model-len ({max_model_len})"
-        )
     options = config.model
     return make_runner(directory, options.ops, options.dtype, device=options.device, rank=rank), max_model_len
 
@@ -207,7 +222,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             fairness=config.scheduling.fairness,
         ),
         runner.samples_on_device,
-        partial(prefill_policy, on_failure=observer.policy_failed),
+        partial(policies.prefill_policy, on_failure=observer.policy_failed),
     )
     if config.cache.swap_space:
         scheduler.pool.lower = host_tier(config, pool)

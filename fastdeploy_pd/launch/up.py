@@ -87,6 +87,19 @@ def check_flags(flags: Sequence[str], num_instances: int) -> None:
             )
 
 
+def check_instances(flags: Sequence[str], topic: str, roles: Sequence[str]) -> InstanceConfig:
+    """Returns: the configuration that these flags make. Raises: ConfigError: an instance of one of the roles would refuse them."""
+    from fastdeploy_pd.engine.build import check  # late: it loads what an engine needs
+    from fastdeploy_pd.entrypoints.openai.api_server import check_ports
+
+    own = ["--scheduler-name", "splitwise", "--scheduler-topic", topic]
+    for role in dict.fromkeys(roles):
+        config = InstanceConfig.from_args([*flags, *own, "--splitwise-role", role], os.environ)
+        check(config)
+        check_ports(config)
+    return config
+
+
 def check_room(num_instances: int, config: InstanceConfig) -> None:
     """Raises: ConfigError: this machine has not enough memory or cores for so many; says for how many."""
     from fastdeploy_pd.engine.build import free_memory_bytes  # late: it loads what an engine needs
@@ -176,9 +189,7 @@ def run(args: argparse.Namespace) -> int:
     roles = ["prefill"] * args.prefill + ["decode"] * args.decode + ["mixed"] * args.mixed
     check_flags(args.flags, len(roles))
     flags = ["--model", args.model, *(["--ops", args.ops] if args.ops else []), *args.flags]
-    config = InstanceConfig.from_args(
-        [*flags, "--scheduler-name", "splitwise", "--scheduler-topic", args.scheduler_topic], os.environ
-    )
+    config = check_instances(flags, args.scheduler_topic, roles)
     if not args.force:
         check_room(len(roles), config)
     with ExitStack() as stack:

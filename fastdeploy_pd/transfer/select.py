@@ -83,17 +83,20 @@ class Selection:
             del self._failures[next(iter(self._failures))]
 
 
-def build(name: str, **arguments: Any) -> Transfer:
-    """Returns: a backend by name: one of ours, or one that another package offers as entry point `fastdeploy_pd.transfers`.
+def find(name: str) -> EntryPoint:
+    """Returns: a backend by name, not loaded: one of ours, or one that another package offers as entry point `fastdeploy_pd.transfers`.
 
-    Raises:
-        ConfigError: there is none of that name; lists those there are.
-        TransferUnavailable: this machine has not got what it needs.
+    Raises: ConfigError: there is none of that name; lists those there are.
     """
     points = {point.name: point for point in BACKENDS}
     if name not in points:
         points |= {point.name: point for point in entry_points(group=GROUP)} | points
         if name not in points:
             raise ConfigError(f"--cache-transfer-protocol names {name!r}; there are {', '.join(sorted(points))}")
-    transfer: Transfer = points[name].load()(**arguments)
+    return points[name]
+
+
+def build(name: str, **arguments: Any) -> Transfer:
+    """Returns: a backend by name. Raises: ConfigError: see `find`; TransferUnavailable: this machine has not got what it needs."""
+    transfer: Transfer = find(name).load()(**arguments)
     return transfer

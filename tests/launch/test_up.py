@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastdeploy_pd.config import InstanceConfig
+from fastdeploy_pd.engine import build
 from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.launch import up
@@ -33,6 +34,19 @@ from tests.entrypoints.test_operate import answer, server
         (["--max-num-seqs", "4", "--pd-comm-port", "2334"], "2 instances would ask for the same port"),
         (["--frobnicate"], "there is no flag --frobnicate"),
         (["--elastic-cooldown", "0"], "--elastic-cooldown: '0' is not allowed"),
+        (["--prefill-policy", "nope"], "--prefill-policy is 'nope'; there are fcfs, sjf, ljf, edf, slack"),
+        (["--placement", "nope"], "--placement is 'nope'; there are fewest-tokens, "),
+        (["--cache-transfer-protocol", "tcp,nope"], "--cache-transfer-protocol names 'nope'; there are ipc, "),
+        (["--max-model-len", "9999"], "--max-model-len is 9999; this model's config.json allows"),
+        (
+            ["--no-enable-chunked-prefill"],
+            "--max-num-batched-tokens is 2048; without chunked prefill it must be at least",
+        ),
+        (
+            ["--tensor-parallel-size", "5"],
+            "--tensor-parallel-size is 5; it must divide this model's num_attention_heads",
+        ),
+        (["--host", "192.0.2.1"], "--host is '192.0.2.1'; it must be an address of this machine"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
@@ -42,6 +56,13 @@ def test_flags_that_up_sets_are_refused_with_its_own(
     assert main(["up", "--", *flags]) == 2
     told = capsys.readouterr()
     assert text in told.err and told.out == "", "nothing may have been started"
+
+
+def test_every_role_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(build, "check", lambda config: asked.append(config.cluster.splitwise_role))
+    up.check_instances([], "t", ["prefill", "decode", "decode", "mixed"])
+    assert asked == ["prefill", "decode", "mixed"]
 
 
 def test_one_instance_may_have_any_port() -> None:

@@ -10,6 +10,7 @@ import pytest
 from fastdeploy_pd.engine.policies import prefill_policy
 from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.launch import up
 from fastdeploy_pd.request import Request
 from tests.own_package import EXAMPLES, install
 
@@ -57,6 +58,13 @@ def test_it_is_simulated(installed: None, tmp_path: Path, capsys: pytest.Capture
         assert f"{100 * report['slo_attainment']:.1f} %" in text and f"{max(waits[name]):.1f} s" in text, name
     assert main([*words.replace("aging-sjf", "fast").split()[1:]]) == 2
     assert "--prefill-policy is 'fast'; there are fcfs, sjf, ljf, edf, slack, aging-sjf" in capsys.readouterr().err
+
+
+def test_up_finds_it_before_anything_is_started(installed: None) -> None:
+    config = up.check_instances(["--prefill-policy", "aging-sjf"], "t", ["prefill", "decode"])
+    assert config.scheduling.prefill_policy == "aging-sjf"
+    with pytest.raises(ConfigError, match=r"--prefill-policy is 'other'; there are .*, aging-sjf"):
+        up.check_instances(["--prefill-policy", "other"], "t", ["prefill", "decode"])
 
 
 def test_the_document_shows_it_as_it_is() -> None:

@@ -130,6 +130,7 @@ class EngineSupervisor:
 
 def check_ports(config: InstanceConfig) -> None:
     """Raises: ConfigError: a port that was asked for is taken, or an address is not ours; names its flag."""
+    check_own(config.server.host, "--host")
     host = config.cluster.advertise_host
     if config.cluster.scheduler_name != "local":
         check_own(host, "--advertise-host")
@@ -191,9 +192,8 @@ def announce(config: InstanceConfig, address: str, facts: dict[str, object]) -> 
 
 def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
-    check_own(config.server.host, "--host")
-    http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_ports(config)
+    http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_redis(config)
     metrics_socket = None
     if config.server.metrics_port:
