@@ -69,9 +69,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def check_target(path: Path) -> None:
     """Raises: ConfigError: no profile can be written there. A device or a pipe would be replaced by a file."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():  # unlike Path.exists, says no where it may not look
         raise ConfigError(f"--profile-path is '{path}'; it must be a file, or one that is not there yet")
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = next(p for p in path.absolute().parents if os.path.exists(p))
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ConfigError(f"--profile-path is '{path}'; {parent} must be a directory that may be written to")
 
@@ -103,13 +103,17 @@ def load_predictor(config: InstanceConfig, fingerprint: str) -> Predictor | None
     conditions = conditions_of(config, fingerprint)
     path = profile_path(config, conditions)
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # reading a device or a pipe might never end
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
         reason = _why_not(profile, conditions)
     except FileNotFoundError:
         if config.scheduling.profile_path is None:
             return None
         reason = "there is no such file"
-    except (OSError, msgspec.MsgspecError, ValueError) as error:
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror or error}"
+    except (msgspec.MsgspecError, ValueError) as error:
         reason = str(error)
     if reason:
         log.warning(

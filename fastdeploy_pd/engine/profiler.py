@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
         if config.scheduling.profile_path is not None:
             target = Path(config.scheduling.profile_path)
             check_target(target)  # measuring takes minutes
-            if not target.absolute().parent.is_dir():
+            if not os.path.isdir(target.absolute().parent):
                 raise ConfigError(
                     f"--profile-path is '{target}'; its directory must be there: mkdir -p '{target.parent}'"
                 )

@@ -150,6 +150,31 @@ def test_a_bad_file_is_said_and_not_used(
     assert not caplog.records
 
 
+def test_what_cannot_be_read_is_said_and_not_used(
+    cache: Path, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for bad, reason in (
+        (tmp_path, "it is no file. "),
+        (pipe, "it is no file. "),
+        (path / "x", "it cannot be read: Not a directory. "),
+        (tmp_path / ("x" * 300), "it cannot be read: File name too long. "),
+    ):
+        caplog.clear()
+        assert load_predictor(config_of(cache, "--profile-path", str(bad)), FINGERPRINT) is None
+        assert f"the profile {bad} is not used: {reason}" in caplog.text
+
+    def refuse(_path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # whoever runs tests may read everything, perhaps
+    for flags in ([], ["--profile-path", str(path)]):
+        caplog.clear()
+        assert load_predictor(config_of(cache, *flags), FINGERPRINT) is None
+        assert f"the profile {path} is not used: it cannot be read: Permission denied. " in caplog.text
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -163,6 +188,7 @@ def test_a_bad_file_is_said_and_not_used(
             ["--profile-path", "/tmp/no/such/p.json"],
             "--profile-path is '/tmp/no/such/p.json'; its directory must be there",
         ),
+        (["--profile-path", f"/tmp/{'x' * 300}/p.json"], "/p.json'; its directory must be there: mkdir -p '/tmp/xx"),
         (["--profile-path", __file__ + "/p.json"], f"{__file__} must be a directory that may be written to"),
     ],
 )
