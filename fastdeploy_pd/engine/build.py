@@ -186,7 +186,10 @@ def load_model(config: InstanceConfig, rank: Rank) -> tuple[ModelRunner, int]:
     directory = Path(config.model.model)
     max_model_len = resolve_max_model_len(config, ModelConfig.from_directory(directory))
     options = config.model
-    return make_runner(directory, options.ops, options.dtype, device=options.device, rank=rank), max_model_len
+    runner = make_runner(
+        directory, options.ops, options.dtype, device=options.device, rank=rank, kv_dtype=config.cache.kv_cache_dtype
+    )
+    return runner, max_model_len
 
 
 def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: bytes | None) -> BuiltEngine:
