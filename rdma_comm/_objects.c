@@ -20,6 +20,8 @@ static PyObject *device_close(Device *self, PyObject *unused)
 {
     (void)unused;
     if (self->context) {
+        if (self->num_children)
+            return raise_verbs("ibv_close_device", EBUSY, NULL, "close its protection domains and completion queues first");
         if (verbs.close_device(self->context))
             return raise_verbs("ibv_close_device", errno, NULL, NULL);
         self->context = NULL;
@@ -123,26 +125,33 @@ static PyObject *domain_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         return NULL;
     }
     self->device = (Device *)Py_NewRef(device);
+    self->device->num_children++;
     self->pd = pd;
     return (PyObject *)self;
+}
+
+static int destroy_domain(ProtectionDomain *self)
+{
+    int error = !self->pd ? 0 : self->num_children ? EBUSY : verbs.dealloc_pd(self->pd);
+    if (self->pd && !error) {
+        self->pd = NULL;
+        self->device->num_children--;
+    }
+    return error;
 }
 
 static PyObject *domain_close(ProtectionDomain *self, PyObject *unused)
 {
     (void)unused;
-    if (self->pd) {
-        int error = verbs.dealloc_pd(self->pd);
-        if (error)
-            return raise_verbs("ibv_dealloc_pd", error, NULL, "close its memory regions and queue pairs first");
-        self->pd = NULL;
-    }
+    int error = destroy_domain(self);
+    if (error)
+        return raise_verbs("ibv_dealloc_pd", error, NULL, "close its memory regions and queue pairs first");
     Py_RETURN_NONE;
 }
 
 static void domain_dealloc(ProtectionDomain *self)
 {
-    if (self->pd)
-        verbs.dealloc_pd(self->pd);
+    destroy_domain(self);
     Py_XDECREF(self->device);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
@@ -192,17 +201,20 @@ static PyObject *region_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     const char *verb;
     struct abi_mr *mr;
     int error;
+    domain->num_children++;
     Py_BEGIN_ALLOW_THREADS /* pinning a large pool takes seconds */
     mr = register_memory(domain->pd, address, length, access, dmabuf_fd, dmabuf_offset, &verb);
     error = errno;
     Py_END_ALLOW_THREADS
-    if (!mr)
+    MemoryRegion *self = mr ? (MemoryRegion *)type->tp_alloc(type, 0) : NULL;
+    if (!self) {
+        domain->num_children--;
+        if (mr) {
+            verbs.dereg_mr(mr);
+            return NULL;
+        }
         return raise_verbs(verb, error, NULL,
                            error == ENOMEM ? "raise the limit on locked memory (ulimit -l unlimited, LimitMEMLOCK=infinity)" : NULL);
-    MemoryRegion *self = (MemoryRegion *)type->tp_alloc(type, 0);
-    if (!self) {
-        verbs.dereg_mr(mr);
-        return NULL;
     }
     self->domain = (ProtectionDomain *)Py_NewRef(domain);
     self->owner = Py_NewRef(owner);
@@ -212,23 +224,33 @@ static PyObject *region_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     return (PyObject *)self;
 }
 
+static int destroy_region(MemoryRegion *self)
+{
+    int error = self->mr ? verbs.dereg_mr(self->mr) : 0;
+    if (self->mr && !error) {
+        self->mr = NULL;
+        self->domain->num_children--;
+    }
+    return error;
+}
+
 static PyObject *region_close(MemoryRegion *self, PyObject *unused)
 {
     (void)unused;
-    if (self->mr) {
-        int error = verbs.dereg_mr(self->mr);
-        if (error)
-            return raise_verbs("ibv_dereg_mr", error, NULL, NULL);
-        self->mr = NULL;
-        Py_CLEAR(self->owner);
+    if (self->num_transfers) {
+        PyErr_SetString(PyExc_RuntimeError, "a transfer is using this memory region");
+        return NULL;
     }
+    int error = destroy_region(self);
+    if (error)
+        return raise_verbs("ibv_dereg_mr", error, NULL, NULL);
+    Py_CLEAR(self->owner);
     Py_RETURN_NONE;
 }
 
 static void region_dealloc(MemoryRegion *self)
 {
-    if (self->mr)
-        verbs.dereg_mr(self->mr);
+    destroy_region(self);
     Py_XDECREF(self->owner);
     Py_XDECREF(self->domain);
     Py_TYPE(self)->tp_free((PyObject *)self);
@@ -253,7 +275,7 @@ static PyObject *region_length(MemoryRegion *self, void *unused)
 }
 
 static PyMethodDef REGION_METHODS[] = {
-    {"close", (PyCFunction)region_close, METH_NOARGS, "Deregister; idempotent. Raises: VerbsError."},
+    {"close", (PyCFunction)region_close, METH_NOARGS, "Deregister; idempotent. Raises: VerbsError; RuntimeError: a transfer uses it."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef REGION_FIELDS[] = {
@@ -292,6 +314,7 @@ static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(self);
         return NULL;
     }
+    self->device->num_children++;
     self->cq = verbs.create_cq(device->context, depth, NULL, self->channel, 0);
     if (!self->cq) {
         raise_verbs("ibv_create_cq", errno, NULL, NULL);
@@ -304,6 +327,8 @@ static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static int destroy_queue(CompletionQueue *self)
 {
     int error = 0;
+    if (self->num_children)
+        return EBUSY;
     if (self->cq) {
         if (self->num_unacknowledged)
             verbs.ack_cq_events(self->cq, self->num_unacknowledged);
@@ -313,14 +338,26 @@ static int destroy_queue(CompletionQueue *self)
             return error;
         self->cq = NULL;
     }
-    if (self->channel && !(error = verbs.destroy_comp_channel(self->channel)))
+    if (self->channel && !(error = verbs.destroy_comp_channel(self->channel))) {
         self->channel = NULL;
+        self->device->num_children--;
+    }
     return error;
+}
+
+/* Returns 0, or -1 with RuntimeError set. */
+static int refuse_busy(const CompletionQueue *self)
+{
+    if (self->is_busy)
+        PyErr_SetString(PyExc_RuntimeError, "somebody is waiting for completions of this queue");
+    return self->is_busy ? -1 : 0;
 }
 
 static PyObject *queue_close(CompletionQueue *self, PyObject *unused)
 {
     (void)unused;
+    if (refuse_busy(self))
+        return NULL;
     int error = destroy_queue(self);
     if (error)
         return raise_verbs("ibv_destroy_cq", error, NULL, "close the queue pairs that use it first");
@@ -372,8 +409,11 @@ static PyObject *queue_poll(CompletionQueue *self, PyObject *args, PyObject *kwa
         return NULL;
     if (!self->cq)
         return raise_closed("completion queue");
+    if (refuse_busy(self))
+        return NULL;
     if (most < 1 || most > MOST)
         most = MOST;
+    self->is_busy = 1;
     Py_BEGIN_ALLOW_THREADS
     double deadline_s = monotonic_s() + timeout_s;
     while ((count = self->cq->context->ops.poll_cq(self->cq, most, found)) == 0) {
@@ -382,6 +422,7 @@ static PyObject *queue_poll(CompletionQueue *self, PyObject *args, PyObject *kwa
             break;
     }
     Py_END_ALLOW_THREADS
+    self->is_busy = 0;
     if (count < 0 || error > 0)
         return raise_verbs("ibv_poll_cq", error > 0 ? error : EIO, NULL, NULL);
     PyObject *list = PyList_New(count);
@@ -400,8 +441,8 @@ static PyObject *queue_poll(CompletionQueue *self, PyObject *args, PyObject *kwa
 static PyMethodDef QUEUE_METHODS[] = {
     {"poll", (PyCFunction)(void (*)(void))queue_poll, METH_VARARGS | METH_KEYWORDS,
      "poll(max_completions=64, timeout_s=0.0): Returns: (wr_id, status, opcode, qp_number, immediate or None, bytes) each, none after\n"
-     "timeout_s. Raises: VerbsError."},
-    {"close", (PyCFunction)queue_close, METH_NOARGS, "Close; idempotent. Raises: VerbsError: a queue pair still uses it."},
+     "timeout_s. Raises: VerbsError; RuntimeError: another thread polls it, or a transfer does."},
+    {"close", (PyCFunction)queue_close, METH_NOARGS, "Close; idempotent. Raises: VerbsError: a queue pair still uses it; RuntimeError: as `poll`."},
     {NULL, NULL, 0, NULL},
 };
 

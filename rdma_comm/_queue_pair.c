@@ -31,10 +31,30 @@ static PyObject *pair_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->domain = (ProtectionDomain *)Py_NewRef(domain);
     self->send_cq = (CompletionQueue *)Py_NewRef(send_cq);
     self->recv_cq = (CompletionQueue *)Py_NewRef(recv_cq);
+    self->domain->num_children++, self->send_cq->num_children++, self->recv_cq->num_children++;
     self->qp = qp;
     self->max_send_wr = max_send_wr;
     snprintf(self->peer, sizeof self->peer, "%s", peer);
     return (PyObject *)self;
+}
+
+int claim_pair(QueuePair *self)
+{
+    if (!self->qp) {
+        raise_closed("queue pair");
+        return -1;
+    }
+    if (self->is_busy || self->send_cq->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "another call is using this queue pair, or its send queue");
+        return -1;
+    }
+    self->is_busy = self->send_cq->is_busy = 1;
+    return 0;
+}
+
+void release_pair(QueuePair *self)
+{
+    self->is_busy = self->send_cq->is_busy = 0;
 }
 
 int fail_queue_pair(QueuePair *self)
@@ -43,28 +63,50 @@ int fail_queue_pair(QueuePair *self)
     return verbs.modify_qp(self->qp, &wanted, MASK_STATE);
 }
 
-static int destroy_pair(QueuePair *self)
+/* Its parents may be closed from now on. */
+static void forget_pair(QueuePair *self)
 {
-    int error = self->qp ? verbs.destroy_qp(self->qp) : 0;
-    if (!error)
-        self->qp = NULL;
-    return error;
+    self->domain->num_children--, self->send_cq->num_children--, self->recv_cq->num_children--;
+}
+
+int end_queue_pair(QueuePair *self)
+{
+    struct abi_qp *qp = self->qp;
+    struct abi_wc left;
+    int error, was_busy = self->is_busy;
+    if (!qp)
+        return 0;
+    self->qp = NULL; /* from now on `fail` and others leave it alone */
+    self->is_busy = 1;
+    Py_BEGIN_ALLOW_THREADS /* the NIC may take its time */
+    error = verbs.destroy_qp(qp);
+    Py_END_ALLOW_THREADS
+    self->is_busy = was_busy;
+    if (error) {
+        self->qp = qp;
+        return error;
+    }
+    while (self->send_cq->cq->context->ops.poll_cq(self->send_cq->cq, 1, &left) > 0)
+        ;
+    forget_pair(self);
+    return 0;
 }
 
 static PyObject *pair_close(QueuePair *self, PyObject *unused)
 {
     (void)unused;
-    if (self->qp && self->is_busy) {
-        PyErr_SetString(PyExc_RuntimeError, "a transfer is using this queue pair; call fail() and let it end");
+    if (self->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "another call is using this queue pair; call fail() and let it end");
         return NULL;
     }
-    int error = destroy_pair(self);
+    int error = end_queue_pair(self);
     return error ? raise_verbs("ibv_destroy_qp", error, self->peer, NULL) : Py_NewRef(Py_None);
 }
 
 static void pair_dealloc(QueuePair *self)
 {
-    destroy_pair(self);
+    if (self->qp && !verbs.destroy_qp(self->qp))
+        forget_pair(self);
     Py_XDECREF(self->send_cq);
     Py_XDECREF(self->recv_cq);
     Py_XDECREF(self->domain);
@@ -74,7 +116,8 @@ static void pair_dealloc(QueuePair *self)
 static PyObject *pair_fail(QueuePair *self, PyObject *unused)
 {
     (void)unused;
-    int error = self->qp && self->is_connected ? fail_queue_pair(self) : 0;
+    self->is_stopped = self->is_connecting; /* two states at once would be asked for */
+    int error = self->qp && self->is_connected && !self->is_connecting ? fail_queue_pair(self) : 0;
     return error ? raise_verbs("ibv_modify_qp to ERR", error, self->peer, NULL) : Py_NewRef(Py_None);
 }
 
@@ -125,8 +168,6 @@ static PyObject *pair_connect(QueuePair *self, PyObject *args, PyObject *kwargs)
                                      &route.remote_gid, &route.remote_gid_length, &route.timeout, &route.retry_count, &route.rnr_retry,
                                      &route.max_reads, &route.max_peer_reads, &route.traffic_class))
         return NULL;
-    if (!self->qp)
-        return raise_closed("queue pair");
     if (route.remote_gid_length != 16 || route.mtu < 256 || route.mtu > 4096 || route.mtu & (route.mtu - 1)) {
         PyErr_Format(PyExc_ValueError, "remote_gid has %zd bytes (16 are needed), mtu is %u (256, 512, 1024, 2048 or 4096)",
                      route.remote_gid_length, route.mtu);
@@ -134,15 +175,25 @@ static PyObject *pair_connect(QueuePair *self, PyObject *args, PyObject *kwargs)
     }
     static const struct { int (*step)(QueuePair *, const struct route *); const char *verb; } STEPS[] = {
         {to_init, "ibv_modify_qp to INIT"}, {to_receive, "ibv_modify_qp to RTR"}, {to_send, "ibv_modify_qp to RTS"}};
-    for (size_t i = 0; i < sizeof STEPS / sizeof *STEPS; i++) {
-        int error;
+    if (claim_pair(self))
+        return NULL;
+    int error = 0;
+    size_t i;
+    self->is_connecting = 1;
+    for (i = 0; !error && i < sizeof STEPS / sizeof *STEPS; i++) {
         Py_BEGIN_ALLOW_THREADS /* RTR resolves the peer's address, which may take a second */
         error = STEPS[i].step(self, &route);
         Py_END_ALLOW_THREADS
         self->is_connected |= !error;
-        if (error)
-            return raise_verbs(STEPS[i].verb, error, self->peer, i == 1 ? "is the GID index right, and the peer's address reachable?" : NULL);
+        if (!error && self->is_stopped) {
+            fail_queue_pair(self);
+            error = ECANCELED;
+        }
     }
+    self->is_connecting = self->is_stopped = 0;
+    release_pair(self);
+    if (error)
+        return raise_verbs(STEPS[i - 1].verb, error, self->peer, i == 2 && error != ECANCELED ? "is the GID index right, and the peer's address reachable?" : NULL);
     Py_RETURN_NONE;
 }
 
@@ -169,16 +220,11 @@ static PyObject *pair_send_immediate(QueuePair *self, PyObject *args, PyObject *
     double timeout_s = 10.0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "I|d", names, &value, &timeout_s))
         return NULL;
-    if (!self->qp)
-        return raise_closed("queue pair");
-    if (self->is_busy) {
-        PyErr_SetString(PyExc_RuntimeError, "a transfer is using this queue pair");
+    if (claim_pair(self))
         return NULL;
-    }
     struct abi_send_wr request = {.wr_id = UINT64_MAX, .opcode = OP_WRITE_IMM, .send_flags = SEND_SIGNALED, .imm_data = htonl(value)}, *bad;
     struct abi_wc done = {0};
     int error, count = 0;
-    self->is_busy = 1;
     Py_BEGIN_ALLOW_THREADS
     double deadline_s = monotonic_s() + timeout_s;
     error = self->qp->context->ops.post_send(self->qp, &request, &bad);
@@ -188,10 +234,15 @@ static PyObject *pair_send_immediate(QueuePair *self, PyObject *args, PyObject *
         error = error < 0 ? ETIMEDOUT : error;
     }
     Py_END_ALLOW_THREADS
-    self->is_busy = 0;
+    int is_done = !error && count > 0 && done.status == WC_SUCCESS;
+    if (!is_done)
+        end_queue_pair(self); /* a completion that came late would be taken for another request's */
+    release_pair(self);
+    if (is_done)
+        Py_RETURN_NONE;
     if (error || count < 0)
         return raise_verbs("ibv_post_send of an immediate", error ? error : EIO, self->peer, NULL);
-    return done.status == WC_SUCCESS ? Py_NewRef(Py_None) : raise_completion(&done, self->peer);
+    return raise_completion(&done, self->peer);
 }
 
 static PyObject *pair_number(QueuePair *self, void *unused)
@@ -204,13 +255,13 @@ static PyMethodDef METHODS[] = {
     {"connect", (PyCFunction)(void (*)(void))pair_connect, METH_VARARGS | METH_KEYWORDS,
      "connect(port, gid_index, is_ethernet, mtu, access, local_psn, remote_number, remote_psn, remote_lid, remote_gid, timeout=18,\n"
      "retry_count=6, rnr_retry=6, max_reads=1, max_peer_reads=1, traffic_class=0): ready to send and receive. timeout is 4.096 us * 2^timeout;\n"
-     "a retry_count of 7 waits for ever on soft-RoCE. Raises: VerbsError, ValueError."},
+     "a retry_count of 7 waits for ever on soft-RoCE. Raises: VerbsError; ValueError; RuntimeError: another call uses it."},
     {"post_receives", (PyCFunction)pair_post_receives, METH_VARARGS, "post_receives(count): take so many immediates. Raises: VerbsError."},
     {"send_immediate", (PyCFunction)(void (*)(void))pair_send_immediate, METH_VARARGS | METH_KEYWORDS,
      "send_immediate(value, timeout_s=10.0): a write of no bytes that raises `value` at the peer behind everything written before.\n"
-     "Raises: VerbsError, CompletionFailed."},
-    {"fail", (PyCFunction)pair_fail, METH_NOARGS, "Stop: nothing of it lands any more, a transfer in progress ends. From any thread. Raises: VerbsError."},
-    {"close", (PyCFunction)pair_close, METH_NOARGS, "Destroy; idempotent. Raises: VerbsError; RuntimeError: a transfer uses it."},
+     "Raises: VerbsError, CompletionFailed: the pair is closed by then; RuntimeError: another call uses it."},
+    {"fail", (PyCFunction)pair_fail, METH_NOARGS, "Stop: nothing of it lands any more, a transfer in progress ends, and so does `connect`. From any thread. Raises: VerbsError."},
+    {"close", (PyCFunction)pair_close, METH_NOARGS, "Destroy; idempotent. Raises: VerbsError; RuntimeError: another call uses it."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef FIELDS[] = {{"number", (getter)pair_number, NULL, "What the peer must be told.", NULL}, {NULL, NULL, NULL, NULL, NULL}};

@@ -2,14 +2,15 @@
  *
  * Blocks are posted as chains of up to CHAIN requests, of which the last is signalled: a reliable connection completes in order, so
  * one completion stands for its chain. A rail takes the next chain whenever it has room, so a faster one takes more, and no send
- * queue is ever overrun. What a failed rail had posted is posted again by the others: reads and writes of a block may be repeated. */
+ * queue is ever overrun. What a failed rail had posted is posted again by the others: reads and writes of a block may be repeated.
+ * Before `transfer` returns the queue pair of each failed rail is destroyed: a NIC may answer late, or never, for a pair in the error
+ * state, but ibv_destroy_qp(3) returns when it touches no memory for it any more. So blocks are free when their transfer has ended. */
 #include "_objects.h"
 
 #include <errno.h>
 
 enum { CHAIN = 32, MAX_RAILS = 16, SPINS = 200 };
 static const int64_t CHAIN_BYTES = 256 << 10;
-static const double DRAIN_S = 2.0;
 
 struct chain {
     uint32_t count;
@@ -26,7 +27,7 @@ struct rail {
     uint64_t first; /* number of the oldest chain in the ring */
     uint64_t num_bytes;
     int is_dead;
-    int post_error;      /* errno, when posting failed ... */
+    int post_error;      /* errno, when posting failed or nothing completed ... */
     struct abi_wc fault; /* ... else the completion that failed */
 };
 
@@ -58,24 +59,11 @@ static uint64_t newest_chain(const struct rail *rail)
     return rail->first + rail->num_posted - 1;
 }
 
-/* Take a rail out of service and give what it had posted to the others. Reads that are under way may still land, so this happens when
- * its last request has come back. `is_drained`: that was seen already. */
-static void kill_rail(struct job *job, struct rail *rail, int is_drained)
+/* Take a rail out of service and give what it had posted to the others. What is under way may still land until `end_dead_rails`, the same
+ * bytes in the same place. */
+static void kill_rail(struct job *job, struct rail *rail)
 {
     fail_queue_pair(rail->pair);
-    double deadline_s = monotonic_s() + DRAIN_S;
-    struct abi_wc done;
-    int is_whole = !rail->post_error; /* of a half-posted chain the last request never comes: then silence must do */
-    is_drained |= !rail->num_posted;
-    while (!is_drained && monotonic_s() < deadline_s) {
-        int count = rail->pair->qp->context->ops.poll_cq(rail->pair->send_cq->cq, 1, &done);
-        if (count < 0)
-            break;
-        if (count == 1)
-            is_drained = is_whole && done.wr_id == newest_chain(rail);
-        else if (wait_for_completions(rail->pair->send_cq, 0.05) != 0)
-            is_drained = !is_whole;
-    }
     for (uint32_t i = 0; i < rail->num_posted; i++) {
         struct chain *chain = &rail->ring[(rail->first + i) % rail->ring_size];
         for (uint32_t k = 0; k < chain->count; k++)
@@ -114,7 +102,7 @@ static int post_chain(struct job *job, struct rail *rail)
     requests[chain->count - 1].wr_id = newest_chain(rail);
     rail->post_error = rail->pair->qp->context->ops.post_send(rail->pair->qp, requests, &bad);
     if (rail->post_error)
-        kill_rail(job, rail, 0);
+        kill_rail(job, rail);
     return 1;
 }
 
@@ -125,16 +113,13 @@ static int reap(struct job *job, struct rail *rail)
     int count = rail->pair->qp->context->ops.poll_cq(rail->pair->send_cq->cq, 16, done);
     if (count < 0) {
         rail->post_error = EIO;
-        kill_rail(job, rail, 0);
+        kill_rail(job, rail);
         return 1;
     }
     for (int i = 0; i < count; i++) {
         if (done[i].status != WC_SUCCESS) {
-            int is_drained = 0;
             rail->fault = done[i];
-            for (int k = i; k < count; k++)
-                is_drained |= done[k].wr_id == newest_chain(rail);
-            kill_rail(job, rail, is_drained);
+            kill_rail(job, rail);
             return count;
         }
         struct chain *chain = &rail->ring[rail->first % rail->ring_size];
@@ -159,7 +144,7 @@ static int pause_for(struct job *job, double left_s)
         int error = wait_for_completions(rail->pair->send_cq, wait_s);
         if (error > 0) {
             rail->post_error = error;
-            kill_rail(job, rail, 0);
+            kill_rail(job, rail);
         }
         return left_s > 0 ? 0 : -1;
     }
@@ -189,8 +174,10 @@ static void run(struct job *job)
         } else if (++num_idle > SPINS && pause_for(job, job->timeout_s - (monotonic_s() - progress_s)) < 0) {
             job->is_stalled = 1;
             for (int i = 0; i < job->num_rails; i++)
-                if (!job->rails[i].is_dead)
-                    kill_rail(job, &job->rails[i], 0);
+                if (!job->rails[i].is_dead) {
+                    job->rails[i].post_error = ETIMEDOUT;
+                    kill_rail(job, &job->rails[i]);
+                }
             return;
         }
     }
@@ -229,14 +216,14 @@ static int read_rails(struct job *job, PyObject *rails)
         unsigned int key;
         if (!PyArg_ParseTuple(PyTuple_GET_ITEM(rails, i), "O!O!KKI", &QueuePairType, &rail->pair, &MemoryRegionType, &rail->region, &base, &length, &key))
             return -1;
-        if (!rail->pair->qp || !rail->region->mr || !rail->pair->send_cq->cq) {
-            raise_closed("queue pair, completion queue or memory region");
+        if (!rail->region->mr) {
+            raise_closed("memory region");
             return -1;
         }
-        if (rail->pair->is_busy) {
-            PyErr_SetString(PyExc_RuntimeError, "another transfer is using this queue pair");
+        if (claim_pair(rail->pair))
             return -1;
-        }
+        rail->region->num_transfers++;
+        job->num_rails++;
         rail->remote_base = base, rail->remote_length = length, rail->remote_key = key;
         rail->ring_size = rail->pair->max_send_wr / CHAIN;
         rail->ring = PyMem_Calloc(rail->ring_size, sizeof *rail->ring);
@@ -244,9 +231,17 @@ static int read_rails(struct job *job, PyObject *rails)
             PyErr_Format(PyExc_ValueError, "max_send_wr must be at least %d", CHAIN);
             return -1;
         }
-        job->num_rails++;
     }
     return 0;
+}
+
+static void release_rails(struct job *job)
+{
+    for (int i = 0; i < job->num_rails; i++) {
+        release_pair(job->rails[i].pair);
+        job->rails[i].region->num_transfers--;
+        PyMem_Free(job->rails[i].ring);
+    }
 }
 
 static PyObject *rail_result(const struct rail *rail)
@@ -258,16 +253,28 @@ static PyObject *rail_result(const struct rail *rail)
                          name, rail->fault.vendor_err);
 }
 
+/* Returns 0, or -1 with VerbsError set: a pair could not be destroyed, and what it had posted may still land. */
+static int end_dead_rails(struct job *job)
+{
+    int status = 0;
+    for (int i = 0; i < job->num_rails; i++) {
+        QueuePair *pair = job->rails[i].pair;
+        int error = job->rails[i].is_dead ? end_queue_pair(pair) : 0;
+        if (error && !status) { /* one exception, the first */
+            raise_verbs("ibv_destroy_qp", error, pair->peer, "what was posted to it may still land");
+            status = -1;
+        }
+    }
+    return status;
+}
+
 static PyObject *run_without_gil(struct job *job)
 {
-    for (int i = 0; i < job->num_rails; i++)
-        job->rails[i].pair->is_busy = 1;
     Py_BEGIN_ALLOW_THREADS
     run(job);
     Py_END_ALLOW_THREADS
-    PyObject *results = PyTuple_New(job->num_rails);
+    PyObject *results = end_dead_rails(job) ? NULL : PyTuple_New(job->num_rails);
     for (int i = 0; i < job->num_rails; i++) {
-        job->rails[i].pair->is_busy = 0;
         PyObject *result = results ? rail_result(&job->rails[i]) : NULL;
         if (result)
             PyTuple_SET_ITEM(results, i, result);
@@ -282,9 +289,9 @@ const char transfer_doc[] =
     "opcode: READ or WRITE. rails: tuple of (QueuePair, MemoryRegion, remote address, remote length, remote key).\n"
     "local, remote, sizes: contiguous int64 buffers, one entry a block: offsets into both regions, bytes (at most 2**30).\n"
     "timeout_s: without any completion for so long, all rails fail.\n"
-    "Returns: (blocks done, ((bytes, status, status text, vendor error) a rail, 0 for a good one, -errno when posting failed), whether it stalled).\n"
-    "All blocks are done unless every rail has failed. A failed rail is of no use any more.\n"
-    "Raises: ValueError: a block is outside its region, or something is closed; RuntimeError: a rail is in use.";
+    "Returns: (blocks done, ((bytes, status, status text, vendor error) a rail, 0 for a good one, -errno when posting failed or it stalled), whether it stalled).\n"
+    "All blocks are done unless every rail has failed. A failed rail's pair is closed: nothing of it lands any more.\n"
+    "Raises: ValueError: a block is outside its region, or something is closed; RuntimeError: a rail is in use, or given twice; VerbsError.";
 
 PyObject *transfer(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -310,8 +317,7 @@ PyObject *transfer(PyObject *module, PyObject *args, PyObject *kwargs)
             result = run_without_gil(&job);
     }
     PyMem_Free(job.again);
-    for (int i = 0; i < MAX_RAILS; i++)
-        PyMem_Free(job.rails[i].ring);
+    release_rails(&job);
     for (int i = 0; i < 3; i++)
         PyBuffer_Release(&buffers[i]);
     return result;

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rdma_comm import _verbs
 from rdma_comm.devices import SYSFS, Nic, choose_gid, distance, list_gpus, list_nics
-from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaUnavailable
+from rdma_comm.errors import CompletionFailed, HandshakeFailed, RdmaError, RdmaUnavailable, VerbsError
 from rdma_comm.gpu_memory import GpuMemory
 
 if TYPE_CHECKING:
@@ -250,7 +250,8 @@ class Connection:
         self.options = endpoint.options
         self.lost: list[str] = []  #: what was said when a NIC failed
         self._links: list[_Link] = []
-        self._closing = threading.Lock()
+        self._remote_lengths: list[int] = []  # of the peer's regions: kept when the links are gone
+        self._changing = threading.Lock()  # of _links
         for rail in endpoint.rails:
             # A failed pair reports every request it had, signalled or not: the queue holds them all.
             queues = (
@@ -283,8 +284,14 @@ class Connection:
         Args:
             regions: ours; a transfer goes between the regions of one index.
 
-        Raises: HandshakeFailed: the offer is not one; VerbsError: a NIC cannot reach its counterpart.
+        Raises: HandshakeFailed: the offer is not one, or this end is closed; VerbsError: a NIC cannot reach its counterpart.
         """
+        with self._changing:  # `close` waits
+            self._connect(regions, offer)
+
+    def _connect(self, regions: Sequence[Region], offer: Sequence[Mapping[str, Any]]) -> None:
+        if not self._links:
+            raise HandshakeFailed("this connection is closed")
         try:
             for index, (link, remote) in enumerate(zip(self._links, offer, strict=False)):
                 link.regions = [r.on_rail[index] for r in regions]
@@ -301,6 +308,7 @@ class Connection:
         for link in self._links[len(offer) :]:
             self._drop(link)
         del self._links[len(offer) :]
+        self._remote_lengths = [length for _, length, _ in self._links[0].remote]
 
     def _join(self, link: _Link, remote: Mapping[str, Any]) -> None:
         rail, options = link.rail, self.options
@@ -332,7 +340,7 @@ class Connection:
 
     def remote_length(self, region: int = 0) -> int:
         """Returns: bytes of one of the peer's regions."""
-        return self._links[0].remote[region][1]
+        return self._remote_lengths[region]
 
     @property
     def num_rails(self) -> int:
@@ -346,7 +354,7 @@ class Connection:
             local, remote, sizes: int64 arrays, one entry a block: offsets into our region and the peer's, bytes.
             timeout_s: without any progress for so long the connection fails.
             region: which of the regions.
-        Raises: CompletionFailed: every NIC has failed; ValueError: a block is outside a region.
+        Raises: CompletionFailed: every NIC has failed, and nothing lands any more; VerbsError: something may; ValueError: a block is outside a region.
         """
         self._run(_verbs.READ, local, remote, sizes, timeout_s, region)
 
@@ -359,7 +367,13 @@ class Connection:
         if not links:
             raise CompletionFailed(-1, self.lost[-1] if self.lost else "not connected", 0, self.peer)
         rails = tuple((link.pair, link.regions[region], *link.remote[region]) for link in links)
-        num_done, results, is_stalled = _verbs.transfer(opcode, rails, local, remote, sizes, timeout_s)
+        try:
+            num_done, results, is_stalled = _verbs.transfer(opcode, rails, local, remote, sizes, timeout_s)
+        except VerbsError as error:  # a NIC does not even let go of a failed queue pair
+            for link in links:
+                link.is_lost = True
+                self.lost.append(f"{link.rail.nic.name}: {error}")
+            raise
         fault = (0, "", 0)
         for link, (_, status, name, vendor_error) in zip(links, results, strict=True):
             if status:
@@ -374,7 +388,12 @@ class Connection:
         link = next((x for x in self._links if not x.is_lost), None)
         if link is None:
             raise CompletionFailed(-1, "every NIC has failed", 0, self.peer)
-        link.pair.send_immediate(value, timeout_s)
+        try:
+            link.pair.send_immediate(value, timeout_s)
+        except RdmaError as error:
+            link.is_lost = True
+            self.lost.append(f"{link.rail.nic.name}: {error}")
+            raise
 
     def receive_immediates(self, timeout_s: float) -> list[int]:
         """Returns: numbers that the peer has raised; none after timeout_s. Raises: VerbsError."""
@@ -384,17 +403,18 @@ class Connection:
             for _, status, _, _, immediate, _ in link.queues[1].poll(timeout_s=wait_s):
                 if status == 0 and immediate is not None:
                     values.append(immediate)
-                    link.pair.post_receives(1)
+                    if not link.is_lost:
+                        link.pair.post_receives(1)
         return values
 
     def fail(self) -> None:
-        """Stop at once: a transfer in progress ends with an error, and nothing of it lands any more."""
+        """Stop at once: a transfer in progress, or `connect`, ends with an error, and nothing of it lands any more."""
         for link in self._links:
             link.pair.fail()
 
     def close(self) -> None:
-        """Destroy the queue pairs. Idempotent. Raises: RuntimeError: a transfer is using them; `fail` ends it."""
-        with self._closing:
+        """Destroy the queue pairs, after a `connect` that is under way. Idempotent. Raises: RuntimeError: a transfer is using them; `fail` ends it."""
+        with self._changing:
             while self._links:
                 self._drop(self._links[-1])
                 self._links.pop()

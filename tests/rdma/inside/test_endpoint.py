@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -146,6 +147,38 @@ def test_blocks_outside_the_peer_s_region_are_refused_here() -> None:
     with pytest.raises(ValueError, match="outside"):
         ends[0].write(local, remote + 1, sizes)
     assert not target.pool.any() and ends[0].num_rails == 1
+
+
+def test_an_end_is_closed_by_one_while_another_connects_it() -> None:
+    source, target = Side(Options()), Side(Options())
+
+    def connect(end: Connection, offer: list[dict[str, object]]) -> None:
+        with contextlib.suppress(RdmaError):
+            end.connect([source.region], offer)
+
+    for number in range(40):
+        end, peer = source.endpoint.connection("two"), target.endpoint.connection("one")
+        offer = peer.offer([target.region])
+        thread = threading.Thread(target=connect, args=(end, offer))
+        thread.start()
+        time.sleep(number * 5e-4)
+        end.fail()
+        end.close()
+        thread.join()
+        with pytest.raises(HandshakeFailed, match="closed"):
+            end.connect([source.region], offer)
+        peer.close()
+    for side in (source, target):
+        side.endpoint.close()
+
+
+def test_the_peer_s_length_is_known_when_the_end_is_closed() -> None:
+    source, target = Side(Options()), Side(Options())
+    ends = join(source, target)
+    ends[0].close()
+    assert ends[0].remote_length() == POOL_BYTES  # who was about to read is told by `read`
+    with pytest.raises(CompletionFailed, match="not connected"):
+        ends[0].read(*scattered())
 
 
 class HostAsGpu:

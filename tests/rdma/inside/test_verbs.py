@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -34,18 +35,29 @@ class Host:
     from_source: _verbs.MemoryRegion
     to_target: _verbs.MemoryRegion
 
+    def pair_to_be(self) -> _verbs.QueuePair:
+        queues = [_verbs.CompletionQueue(self.device, 64) for _ in range(2)]
+        return _verbs.QueuePair(self.domain, queues[0], queues[1], 32, 1)
+
+    def connect(self, own: _verbs.QueuePair, remote_number: int, timeout: int = 17, retry_count: int = 4) -> None:
+        own.connect(
+            port=self.port, gid_index=self.gid_index, is_ethernet=True, mtu=1024, access=ACCESS, local_psn=7,
+            remote_number=remote_number, remote_psn=7, remote_lid=0, remote_gid=self.device.gid(self.port, self.gid_index),
+            timeout=timeout, retry_count=retry_count, rnr_retry=6, max_reads=16, max_peer_reads=16,
+        )  # fmt: skip
+
     def pair(
-        self, timeout: int = 17, retry_count: int = 4, max_send_wr: int = 256
+        self,
+        timeout: int = 17,
+        retry_count: int = 4,
+        max_send_wr: int = 256,
+        queues: list[_verbs.CompletionQueue] | None = None,
     ) -> tuple[_verbs.QueuePair, _verbs.QueuePair]:
-        queues = [_verbs.CompletionQueue(self.device, 1100) for _ in range(4)]
+        queues = queues or [_verbs.CompletionQueue(self.device, 1100) for _ in range(4)]
         one = _verbs.QueuePair(self.domain, queues[0], queues[1], max_send_wr, 16, "two")
         two = _verbs.QueuePair(self.domain, queues[2], queues[3], max_send_wr, 16, "one")
         for own, peer in ((one, two), (two, one)):
-            own.connect(
-                port=self.port, gid_index=self.gid_index, is_ethernet=True, mtu=1024, access=ACCESS, local_psn=7,
-                remote_number=peer.number, remote_psn=7, remote_lid=0, remote_gid=self.device.gid(self.port, self.gid_index),
-                timeout=timeout, retry_count=retry_count, rnr_retry=6, max_reads=16, max_peer_reads=16,
-            )  # fmt: skip
+            self.connect(own, peer.number, timeout, retry_count)
         self.queues = queues
         return one, two
 
@@ -148,6 +160,46 @@ def test_a_pair_that_is_stopped_in_mid_transfer_says_so(host: Host) -> None:
     assert time.monotonic() - began_s < 10
 
 
+@pytest.mark.parametrize("end", ["refused", "stopped", "stalled"])
+def test_a_failed_pair_is_destroyed_before_its_blocks_are_free(host: Host, end: str) -> None:
+    local, remote, sizes = scattered(4096)
+    one, two = host.pair()
+    key, timeout_s = host.from_source.remote_key + (77 if end == "refused" else 0), TIMEOUT_S
+    if end == "stopped":
+        threading.Timer(0.02, one.fail).start()
+    if end == "stalled":
+        two.close()
+        timeout_s = 0.1
+    rail = (one, host.to_target, host.from_source.address, host.from_source.length, key)
+    num_done, results, is_stalled = _verbs.transfer(_verbs.READ, (rail,), local, remote, sizes, timeout_s)
+    assert num_done < len(local) and results[0][1] != 0 and is_stalled == (end == "stalled")
+    host.target[:] = 0  # somebody else's by now
+    with pytest.raises(ValueError, match="closed"):
+        _ = one.number
+    with pytest.raises(ValueError, match="closed"):
+        _verbs.transfer(_verbs.READ, (rail,), local, remote, sizes, timeout_s)
+    time.sleep(0.3)
+    assert not host.target.any() and not host.queues[0].poll()
+    for _ in range(2):
+        one.fail()
+        one.close()
+
+
+def test_a_late_completion_is_not_taken_for_another_pair_s(host: Host) -> None:
+    one, two = host.pair(timeout=14, retry_count=2)
+    two.close()  # the number goes nowhere, which the device says after its tries
+    with pytest.raises(VerbsError, match="timed out"):
+        one.send_immediate(1, timeout_s=0.02)
+    time.sleep(1.5)
+    local, remote, sizes = scattered(65536)
+    again, _ = host.pair(queues=host.queues)
+    host.target[:] = 0
+    assert _verbs.transfer(_verbs.WRITE, (host.to(again),), local, remote, sizes, TIMEOUT_S)[0] == len(local)
+    assert np.array_equal(
+        host.target.reshape(-1, 65536)[remote // 65536], host.source.reshape(-1, 65536)[local // 65536]
+    )
+
+
 def test_bytes_outside_a_region_are_refused_before_anything_is_posted(host: Host) -> None:
     local, remote, sizes = scattered(65536)
     one, _ = host.pair()
@@ -182,6 +234,91 @@ def test_children_keep_parents_and_what_is_closed_says_so(host: Host) -> None:
     with pytest.raises(ValueError, match="closed"):
         _verbs.transfer(_verbs.WRITE, (host.to(one),), *scattered(65536), TIMEOUT_S)
     two.close()
+
+
+def test_a_pair_is_not_closed_while_it_connects(host: Host) -> None:
+    num_refused = 0
+
+    def connect(pair: _verbs.QueuePair, number: int) -> None:
+        with contextlib.suppress(ValueError):  # closed before it began
+            host.connect(pair, number)
+
+    for _ in range(60):
+        pair = host.pair_to_be()
+        thread = threading.Thread(target=connect, args=(pair, pair.number))
+        thread.start()
+        while thread.is_alive():
+            try:
+                pair.close()
+                thread.join()
+            except RuntimeError:
+                num_refused += 1
+        pair.close()
+    assert num_refused
+
+
+def test_a_pair_that_is_stopped_while_it_connects_says_so(host: Host) -> None:
+    said: list[str] = []
+
+    def connect(pair: _verbs.QueuePair, number: int) -> None:
+        try:
+            host.connect(pair, number)
+        except VerbsError as error:
+            said.append(str(error))
+
+    for _ in range(50):
+        pair, other = host.pair_to_be(), host.pair_to_be()
+        thread = threading.Thread(target=connect, args=(pair, other.number))
+        thread.start()
+        while thread.is_alive():
+            pair.fail()
+        pair.close()
+    assert said
+    assert all("canceled" in text for text in said), said
+
+
+def test_a_queue_that_somebody_waits_for_is_left_alone(host: Host) -> None:
+    queue = _verbs.CompletionQueue(host.device, 16)
+    waits = threading.Thread(target=queue.poll, kwargs={"timeout_s": 1.0})
+    waits.start()
+    time.sleep(0.3)
+    with pytest.raises(RuntimeError, match="waiting"):
+        queue.close()
+    with pytest.raises(RuntimeError, match="waiting"):
+        queue.poll()
+    waits.join()
+    assert queue.poll() == []
+    queue.close()
+
+
+def test_what_a_transfer_uses_is_left_alone(host: Host) -> None:
+    local, remote, sizes = scattered(65536)
+    one, two = host.pair()
+    region = _verbs.MemoryRegion(host.domain, host.target.ctypes.data, POOL_BYTES, ACCESS, host.target)
+    rail = (one, region, host.from_source.address, host.from_source.length, host.from_source.remote_key)
+    with pytest.raises(RuntimeError, match="another call"):
+        _verbs.transfer(_verbs.READ, (rail, rail), local, remote, sizes, TIMEOUT_S)
+    two.close()  # what is read stalls
+    thread = threading.Thread(target=_verbs.transfer, args=(_verbs.READ, (rail,), local, remote, sizes, 1.0))
+    thread.start()
+    time.sleep(0.3)
+    for act in (one.close, region.close, host.queues[0].close, host.queues[0].poll, lambda: one.send_immediate(1)):
+        with pytest.raises((RuntimeError, VerbsError), match=r"another call|a transfer|waiting"):
+            act()
+    thread.join()
+    for own in (region, one, *host.queues):
+        own.close()
+
+
+def test_a_device_is_not_closed_under_what_it_has(host: Host) -> None:
+    device = _verbs.Device(host.device.name)
+    domain, queue = _verbs.ProtectionDomain(device), _verbs.CompletionQueue(device, 16)
+    for child in (domain, queue):
+        with pytest.raises(VerbsError, match="ibv_close_device failed: Device or resource busy"):
+            device.close()
+        child.close()
+    device.close()
+    device.close()
 
 
 def test_a_thousand_pairs_leave_nothing(host: Host) -> None:
