@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastdeploy_pd.core.order import WORTH_S, late, most_wait_s
@@ -31,7 +32,8 @@ class Estimate(NamedTuple):
 
 
 class Multiplexing:
-    """See the module. Instances without a predictor are placed on by tokens, as by `FewestTokens`."""
+    """See the module. Until every instance has a predictor tokens decide, as in `FewestTokens`; who has computed no prompt yet is taken
+    to be as slow as the slowest that has."""
 
     def __init__(self) -> None:
         self._by_tokens = FewestTokens()
@@ -56,9 +58,13 @@ class Multiplexing:
         if any(c.can_prefill and not c.can_decode for c in shuffled):
             decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
         best: tuple[Estimate, Candidate] | None = None
+        known = [c.load.predictor for c in shuffled if c.load and c.load.predictor.knows_prefill]
+        slowest = max(known, key=lambda p: p.prefill_s(num_tokens), default=None)
         for c in shuffled:
-            if c.load is None or not c.load.predictor.knows_prefill:
-                continue  # it has computed no prompt yet, or is not there for that
+            if c.load is None or slowest is None:
+                continue
+            if not c.load.predictor.knows_prefill:  # it has computed none yet, and would never learn if it got none
+                c = replace(c, load=replace(c.load, predictor=replace(c.load.predictor, prefill=slowest.prefill)))
             found = estimate(c, num_tokens, due_s, slo)
             if best is None or found < best[0]:
                 best = found, c

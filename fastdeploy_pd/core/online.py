@@ -148,6 +148,21 @@ def _nonnegative(values: Triple, covariance: tuple[float, ...]) -> Triple:
     return max(values[0], 0.0), max(values[1], 0.0), max(values[2], 0.0)
 
 
+def terms(sequences: Sequence[ScheduledSequence]) -> tuple[Triple, Triple]:
+    """Returns: what a step's sequences are in T's terms, prompts' parts, and in D's, single tokens."""
+    stops = [s.stop for s in sequences]
+    squares, num_tokens, num_sequences, kv_tokens = 0, 0, len(stops), sum(stops)
+    if kv_tokens - sum([s.start for s in sequences]) != num_sequences:  # not single tokens alone
+        for sequence in sequences:
+            start, stop = sequence.start, sequence.stop
+            if stop - start != 1:
+                squares += stop * stop - start * start
+                num_tokens += stop - start
+                num_sequences -= 1
+                kv_tokens -= stop
+    return (squares, num_tokens, 1.0), (kv_tokens, num_sequences, 1.0)
+
+
 class OnlinePredictor:
     """The predictor of an engine: what was measured before, if anything, and every step since."""
 
@@ -155,6 +170,12 @@ class OnlinePredictor:
         self._prefill = Formula(PREFILL_SIZES, start.prefill if start is not None and start.knows_prefill else None)
         self._decode = Formula(DECODE_SIZES, start.decode if start is not None and start.knows_decode else None)
         self.current: Predictor | None = start  #: None: nothing is known; a formula that is not known is all zero
+
+    def step_s(self, sequences: Sequence[ScheduledSequence]) -> float:
+        """Returns: seconds that a step takes, as far as that is known; what is not counts as nothing."""
+        parts, tokens = terms(sequences)
+        prefill_s = self._prefill.value(parts) if parts[1] and self._prefill.is_known else 0.0
+        return prefill_s + (self._decode.value(tokens) if tokens[1] and self._decode.is_known else 0.0)
 
     def observe(self, sequences: Sequence[ScheduledSequence], step_s: float) -> Observation | None:
         """Learn from a step.
@@ -169,18 +190,9 @@ class OnlinePredictor:
         """
         if not sequences or not SHORTEST_S < step_s < LONGEST_S:
             return None
-        stops = [s.stop for s in sequences]
-        squares, num_tokens, num_sequences, kv_tokens = 0, 0, len(stops), sum(stops)
-        if kv_tokens - sum([s.start for s in sequences]) != num_sequences:  # not single tokens alone
-            for sequence in sequences:
-                start, stop = sequence.start, sequence.stop
-                if stop - start != 1:
-                    squares += stop * stop - start * start
-                    num_tokens += stop - start
-                    num_sequences -= 1
-                    kv_tokens -= stop
         prefill, decode = self._prefill, self._decode
-        parts, tokens = (squares, num_tokens, 1.0), (kv_tokens, num_sequences, 1.0)
+        parts, tokens = terms(sequences)
+        num_tokens, num_sequences = parts[1], tokens[1]
         prefill_s = prefill.value(parts) if num_tokens else 0.0
         decode_s = decode.value(tokens) if num_sequences else 0.0
         is_known = (prefill.is_known or not num_tokens) and (decode.is_known or not num_sequences)

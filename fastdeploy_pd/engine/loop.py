@@ -101,7 +101,7 @@ class Engine:
         self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
-        self._longest_step_s = self._last_step_s = 0.0
+        self._longest_step_s = 0.0
         self._next_tick_s = 0.0
         self._next_beat_s = 0.0
         self._served_peers: set[str] = set()  # instances that we have connected to
@@ -203,9 +203,11 @@ class Engine:
         return self.is_draining and not self._in_flight and not self.decode.active() and not self.prefill.num_active
 
     def outstanding_tokens(self) -> int:
-        """Returns: the load that placement balances."""
+        """Returns: the load that placement balances; of prompts also what is computed just now."""
+        in_flight = (s.num_tokens for step in self._in_flight for s in step.batch.sequences)
         return (
-            self.context.scheduler.outstanding_tokens()
+            sum(count for count in in_flight if count > 1)
+            + self.context.scheduler.outstanding_tokens()
             + self.decode.outstanding_tokens()
             + self.prefill.outstanding_tokens()
         )
@@ -215,8 +217,7 @@ class Engine:
         scheduler, predictor = self.context.scheduler, self.predictor
         if predictor is None or (scheduler.predictor is None and self.role.can_prefill):
             return None
-        busy_s = max(0.0, self._last_step_s - (now_s - self._in_flight[0].launched_s)) if self._in_flight else 0.0
-        found = scheduler.load(predictor, now_s, min(busy_s, self._last_step_s))
+        found = scheduler.load(predictor, now_s, self._busy_s(now_s))
         promised = sum(s.request.num_tokens for s in self.decode.queued)
         return replace(
             found,
@@ -284,11 +285,18 @@ class Engine:
         self._handle(oldest.batch, outputs, now_s)
         step_s = now_s - max(oldest.launched_s, self._last_end_s)
         self._last_end_s = now_s
-        self._last_step_s = step_s
         self._longest_step_s = max(self._longest_step_s, step_s)
         observation = None if has_failed else self._online.observe(oldest.batch.sequences, step_s)
         self._tell_scheduler()
         return StepReport(oldest.batch.num_tokens, step_s, observation)
+
+    def _busy_s(self, now_s: float) -> float:
+        """Returns: seconds until the steps in flight have ended, as predicted."""
+        if not self._in_flight:
+            return 0.0
+        began_s = max(self._in_flight[0].launched_s, self._last_end_s)
+        predicted_s = sum(self._online.step_s(step.batch.sequences) for step in self._in_flight)
+        return max(0.0, predicted_s - (now_s - began_s))
 
     def _tell_scheduler(self) -> None:
         predictor = self._online.current

@@ -30,10 +30,10 @@ from fastdeploy_pd.request import Request
 LAYERS_AT_ONCE = (
     4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
 )
-ALIGNED = 4  # rows of `sampled`: kernels are compiled for pointers that are multiples of 16 bytes
+# Layers queued that the device has not ended: CUDA takes about a thousand kernels, and then queueing another one waits, for as long as a
+# layer takes, and with it the engine's messages and transfers.
+MOST_LAYERS_AHEAD = 24
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
-# From so many single tokens beside so many of prompts on, a graph for the ones and then a step for the others take less time than one step.
-LEAST_DECODES, LEAST_PROMPT_TOKENS = 32, 2048
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
 
 
@@ -103,61 +103,6 @@ class DeviceStep:
         self.num_layers_done += 1
 
 
-@dataclass(slots=True)
-class JoinedStep:
-    """A batch that runs as two steps, one after the other; see engine/context.py."""
-
-    parts: tuple[DeviceStep, DeviceStep]
-    order: list[int]  #: of the batch's sequences among those of both parts
-
-    def poll(self) -> bool:
-        """Returns: whether both are done."""
-        are_done, fault = True, None
-        for part in self.parts:
-            try:
-                are_done &= part.poll()
-            except FastDeployPDError as error:  # said when the other has ended as well
-                fault = error
-        if are_done and fault is not None:
-            raise fault
-        return are_done
-
-    def outputs(self) -> list[StepOutput]:
-        """One output a sequence; waits for them."""
-        found: list[StepOutput] = []
-        fault = None
-        for part in self.parts:
-            try:
-                found += part.outputs()
-            except FastDeployPDError as error:
-                fault = error
-        if fault is not None:
-            raise fault
-        return [found[place] for place in self.order]
-
-
-def is_single(sequence: ScheduledSequence) -> bool:
-    """Whether a graph can compute it: its newest token alone, and nothing but the next one is wanted."""
-    return (
-        sequence.stop - sequence.start == 1
-        and sequence.needs_sample
-        and sequence.request.sampling.prompt_logprobs is None
-    )
-
-
-def parts_of(sequences: Sequence[ScheduledSequence]) -> tuple[list[int], list[int]]:
-    """Returns: (single tokens, the rest) by index, if these are better computed one after the other; else ([], all)."""
-    single = [index for index, s in enumerate(sequences) if is_single(s)]
-    if len(single) >= LEAST_DECODES:
-        taken = set(single)
-        rest = [index for index in range(len(sequences)) if index not in taken]
-        if sum(sequences[index].num_tokens for index in rest) >= LEAST_PROMPT_TOKENS:
-            # Where the first part chooses its tokens, those are gone that the rest would take from there.
-            if not any(sequences[index].num_pending for index in rest):
-                return single, rest
-    return [], list(range(len(sequences)))
-
-
 class DeviceRunner(ModelRunner):
     """See `ModelRunner`."""
 
@@ -178,20 +123,20 @@ class DeviceRunner(ModelRunner):
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
         self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
+        self._ahead: deque[torch.cuda.Event] = deque()  # ends of layers that are queued, oldest first
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
         super().attach(pool, layout, max_num_seqs, max_model_len)
         self._max_model_len = max_model_len or self.config.max_position_embeddings
         max_blocks = -(-self._max_model_len // layout.block_size)
-        self._max_num_seqs = max_num_seqs
-        self._ops.sampled = torch.zeros(max_num_seqs + ALIGNED - 1, dtype=torch.int32, device=self._ops.device)
+        self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
     def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
-        most = min(self._max_num_seqs, pool.num_free)  # sequences
+        most = min(len(self._ops.sampled), pool.num_free)  # sequences
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
         if can_decode:
@@ -203,36 +148,14 @@ class DeviceRunner(ModelRunner):
         """Whether a request's next token can be computed before the CPU knows its last one."""
         return can_draw(request.sampling)
 
-    def launch(  # type: ignore[override]
-        self, batch: Batch, on_layer: Callable[[int], None] | None = None
-    ) -> DeviceStep | JoinedStep:
+    def launch(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> DeviceStep:  # type: ignore[override]
         """Queue a batch; see engine/context.py."""
-        single, rest = parts_of(batch.sequences) if on_layer is None else ([], [])
         try:
-            if single:
-                return self._launch_parts(batch, single, rest)
             return self._launch(batch, on_layer)
         except torch.OutOfMemoryError as error:  # before anything of it was queued
             raise self._out_of_memory(error) from error
 
-    def _launch_parts(self, batch: Batch, single: list[int], rest: list[int]) -> JoinedStep:
-        """Queue a batch's single tokens, as a graph, and then the rest of it."""
-        one, other = (Batch([batch.sequences[index] for index in part], batch.block_size) for part in (single, rest))
-        first = self._launch(one, None)
-        sample_of = self._sample_of
-        try:
-            second = self._launch(other, None, -(-len(single) // ALIGNED) * ALIGNED)
-        except torch.OutOfMemoryError:
-            first.end.synchronize()
-            raise
-        self._sample_of = sample_of | self._sample_of
-        return JoinedStep((first, second), np.argsort(single + rest).tolist())
-
-    def _launch(self, batch: Batch, on_layer: Callable[[int], None] | None, first_sample: int = 0) -> DeviceStep:
-        """
-        Args:
-            first_sample: row of ops.sampled from which on the tokens chosen go.
-        """
+    def _launch(self, batch: Batch, on_layer: Callable[[int], None] | None) -> DeviceStep:
         sequences = batch.sequences
         token_ids = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
         errors = self._unknown_tokens(batch, token_ids)
@@ -241,22 +164,24 @@ class DeviceRunner(ModelRunner):
         for row, sequence in zip(last_rows, sequences, strict=True):
             if sequence.num_pending:
                 sources[row] = self._sample_of[sequence.request]
-        is_decode = on_layer is None and all(is_single(s) for s in sequences)
+        is_decode = on_layer is None and all(
+            s.stop - s.start == 1 and s.needs_sample and s.request.sampling.prompt_logprobs is None for s in sequences
+        )
         sampled = [index for index, s in enumerate(sequences) if s.needs_sample]
         draw = Draw([sequences[index].request for index in sampled], self.config.vocab_size, self._ops.device)
         if self.rank.count > 1:
             data = self._teller.tell(sequences, token_ids, sources, len(sampled), is_decode, on_layer is not None)
             on_layer = self.announce(data, on_layer)
-        sample_of = {sequences[index].request: row for row, index in enumerate(sampled, first_sample)}
+        sample_of = {sequences[index].request: row for row, index in enumerate(sampled)}
         tokens = torch.empty(len(sampled), dtype=torch.int32, pin_memory=True)
         step = DeviceStep(sequences, errors, tokens, {}, torch.cuda.Event(), on_layer, self._advance)
         if is_decode:
             while self._unqueued:
-                self._advance()
+                self._queue_layers()
             logits = self._graphs.run(sequences, token_ids, sources)
             self._sample_of = sample_of
             try:
-                self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw, self._ops.sampled)
+                self._end(step, logits, np.arange(len(sequences) + 1), sampled, draw)
             except torch.OutOfMemoryError as error:  # of the draws: the graph runs, and its blocks are written
                 self._give_up(step, error)
             return step
@@ -264,13 +189,13 @@ class DeviceRunner(ModelRunner):
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
         step.is_queued, self._sample_of = False, sample_of
-        layers, chosen = step.layers if on_layer is not None else None, self._ops.sampled[first_sample:]
+        layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
             logits = yield from self._layers(prepared, int(first[-1]), layers)
             if logits is not None and sampled:
-                likeliest(self._ops.rows(logits, first[1:][sampled] - 1), chosen)
-            self._end(step, logits, first, sampled, draw, chosen)
+                likeliest(self._ops.rows(logits, first[1:][sampled] - 1), self._ops.sampled)
+            self._end(step, logits, first, sampled, draw)
 
         self._unqueued.append((step, work()))
         self._advance()
@@ -333,9 +258,14 @@ class DeviceRunner(ModelRunner):
         return self.decoder.run_head(x, prepared) if num_rows else None
 
     def _advance(self) -> None:
+        """Queue some layers of the oldest step that is not wholly queued, unless the device has enough to do."""
+        while self._ahead and self._ahead[0].query():
+            self._ahead.popleft()
+        if self._unqueued and len(self._ahead) < MOST_LAYERS_AHEAD:
+            self._queue_layers()
+
+    def _queue_layers(self) -> None:
         """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
-        if not self._unqueued:
-            return
         with self._ops.running():
             for _ in range(LAYERS_AT_ONCE):
                 if not self._unqueued:
@@ -345,6 +275,8 @@ class DeviceRunner(ModelRunner):
                     step.is_queued = next(work, self) is self
                 except torch.OutOfMemoryError as error:
                     self._give_up(step, error)
+                self._ahead.append(torch.cuda.Event())
+                self._ahead[-1].record()
                 if step.is_queued:
                     self._unqueued.popleft()
 
@@ -366,27 +298,20 @@ class DeviceRunner(ModelRunner):
         )
 
     def _end(
-        self,
-        step: DeviceStep,
-        logits: torch.Tensor | None,
-        first: np.ndarray,
-        sampled: list[int],
-        draw: Draw,
-        chosen: torch.Tensor,
+        self, step: DeviceStep, logits: torch.Tensor | None, first: np.ndarray, sampled: list[int], draw: Draw
     ) -> None:
         """Queue the choice of tokens, beyond the likeliest, and the way to the CPU of all that it wants.
 
         Args:
             logits: [first[-1], vocab_size]; sequence i has the rows from first[i] to first[i + 1].
             sampled: sequences whose next token is chosen, by index.
-            chosen: [>= len(sampled)] their rows of ops.sampled, which has the likeliest.
         """
         if logits is not None and sampled:
-            draw.apply(logits, chosen, first[1:][sampled] - 1)
+            draw.apply(logits, self._ops.sampled, first[1:][sampled] - 1)
             self._ops.broadcast(self._ops.sampled)
         if logits is not None:
             step.logits.update(self._kept(step.sequences, logits, first))
-        step.tokens.copy_(chosen[: len(sampled)], non_blocking=True)
+        step.tokens.copy_(self._ops.sampled[: len(sampled)], non_blocking=True)
         step.end.record()
 
     def _kept(

@@ -95,9 +95,11 @@ class Instance:
         return self._last_end_s - self.idle_s
 
     def outstanding_tokens(self) -> int:
-        """Returns: the scheduler's; it stays while steps repeat."""
+        """Returns: as `Engine.outstanding_tokens`, of this instance alone; it stays while steps repeat."""
         if self._outstanding_tokens is None:
             tokens = self._carried.num
+            if self._ends:
+                tokens += sum([n for s in self._batch.sequences if (n := s.stop - s.start) > 1])
             for request in (*self._own, *self.scheduler.waiting):
                 num_left = request.num_tokens - request.local.num_computed_tokens
                 tokens += num_left if num_left > 1 else 1
@@ -199,6 +201,7 @@ class Instance:
         self.num_steps += 1
         self.num_computed_tokens += self._batch.num_tokens + self._carried.num
         self._last_end_s, self._ends, self.due_s = self._ends[-1], [], None
+        self._outstanding_tokens = None
         ended = self._carried.end()
         sequences = self._batch.sequences
         if ended:

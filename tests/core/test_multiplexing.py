@@ -14,7 +14,7 @@ SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 
 
 def candidate(name: str, roles: str = "M", cached: int = 0, **load: object) -> Candidate:
-    facts = Load(PREDICTOR, **{"num_free_tokens": 100_000, **load})  # type: ignore[arg-type]
+    facts = Load(**{"predictor": PREDICTOR, "num_free_tokens": 100_000, **load})  # type: ignore[arg-type]
     return Candidate(name, roles in "PM", roles in "DM", 0, cached, facts)
 
 
@@ -47,6 +47,18 @@ def test_a_decode_instance_with_time_to_spare_computes_prompts() -> None:
     assert round(stream_share(candidate("d", "D", num_streams=5), SLO), 9) == 0.2
     tight = Slo(ttft_s=1.0, tpot_s=0.021)  # its streams need 95 % of the time
     assert place(busy, candidate("d", "D", num_streams=5), slo=tight) == {Placement("p", "d")}
+
+
+def test_who_has_computed_no_prompt_yet_is_taken_to_be_as_slow_as_the_slowest() -> None:
+    busy = candidate("p", "P", prompts=((0.95, 0.9),))
+    new = candidate("d", "D", num_streams=5, predictor=Predictor((0.0, 0.0, 0.0), PREDICTOR.decode))
+    assert place(busy, new) == {Placement(None, "d")}
+    slow = candidate("q", "P", predictor=Predictor((0.0, 6e-4, 0.0), PREDICTOR.decode))
+    assert place(busy, new, slow) == {
+        Placement("p", "d")
+    }  # 1.2 s anywhere but at p: late there as well, but after less time
+    nobody = candidate("p", "P", predictor=new.load.predictor)
+    assert place(nobody, new) == {Placement("p", "d")}
 
 
 def test_no_room_counts_as_late() -> None:

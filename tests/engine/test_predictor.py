@@ -160,3 +160,22 @@ def test_who_knows_no_prompts_tells_the_scheduler_nothing() -> None:
     decode_alone = Predictor((0, 0, 0), TRUE.decode)
     one.engine.start_from(decode_alone)
     assert (one.engine.predictor, one.scheduler.predictor) == (decode_alone, None)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_in_flight_counts_until_it_has_ended(depth: int) -> None:
+    one = OneEngine(depth)
+    one.engine.start_from(TRUE)
+    for name in "abc":
+        one.submit(name, 2048, 1)
+    seen = []
+    while one.engine.has_work:
+        one.engine.step()
+        one.engine.take_actions()
+        load = one.engine.load(one.clock.now_s())
+        assert load is not None
+        if one.device.free_s > one.clock.now_s():
+            assert load.busy_s == pytest.approx(one.device.free_s - one.clock.now_s(), abs=2 * TURN_S)
+        seen.append(one.engine.outstanding_tokens())
+        one.clock.advance_to(one.clock.now_s() + TURN_S)
+    assert list(dict.fromkeys(n // 2048 for n in seen)) == [3, 2, 1, 0]

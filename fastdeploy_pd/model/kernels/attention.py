@@ -111,7 +111,7 @@ def _combine(
 def num_splits(num_sequences: int, num_kv_heads: int, max_blocks: int, num_processors: int) -> int:
     """Returns: parts of a sequence that are attended to side by side: enough to fill the GPU, in a power of two."""
     num_programs = num_sequences * num_kv_heads
-    rounds = 8 if num_programs <= 64 else 4  # few programs are long ones: more and shorter parts end at the same time
+    rounds = 8 if num_programs <= 32 else 4  # few programs are long ones: more and shorter parts end at the same time
     wanted = max(1, rounds * num_processors // num_programs)
     return min(MOST_SPLITS, triton.next_power_of_2(max_blocks), 1 << (wanted.bit_length() - 1))
 
