@@ -144,3 +144,18 @@ def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> N
     assert pool.num_free == num_blocks
     request = new_request([1, 2, 3])
     assert taken(request, launch(runner, request)) >= 0
+
+
+def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdeploy_pd.model import device_runner
+
+    runner, wanted = new_runner(max_num_seqs=4), new_request([1, 2, 3, 4])
+    tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
+    monkeypatch.setattr(device_runner, "MOST_LAYERS_AHEAD", 2)
+    monkeypatch.setattr(device_runner, "LAYERS_AT_ONCE", 1)
+    request = new_request([5, 6, 7, 8])
+    step, most = launch(runner, request), 0
+    while not step.poll():
+        most = max(most, len(runner._ahead))
+    assert 1 <= most <= 2
+    assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens
