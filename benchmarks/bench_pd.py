@@ -1,4 +1,4 @@
-"""Two GPUs under the same recorded traffic, used in five ways: ours and vLLM's, prefill and decode together or apart (layouts.py).
+"""Two GPUs under the same recorded traffic, used in six ways: ours and vLLM's, prefill and decode together or apart (layouts.py).
 
     make bench-pd ARGS='--model DIR --load-format dummy --json pd.json'
     python -m benchmarks.bench_pd --device cpu --scale 0.02 --requests 40 --rates 2,8        (a try on the demo model, ours alone)

@@ -1,4 +1,4 @@
-"""Two GPUs used in five ways: ours and vLLM's, with prefill and decode together on each or on one each. Started and ended here."""
+"""Two GPUs used in six ways: ours and vLLM's, with prefill and decode together on each or on one each. Started and ended here."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ LAYOUTS = {
     "ours-1p1d": Layout("ours, 1 prefill + 1 decode", _ours("prefill", "decode")),
     "ours-1p1d-slo": Layout("ours, 1 prefill + 1 decode, --placement slo", _ours("prefill", "decode", more=BY_SLO)),
     "ours-2mixed": Layout("ours, 2 mixed", _ours("mixed", "mixed")),
+    "ours-2mixed-slo": Layout("ours, 2 mixed, --placement slo", _ours("mixed", "mixed", more=BY_SLO)),
     "vllm-2": Layout("vLLM, 2 replicas", _vllm(False), _missing_for("vllm")),
     "vllm-1p1d": Layout("vLLM, 1 prefill + 1 decode (NIXL)", _vllm(True), _missing_for("vllm", "nixl")),
 }
