@@ -23,15 +23,20 @@ def with_hyphens(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def did_you_mean(word: str, parser: argparse.ArgumentParser) -> str:
+    """Returns: which of the parser's flags a word looks like, as the end of a sentence; "" for none."""
+    names = [name.removeprefix("--") for name in parser._option_string_actions]  # the hyphens make any two alike
+    near = difflib.get_close_matches(word.partition("=")[0].removeprefix("--"), names, 1, NEAR)
+    return f"; did you mean --{near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown and unknown[1].startswith("-"):
-            names = [name.removeprefix("--") for name in self._option_string_actions]  # the hyphens make any two alike
-            near = difflib.get_close_matches(unknown[1].removeprefix("--"), names, 1, NEAR)
-            message = f"there is no flag {unknown[1]}" + (f"; did you mean --{near[0]}?" if near else "")
+            message = f"there is no flag {unknown[1]}{did_you_mean(unknown[1], self)}"
         elif unknown:
             message = f"{unknown[1]!r} belongs to no flag; a model is given as --model {unknown[1]}"
         raise ConfigError(re.sub(r"^argument (--[\w-]+): ", r"\1: ", message))

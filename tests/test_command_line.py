@@ -53,7 +53,14 @@ def test_nothing_far_is_suggested(flag: str) -> None:
     ("words", "text"),
     [
         (["up", "--cache-transfer-protocol", "tcp"], "go behind `--`, as in: fastdeploy-pd up -- --cache-transfer"),
-        (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate\n"),
+        (["up", "--modle=demo"], "up -- --cache-transfer-protocol tcp; did you mean --model?\n"),
+        (["up", "--decode", "0"], "fastdeploy-pd up: error: --decode and --mixed together must be at least 1"),
+        (["doctor", "--frobnicate"], "fastdeploy-pd doctor: error: unrecognized arguments: --frobnicate\n"),
+        (
+            ["simulate", "--trace", "x", "--layout", "1M", "--slo-tpot-sm", "9"],
+            "fastdeploy-pd simulate: error: unrecognized arguments: --slo-tpot-sm 9; did you mean --slo-tpot-ms?\n",
+        ),
+        (["role", "x", "--redis-ulr=y"], "arguments: --redis-ulr=y; did you mean --redis-url?\n"),
     ],
 )
 def test_the_command_says_what_is_wrong(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,8 @@ class RedisOptions:
             parsed = dict(redis.connection.parse_url(url))  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ConfigError(
-                "the Redis URL must begin with redis://, rediss:// or unix://; its port must be from 1 to 65535"
+                "the Redis URL must begin with redis://, rediss:// or unix://, as in redis://127.0.0.1:6379; "
+                "its port must be from 1 to 65535"
             ) from error
         names = {
             "path": "unix_socket",

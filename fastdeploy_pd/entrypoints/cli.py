@@ -10,6 +10,7 @@ from fastdeploy_pd.config import ROLES
 from fastdeploy_pd.engine.policies import placement_policy, prefill_policy
 from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.flags import did_you_mean
 from fastdeploy_pd.sim import calibrate, plan
 from fastdeploy_pd.sim.main import Policies
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
@@ -66,6 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
             description="One line a check: ok, warn, fail or absent, and what mends it. Exit status 1 if something failed. See docs/doctor.md.",
         )
     )
+    _add_simulator(commands)
+    commands.add_parser("version", help="print the version")
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)  # whose usage stands above what is wrong
+    return parser
+
+
+def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_simulate_flags(
         commands.add_parser(
             "simulate",
@@ -73,12 +82,6 @@ def make_parser() -> argparse.ArgumentParser:
             description="The project's scheduler, block pool and placement on a virtual clock, with measured step times. See docs/simulator.md.",
         )
     )
-    _add_simulator_tools(commands)
-    commands.add_parser("version", help="print the version")
-    return parser
-
-
-def _add_simulator_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan.add_flags(
         commands.add_parser(
             "plan",
@@ -130,19 +133,21 @@ def main(argv: list[str] | None = None) -> int:
         from fastdeploy_pd.engine.profiler import main as profile
 
         return profile(argv[1:])
-    parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = make_parser().parse_known_args(argv)
+    used = args.parser
+    del args.parser  # what is left are flags, which reports of `simulate` and `plan` repeat
     if args.command == "role" and not args.role and len(unknown) == 1 and unknown[0] in ROLES:
         args.role = unknown.pop()  # argparse takes no optional word behind flags
     if unknown:
         hint = "; flags of an instance go behind `--`, as in: fastdeploy-pd up -- --cache-transfer-protocol tcp"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (hint if args.command == "up" else ""))
+        message = f"unrecognized arguments: {' '.join(unknown)}" + (hint if args.command == "up" else "")
+        used.error(message + did_you_mean(unknown[0], used))
     if args.command == "version":
         sys.stdout.write(f"{__version__}\n")
         return 0
     is_up = args.command == "up"
     if is_up and (min(args.prefill, args.decode, args.mixed) < 0 or args.decode + args.mixed < 1):
-        parser.error("--decode and --mixed together must be at least 1, and none of the counts negative")
+        used.error("--decode and --mixed together must be at least 1, and none of the counts negative")
     try:
         if args.command in ("simulate", "plan"):
             policies = Policies(prefill_policy, placement_policy)

@@ -286,7 +286,9 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
     num_blocks = args.num_blocks
     if num_blocks is None:
         if known is None:
-            raise ConfigError("--num-blocks must be given" + (f" for --profile {args.profile}" if args.profile else ""))
+            pools = ", ".join(latency.KNOWN_POOLS)
+            hint = f" for --profile {args.profile}; it is known for {pools}" if args.profile else ""
+            raise ConfigError("--num-blocks must be given" + hint)
         num_blocks = known[0] // max(1, args.block_size)
     return replace(
         instance_options(args),

@@ -142,7 +142,7 @@ def test_nobody_listens() -> None:
         (["--peer", "10.0.0.2"], None, "needs the cluster secret"),
         (["--peer", "host:http"], SECRET, "--peer is 'host:http'"),
         (["--peer", "a", "--listen", "1"], SECRET, "not allowed with"),
-        (["--redis-url", "http://x"], SECRET, "must begin with redis://"),
+        (["--redis-url", "http://x"], SECRET, "must begin with redis://.* as in redis://127.0.0.1:6379"),
         (["--cluster-secret-file", "/nowhere"], None, "cannot be read"),
         (["--frobnicate"], SECRET, "unrecognized"),
         ([], "short", "at least 16"),

@@ -87,7 +87,7 @@ def test_the_first_synthetic_requests_are_the_same_requests(tmp_path: Path) -> N
         (["--trace", "nowhere", "--layout", "1M"], "--trace nowhere cannot be read"),
         (
             ["--trace", str(TRACE), "--layout", "1M", "--profile", "70b-sxm"],
-            "--num-blocks must be given for --profile 70b-sxm",
+            "--num-blocks must be given for --profile 70b-sxm; it is known for 70b-h200-tp4, 8b-h200-tp1\n",
         ),
     ],
 )
