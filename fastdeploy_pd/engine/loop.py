@@ -295,8 +295,8 @@ class Engine:
         if not self._in_flight:
             return 0.0
         began_s = max(self._in_flight[0].launched_s, self._last_end_s)
-        predicted_s = sum(self._online.step_s(step.batch.sequences) for step in self._in_flight)
-        return max(0.0, predicted_s - (now_s - began_s))
+        first_s, *rest_s = (self._online.step_s(step.batch.sequences) for step in self._in_flight)
+        return max(0.0, first_s - (now_s - began_s)) + sum(rest_s)
 
     def _tell_scheduler(self) -> None:
         predictor = self._online.current

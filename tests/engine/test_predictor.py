@@ -179,3 +179,19 @@ def test_what_is_in_flight_counts_until_it_has_ended(depth: int) -> None:
         seen.append(one.engine.outstanding_tokens())
         one.clock.advance_to(one.clock.now_s() + TURN_S)
     assert list(dict.fromkeys(n // 2048 for n in seen)) == [3, 2, 1, 0]
+
+
+def test_a_step_that_takes_too_long_uses_up_nothing_of_the_next_ones_time() -> None:
+    one = OneEngine(depth=2)
+    a, b, c = TRUE.prefill
+    hasty = Predictor((a / 4, b / 4, c / 4), TRUE.decode)
+    one.engine.start_from(hasty)
+    for name in "ab":
+        one.submit(name, 2048, 1)
+    while one.device.num_steps < 2:
+        one.engine.step()
+    alone_s = hasty.prefill_s(2048)
+    one.clock.advance_to(one.clock.now_s() + 3 * alone_s)  # the first one ends after 4
+    one.engine.step()
+    load = one.engine.load(one.clock.now_s())
+    assert load is not None and load.busy_s == pytest.approx(alone_s)
