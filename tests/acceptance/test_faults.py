@@ -51,9 +51,9 @@ async def during_streams(url: str, action: Callable[[], Awaitable[None]], num_st
             asyncio.create_task(stream_tokens(client, url, PROMPT, into, seed=s, **wishes))
             for s, into in enumerate(received)
         ]
-        while min(map(len, received)) < NUM_TOKENS // 20:
-            assert not any(s.done() for s in streams), "the streams must still run when it happens"
+        while min(map(len, received)) < NUM_TOKENS // 20 and not any(s.done() for s in streams):
             await asyncio.sleep(0.001)
+        assert not any(s.done() for s in streams), "the streams must still run when it happens"
         await action()
         for stream, tokens in zip(streams, expected, strict=True):
             found, reason = await stream
