@@ -252,6 +252,7 @@ class Connection:
         self._links: list[_Link] = []
         self._remote_lengths: list[int] = []  # of the peer's regions: kept when the links are gone
         self._changing = threading.Lock()  # of _links
+        self._is_stopped = False  # by `fail`, perhaps between two NICs' turns in `connect`
         for rail in endpoint.rails:
             # A failed pair reports every request it had, signalled or not: the queue holds them all.
             queues = (
@@ -284,7 +285,7 @@ class Connection:
         Args:
             regions: ours; a transfer goes between the regions of one index.
 
-        Raises: HandshakeFailed: the offer is not one, or this end is closed; VerbsError: a NIC cannot reach its counterpart.
+        Raises: HandshakeFailed: the offer is not one, or this end is closed or was stopped; VerbsError: a NIC cannot reach its counterpart.
         """
         with self._changing:  # `close` waits
             self._connect(regions, offer)
@@ -301,6 +302,9 @@ class Connection:
                 if len(link.remote) != len(regions):
                     raise HandshakeFailed(f"regions: {len(regions)} here, {len(link.remote)} there")
                 self._join(link, remote)
+                if self._is_stopped:
+                    link.pair.fail()
+                    raise HandshakeFailed("this connection was stopped")
         except (KeyError, TypeError, OverflowError, ValueError) as error:
             raise HandshakeFailed(f"the peer's offer cannot be used: {type(error).__name__}: {error}") from error
         if not offer:
@@ -408,7 +412,8 @@ class Connection:
         return values
 
     def fail(self) -> None:
-        """Stop at once: a transfer in progress, or `connect`, ends with an error, and nothing of it lands any more."""
+        """Stop at once and for good: a transfer in progress, or `connect`, ends with an error, and nothing of it lands any more."""
+        self._is_stopped = True
         for link in self._links:
             link.pair.fail()
 

@@ -172,6 +172,25 @@ def test_an_end_is_closed_by_one_while_another_connects_it() -> None:
         side.endpoint.close()
 
 
+def test_who_is_stopped_before_a_nic_s_turn_does_not_connect() -> None:
+    options = Options(timeout=14, retry_count=1)
+    source, target = Side(options, seed=1), Side(options)
+    end, peer = source.endpoint.connection("two"), target.endpoint.connection("one")
+    peer.connect([target.region], end.offer([source.region]))
+    end.fail()
+    with pytest.raises(HandshakeFailed, match="stopped"):
+        end.connect([source.region], peer.offer([target.region]))
+    with pytest.raises(RdmaError):
+        end.write(*scattered())
+    before = source.pool.copy()
+    with pytest.raises(RdmaError):
+        peer.write(*scattered(), 5.0)
+    assert np.array_equal(source.pool, before) and not target.pool.any()
+    for connection, side in ((end, source), (peer, target)):
+        connection.close()
+        side.endpoint.close()
+
+
 def test_the_peer_s_length_is_known_when_the_end_is_closed() -> None:
     source, target = Side(Options()), Side(Options())
     ends = join(source, target)
