@@ -367,7 +367,7 @@ class Connection:
         self._run(_verbs.WRITE, local, remote, sizes, timeout_s, region)
 
     def _run(self, opcode: int, local: Any, remote: Any, sizes: Any, timeout_s: float, region: int) -> None:
-        links = [link for link in self._links if not link.is_lost]
+        links = [link for link in self._links if link.remote and not link.is_lost]
         if not links:
             raise CompletionFailed(-1, self.lost[-1] if self.lost else "not connected", 0, self.peer)
         rails = tuple((link.pair, link.regions[region], *link.remote[region]) for link in links)

@@ -200,6 +200,16 @@ def test_the_peer_s_length_is_known_when_the_end_is_closed() -> None:
         ends[0].read(*scattered())
 
 
+def test_who_has_never_connected_is_told_so() -> None:
+    side = Side(Options())
+    end = side.endpoint.connection("nobody")
+    for move in (end.read, end.write):
+        with pytest.raises(CompletionFailed, match="not connected"):
+            move(*scattered())
+    end.close()
+    side.endpoint.close()
+
+
 class HostAsGpu:
     """A GPU's part in registration, played by host memory: a descriptor that no NIC takes, or none; a pool that every NIC takes."""
 
