@@ -389,13 +389,11 @@ def main() -> int:
     gpu.free(target)
     result["nixl_gb_s"] = nixl_speeds()
     sys.stdout.write(f"NIXL: {result['nixl_gb_s']}\n")
+    layouts = hand_over_layouts()
     for is_checked, name in ((True, "hand_over"), (False, "without_checksums"))[: 2 if args.backend == "ipc" else 1]:
-        result[name] = {
-            k: hand_over_speed(pipe, gpu, lay, is_checked, args.backend) for k, lay in hand_over_layouts().items()
-        }
+        result[name] = {k: hand_over_speed(pipe, gpu, lay, is_checked, args.backend) for k, lay in layouts.items()}
         sys.stdout.write(f"{name} {result[name]}\n")
     if args.backend == "ipc":
-        layouts = hand_over_layouts()
         result["paced_speed_left"] = {kib: paced_cost(pipe, gpu, layouts[kib]) for kib in (8, 64)}
         sys.stdout.write(f"the source keeps, at {PACE_GB_S:g} GB/s: {result['paced_speed_left']}\n")
     pipe.send("digest")

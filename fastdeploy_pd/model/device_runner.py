@@ -30,8 +30,8 @@ from fastdeploy_pd.request import Request
 LAYERS_AT_ONCE = (
     4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
 )
-# Layers queued that the device has not ended: CUDA takes about a thousand kernels, and then queueing another one waits, for as long as a
-# layer takes, and with it the engine's messages and transfers.
+# Layers queued that the device has not ended: CUDA takes about a thousand kernels, and then queueing another one waits until one has ended.
+# That this is what held up the engine's messages and transfers under load is inferred, and not measured yet.
 MOST_LAYERS_AHEAD = 24
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each

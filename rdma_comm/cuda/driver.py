@@ -299,7 +299,7 @@ class Stream:
         self.gpu, self.handle, self._event = gpu, c_void_p(), c_void_p()
         lowest, highest = c_int(), c_int()
         gpu.call("cuCtxGetStreamPriorityRange", byref(lowest), byref(highest))
-        # Copies and checksums are short and a peer waits for them: behind a step's kernels they would wait for as long as that takes.
+        # Copies and checksums are short and a peer waits for them. Whether the priority matters was not compared on one machine.
         gpu.call("cuStreamCreateWithPriority", byref(self.handle), c_uint(STREAM_NON_BLOCKING), highest)
         gpu.call("cuEventCreate", byref(self._event), c_uint(EVENT_DISABLE_TIMING))
 
