@@ -358,7 +358,12 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
     add("--min-fetch-tokens", type=integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none")
     add("--local-prefill-tokens", type=integer(0), default=64, help="most that decode computes after a cached prefix")
     add("--max-num-seqs", type=integer(1, 512), default=8, help="most sequences in a step")
-    add("--max-num-batched-tokens", type=integer(1), default=2048, help="most tokens in a step")
+    add(
+        "--max-num-batched-tokens",
+        type=integer(1),
+        default=2048,
+        help="most tokens of prompts in a step; each running stream adds one",
+    )
     add(
         "--enable-chunked-prefill",
         action=argparse.BooleanOptionalAction,

@@ -1,9 +1,10 @@
 """Which requests compute how many tokens in the next step.
 
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
-requests come first, so a stream never waits for a new prompt's turn; what is left of the token budget goes to the waiting ones, in
-order. When blocks run out, the youngest running request gives up its own and is computed again later (preemption by recompute); so do
-prompts whose first token is late in any case, where one that can be on time lacks blocks.
+requests come first, so a stream never waits for a new prompt's turn. The token budget goes to prompts, in order; streams' tokens, one
+each, come on top, so that prompts which fill the budget are not cut for a few streams beside them. When blocks run out, the youngest
+running request gives up its own and is computed again later (preemption by recompute); so do prompts whose first token is late in any
+case, where one that can be on time lacks blocks.
 
 Steps run while the next ones are scheduled: `launched` says that a step has begun, `computed` that the oldest one has ended. Between
 the two a request's newest token may be pending: it counts, and its id is not known. Blocks that are given up while a launched step
@@ -54,7 +55,7 @@ class SchedulerOptions:
     """The limits of one step and of the queue."""
 
     max_num_seqs: int = 8  #: most sequences in a step
-    max_num_batched_tokens: int = 2048  #: most tokens in a step
+    max_num_batched_tokens: int = 2048  #: most tokens of prompts in a step
     max_model_len: int = 4096  #: most tokens a sequence may have
     enable_chunked_prefill: bool = True  #: a prompt may be computed in several steps
     enable_prefix_caching: bool = True
@@ -147,8 +148,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def outstanding_tokens(self) -> int:
-        """Returns: tokens known but not yet computed plus one for each running stream; the load that placement balances."""
-        return sum(max(1, r.num_tokens - r.local.num_computed_tokens) for r in (*self.waiting, *self.running))
+        """Returns: tokens known but neither computed nor cached, plus one for each running stream; the load that placement balances."""
+        return sum(max(1, num_left(r)) for r in (*self.waiting, *self.running))
 
     def load(self, predictor: Predictor, now_s: float, busy_s: float) -> Load:
         """Returns: what there is to do, for placement; busy_s: until the step in flight ends."""
@@ -176,7 +177,7 @@ class Scheduler:
         has_room = num_free_tokens >= options.max_num_seqs * self.pool.block_size  # a block more for each that runs
         if not has_room or not options.enable_chunked_prefill or any(r.slo.tpot_s is not None for r in requests):
             return 0
-        return max(0, options.max_num_batched_tokens - options.max_num_seqs)
+        return options.max_num_batched_tokens
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how
@@ -194,7 +195,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. One that holds blocks already (received KV) keeps them and `num_computed_tokens`."""
         request.local.samples_on_device = self._samples_on_device(request)
-        if self._policy is not None and not request.local.block_table:
+        if not request.local.block_table:
             request.local.num_matched_tokens = self.num_matching_tokens(request)
         self.waiting.append(request)
 
@@ -237,45 +238,40 @@ class Scheduler:
         """
         others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
         running = list(self.running)
-        streams, budget, is_short = self.schedule_streams(
-            running, self.options.max_num_batched_tokens, now_s, others_wait
-        )
+        streams, is_short = self.schedule_streams(running, now_s, others_wait)
         if is_short:
             return Batch([], self.pool.block_size)
-        prompts = self.schedule_prompts(running, ScheduledStreams(streams), budget, now_s, others_wait)
+        prompts = self.schedule_prompts(running, ScheduledStreams(streams), now_s, others_wait)
         return Batch(streams + prompts, self.pool.block_size)
 
     def schedule_streams(
-        self, running: Iterable[Request], budget: int, now_s: float, others_wait: bool = False
-    ) -> tuple[list[ScheduledSequence], int, bool]:
+        self, running: Iterable[Request], now_s: float, others_wait: bool = False
+    ) -> tuple[list[ScheduledSequence], bool]:
         """Give streams their next token: those among `running`, the oldest first, and those that were handed over.
 
         Args:
             others_wait: see `_is_held_back`.
-        Returns: what they compute, the tokens of the budget that are left, and whether blocks lack that the end of the steps in
-        flight, or a preemption after it, would free.
+        Returns: what they compute, and whether blocks lack that the end of the steps in flight, or a preemption after it, would free.
         """
-        sequences, budget, is_short = self._schedule_running(running, budget, others_wait, now_s)
-        if is_short:
-            return sequences, budget, True
-        handed_over = [r for r in self.waiting if not is_prompt(r)]
-        if handed_over:
-            begun = self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
-            sequences += begun
-            budget -= sum(s.num_tokens for s in begun)
-        return sequences, budget, False
+        sequences, is_short = self._schedule_running(running, others_wait, now_s)
+        if not is_short:
+            handed_over = [r for r in self.waiting if not is_prompt(r)]
+            budget = max(len(handed_over), self.options.max_num_batched_tokens)  # one may have to give its blocks up
+            sequences += self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
+        return sequences, is_short
 
     def schedule_prompts(
-        self, running: Iterable[Request], streams: Streams, budget: int, now_s: float, others_wait: bool = False
+        self, running: Iterable[Request], streams: Streams, now_s: float, others_wait: bool = False
     ) -> list[ScheduledSequence]:
-        """Give prompts what streams leave of a step: those that have begun, among `running`, and those that wait.
+        """Give prompts the token budget, or what streams' SLOs leave of it: those that have begun, among `running`, and those that wait.
 
         Returns: what they compute.
         """
         prompts = [r for r in running if is_prompt(r) and r in self.running]
         prompts += filter(is_prompt, self.waiting)
-        if not prompts or budget <= 0:
+        if not prompts:
             return []
+        budget = self.options.max_num_batched_tokens
         slack_s, stretch = self._leave_to_prompts(streams, now_s)
         ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
         limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
@@ -384,15 +380,13 @@ class Scheduler:
             extend_hashes(hashes, new, block_size, request.cache_salt)
 
     def _schedule_running(
-        self, running: Iterable[Request], budget: int, others_wait: bool, now_s: float
-    ) -> tuple[list[ScheduledSequence], int, bool]:
+        self, running: Iterable[Request], others_wait: bool, now_s: float
+    ) -> tuple[list[ScheduledSequence], bool]:
         """See `schedule_streams`."""
         sequences: list[ScheduledSequence] = []
         block_size = self.pool.block_size
         num_preemptions = self.num_preemptions
         for request in running:
-            if budget == 0:
-                break
             if request not in self.running:  # preempted on behalf of an earlier one
                 continue
             start, stop = request.local.num_computed_tokens, request.num_tokens
@@ -400,13 +394,12 @@ class Scheduler:
                 continue
             if stop > len(request.local.block_table) * block_size and not self._extend_table(request, stop, now_s):
                 if self._is_in_flight:
-                    return [], budget, True
+                    return [], True
                 continue
             sequences.append(ScheduledSequence(request, start, stop))
-            budget -= stop - start
         if self.num_preemptions > num_preemptions:  # one may have been scheduled in this very step before
             sequences = [s for s in sequences if s.request in self.running]
-        return sequences, budget, False
+        return sequences, False
 
     def _schedule_waiting(
         self,

@@ -98,7 +98,7 @@ class Engine:
         self.counter = 0
         self.is_draining, self.stop_at_s = False, float("inf")
         self._online = OnlinePredictor()
-        self.has_moved = False  #: the last call of `step` launched a step or saw one end: the next may do so at once
+        self.has_moved = False  #: the last call of `step` launched or ended a step, or the next may queue more of one: no time to wait
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
         self._longest_step_s = 0.0
@@ -241,7 +241,7 @@ class Engine:
         has_launched = len(self._in_flight) < self.runner.depth and self._launch(now_s)
         if report is None:
             report = self._end_oldest()
-        self.has_moved = has_launched or report is not None
+        self.has_moved = has_launched or report is not None or self.runner.can_advance
         if self.has_moved or not self._in_flight:  # a device that hangs is not alive
             self.counter += 1
         return report or StepReport()

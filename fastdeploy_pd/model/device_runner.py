@@ -257,11 +257,16 @@ class DeviceRunner(ModelRunner):
             yield
         return self.decoder.run_head(x, prepared) if num_rows else None
 
+    @property
+    def can_advance(self) -> bool:  # type: ignore[override]
+        """See engine/context.py."""
+        return bool(self._unqueued) and len(self._ahead) < MOST_LAYERS_AHEAD
+
     def _advance(self) -> None:
         """Queue some layers of the oldest step that is not wholly queued, unless the device has enough to do."""
         while self._ahead and self._ahead[0].query():
             self._ahead.popleft()
-        if self._unqueued and len(self._ahead) < MOST_LAYERS_AHEAD:
+        if self.can_advance:
             self._queue_layers()
 
     def _queue_layers(self) -> None:

@@ -96,6 +96,7 @@ class ModelRunner:
     """A model, and the KV pool that it works on."""
 
     depth = 1  #: steps in flight
+    can_advance = False  #: see engine/context.py
 
     def __init__(
         self,

@@ -222,7 +222,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-blocks", type=int, required=True, help="KV blocks of the engine")
     add("--block-size", type=int, default=16, help="tokens a KV block (default 16)")
     add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default 256)")
-    add("--max-num-batched-tokens", type=int, default=2048, help="most tokens in a step (default 2048)")
+    add("--max-num-batched-tokens", type=int, default=2048, help="most tokens of prompts in a step (default 2048)")
     add("--layout", default="1M", help="instances that served them, all alike, as in 1P1D (default 1M)")
     add("--kv-bytes-per-token", type=int, default=0, help="KV bytes of a token, where prefill instances send them")
     add("--kv-gb-per-s", type=float, default=50.0, help="10^9 bytes/s that a prefill instance can send (default 50)")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
-from fastdeploy_pd.core.order import PrefillPolicy, make_policy, stream_slack_s
+from fastdeploy_pd.core.order import PrefillPolicy, make_policy, num_left, stream_slack_s
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import ScheduledStreams, Scheduler, SchedulerOptions, is_prompt
@@ -77,7 +77,7 @@ class Instance:
         self.link_free_s = 0.0  #: when everything put on its outgoing link until now has left
         self.num_steps = self.num_computed_tokens = self.max_held_blocks = 0
         self._max_leap = max_leap
-        self._carries = max_leap > 1 and options.max_num_seqs <= options.max_num_batched_tokens
+        self._carries = max_leap > 1
         self._carried = Streams(self.scheduler)
         self._own: dict[Request, None] = {}  # running and not carried, oldest first
         self._last_end_s = 0.0
@@ -101,8 +101,7 @@ class Instance:
             if self._ends:
                 tokens += sum([n for s in self._batch.sequences if (n := s.stop - s.start) > 1])
             for request in (*self._own, *self.scheduler.waiting):
-                num_left = request.num_tokens - request.local.num_computed_tokens
-                tokens += num_left if num_left > 1 else 1
+                tokens += max(1, num_left(request))
             self._outstanding_tokens = tokens
         return self._outstanding_tokens
 
@@ -266,10 +265,10 @@ class Instance:
             return batch
         carried.launch()
         own = self._own
-        budget, num_preemptions = scheduler.options.max_num_batched_tokens - carried.num, scheduler.num_preemptions
-        stepped, budget, _ = scheduler.schedule_streams(own, budget, now_s)
+        num_preemptions = scheduler.num_preemptions
+        stepped, _ = scheduler.schedule_streams(own, now_s)
         streams = Beside(carried, ScheduledStreams(stepped)) if stepped else carried
-        sequences = stepped + scheduler.schedule_prompts(own, streams, budget, now_s)
+        sequences = stepped + scheduler.schedule_prompts(own, streams, now_s)
         for s in sequences:
             own[s.request] = None
         if len(own) + carried.num != len(scheduler.running) or scheduler.num_preemptions != num_preemptions:

@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     known = "(default: what a profile's file says, or known)"
     add("--num-blocks", type=int, help=f"KV blocks of an instance {known}")
     add("--kv-bytes-per-token", type=int, help=f"KV bytes of a token in all layers {known}")
-    add("--max-num-batched-tokens", type=int, default=8192, help="most tokens in a step (default 8192)")
+    add("--max-num-batched-tokens", type=int, default=8192, help="most tokens of prompts in a step (default 8192)")
     add_instance_flags(parser)
     fail_help = "at TIME (s) the instance of this number, from 0, dies; SECONDS later it is back, empty; repeatable"
     add("--fail", action="append", metavar="TIME:INSTANCE[:SECONDS][,...]", help=fail_help)

@@ -217,7 +217,7 @@ def candidates_of(
 
     Args:
         policies: (placement, prefill policy); published placements go with fcfs alone, and with layouts they are made for.
-        chunks: most tokens in a step.
+        chunks: most tokens of prompts in a step.
     """
     found = []
     for kind in kinds:

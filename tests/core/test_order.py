@@ -104,7 +104,7 @@ def serve(policy: str, guards: bool, seed: int) -> tuple[dict[str, float], dict[
     """
     rng = random.Random(seed)
     scheduler = Scheduler(
-        BlockPool(2000, 16), SchedulerOptions(64, 2048, 40_000, prefill_policy=policy, guards_tpot=guards)
+        BlockPool(3000, 16), SchedulerOptions(64, 2048, 40_000, prefill_policy=policy, guards_tpot=guards)
     )
     scheduler.predictor = PREDICTOR
     offered = sorted(
@@ -150,7 +150,7 @@ def serve(policy: str, guards: bool, seed: int) -> tuple[dict[str, float], dict[
                 scheduler.remove(r)
         num_steps += 1
         assert num_steps < 50_000
-    assert scheduler.pool.num_free == 2000
+    assert scheduler.pool.num_free == 3000
     return first_s, tpot_s, num_computed
 
 

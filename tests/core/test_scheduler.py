@@ -56,7 +56,7 @@ def test_everything_ends_within_its_budget(num_blocks: int, chunked: bool, cachi
             scheduler.add(request)
         for _ in range(2000):
             batch = scheduler.schedule(0)
-            assert batch.num_tokens <= options.max_num_batched_tokens
+            assert sum(s.num_tokens for s in batch.sequences if s.num_tokens > 1) <= options.max_num_batched_tokens
             assert len(batch.sequences) <= 4
             for sequence in batch.sequences:
                 assert sequence.num_tokens > 0
@@ -67,6 +67,35 @@ def test_everything_ends_within_its_budget(num_blocks: int, chunked: bool, cachi
                 break
         assert all(r.phase is Phase.FINISHED and len(r.output_token_ids) == r.sampling.max_tokens for r in requests)
         assert scheduler.pool.counts().held == 0
+
+
+def test_streams_leave_prompts_the_whole_budget() -> None:
+    scheduler = Scheduler(BlockPool(40, 4), SchedulerOptions(8, 16, 32, enable_prefix_caching=False))
+    for number in range(8):
+        scheduler.add(new_request(str(number), list(range(8)), 9))
+    steps = []
+    while not scheduler.is_idle:
+        batch = scheduler.schedule(0)
+        steps.append([s.num_tokens for s in batch.sequences])
+        compute(scheduler, batch)
+    assert steps[:5] == [[8, 8], [1, 1, 8, 8], [1] * 4 + [8, 8], [1] * 6 + [8, 8], [1] * 8]
+
+
+def test_streams_go_on_where_they_are_more_than_the_budget() -> None:
+    scheduler = Scheduler(BlockPool(40, 4), SchedulerOptions(4, 2, 32, enable_prefix_caching=False))
+    for number in range(4):
+        scheduler.add(new_request(str(number), [number, 5], 9))
+    for _ in range(4):
+        compute(scheduler, scheduler.schedule(0))
+    assert [s.num_tokens for s in scheduler.schedule(0).sequences] == [1] * 4
+
+
+def test_a_waiting_prompt_is_as_much_work_as_the_prefix_cache_leaves_of_it() -> None:
+    scheduler = Scheduler(BlockPool(40, 4), SchedulerOptions(1, 64, 64))
+    for number in range(2):
+        scheduler.add(new_request(str(number), list(range(16)), 2))
+        assert scheduler.outstanding_tokens() == (16 if number == 0 else 1 + 4)
+        compute(scheduler, scheduler.schedule(0))
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:

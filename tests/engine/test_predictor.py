@@ -50,7 +50,7 @@ class Device:
     """Takes what TRUE says for each step, one after the other."""
 
     def __init__(self, clock: VirtualClock, depth: int) -> None:
-        self.clock, self.depth = clock, depth
+        self.clock, self.depth, self.can_advance = clock, depth, False
         self.free_s = 0.0
         self.num_steps = 0
         self.fault: FastDeployPDError | None = None

@@ -53,6 +53,7 @@ class TimedRunner:
     """A device whose steps take STEP_S each, one after the other."""
 
     depth = 2
+    can_advance = False
 
     def __init__(self) -> None:
         self.free_s = 0.0

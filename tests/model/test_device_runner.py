@@ -155,7 +155,9 @@ def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.Mon
     monkeypatch.setattr(device_runner, "LAYERS_AT_ONCE", 1)
     request = new_request([5, 6, 7, 8])
     step, most = launch(runner, request), 0
+    assert runner.can_advance and not step.is_queued
     while not step.poll():
         most = max(most, len(runner._ahead))
     assert 1 <= most <= 2
+    assert not runner.can_advance
     assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens
