@@ -245,7 +245,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         num_layers=layout.num_layers,
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
-    runner.warm_up(scheduler.pool, engine.role.can_decode)
+    runner.warm_up(scheduler.pool, engine.role.can_decode, config.scheduling.max_num_batched_tokens)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
 
 

@@ -45,6 +45,7 @@ class Runner(Protocol):
     """Computes batches; see `model/runner.py`."""
 
     depth: int  #: steps that may be in flight: 1, or 2: the next is launched before this one's outputs are known
+    is_nearly_done: bool  #: the steps in flight end soon, or when is not known
     can_advance: bool  #: `poll` would queue more of a step at once; false: it waits for the device, or for a launch
 
     def samples_on_device(self, request: Request) -> bool:

@@ -1,8 +1,8 @@
 """One engine step: receive, schedule, run, hand over, emit.
 
 A step is launched and asked after, never waited for: while the device computes it, messages are taken, transfers polled, layers
-handed over and, where the runner's depth is 2, the next one is launched. What happened to a request meanwhile decides whether
-the step's outputs for it still count.
+handed over and, where the runner's depth is 2, the next one is launched: shortly before the device needs it, so that who comes during a
+long step has a place in the next one. What happened to a request meanwhile decides whether the step's outputs for it still count.
 
 The engine is a function of (state, messages, time): it owns no socket and no thread. The shell (`engine/process.py`, or a test with
 a virtual clock) feeds it messages and sends what it puts into the outbox.
@@ -49,8 +49,13 @@ from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import FinishReason, Request, TokenChunk, TokenLogprobs
 
 TICK_S = 0.05
+LEAD_S = 0.02  # before a step is predicted to end, the next one is launched: preparing one of many tokens takes some milliseconds
+LEAST_BEAT_S, BEAT_S_A_CALLER = (
+    0.02,
+    0.001,
+)  # between beats where placement must hear of something: one a millisecond and less in sum
 LONGEST_STEP_MEMORY = (
-    0.9  # the longest step fades by this factor a beat, so that one slow step is not remembered for ever
+    0.9  # the longest step fades by this factor in beat_s, so that one slow step is not remembered for ever
 )
 
 
@@ -103,7 +108,7 @@ class Engine:
         self._last_end_s = 0.0
         self._longest_step_s = 0.0
         self._next_tick_s = 0.0
-        self._next_beat_s = 0.0
+        self._next_beat_s = self._last_beat_s = 0.0
         self._served_peers: set[str] = set()  # instances that we have connected to
         self._callers: set[str] = set()  # front ends and decode instances that have spoken to us
         self._liveness = Liveness(context.options.peer_timeout_s)
@@ -131,6 +136,7 @@ class Engine:
                 self._hear(sender_id, now_s)
                 if isinstance(message.request.get("attempt", 1), int):  # else nobody to answer
                     self._on_reserve(sender_id, message, now_s)
+                    self._beat_soon()
             case Abort():
                 self.decode.on_abort(message, now_s)
             case Query():
@@ -138,6 +144,7 @@ class Engine:
             case PrefillOrder():
                 self._hear(sender_id, now_s)
                 self._on_order(sender_id, message, now_s)
+                self._beat_soon()
             case FetchOrder():
                 self._hear(sender_id, now_s)
                 self._on_fetch(message, now_s)
@@ -238,7 +245,7 @@ class Engine:
             self._next_tick_s = now_s + TICK_S
             self._tick(now_s)
         report = self._end_oldest()
-        has_launched = len(self._in_flight) < self.runner.depth and self._launch(now_s)
+        has_launched = self._is_time(now_s) and self._launch(now_s)
         if report is None:
             report = self._end_oldest()
         self.has_moved = has_launched or report is not None or self.runner.can_advance
@@ -247,6 +254,13 @@ class Engine:
         return report or StepReport()
 
     # inside
+
+    def _is_time(self, now_s: float) -> bool:
+        """Whether the next step is to be launched: who comes later has no place in it."""
+        if not self._in_flight:
+            return True
+        has_room = len(self._in_flight) < self.runner.depth
+        return has_room and (self.runner.is_nearly_done or self._busy_s(now_s) < LEAD_S)
 
     def _launch(self, now_s: float) -> bool:
         """Returns: whether there was something to compute."""
@@ -288,6 +302,8 @@ class Engine:
         self._longest_step_s = max(self._longest_step_s, step_s)
         observation = None if has_failed else self._online.observe(oldest.batch.sequences, step_s)
         self._tell_scheduler()
+        if any(s.num_tokens > 1 for s in oldest.batch.sequences):
+            self._beat_soon()
         return StepReport(oldest.batch.num_tokens, step_s, observation)
 
     def _busy_s(self, now_s: float) -> float:
@@ -405,6 +421,11 @@ class Engine:
         self._callers.add(sender_id)
         self._caller_liveness.beat(sender_id, message.counter, now_s, message.longest_step_s)
 
+    def _beat_soon(self) -> None:
+        """Prompts came or were computed: who places by what it heard a quarter of a second ago chooses a busy instance."""
+        soon_s = self._last_beat_s + max(LEAST_BEAT_S, BEAT_S_A_CALLER * len(self._callers))
+        self._next_beat_s, self._next_tick_s = min(self._next_beat_s, soon_s), min(self._next_tick_s, soon_s)
+
     def _tick(self, now_s: float) -> None:
         self.grants.tick(now_s)
         self.decode.tick(now_s)
@@ -413,7 +434,8 @@ class Engine:
         for peer_id in (*self._liveness.lost(now_s), *silent):
             self.peer_lost(peer_id)
         if now_s >= self._next_beat_s:
-            self._next_beat_s = now_s + self.context.options.beat_s
+            beat_s, since_s = self.context.options.beat_s, now_s - self._last_beat_s
+            self._next_beat_s, self._last_beat_s = now_s + beat_s, now_s
             beat = Beat(
                 self.counter,
                 self.outstanding_tokens(),
@@ -422,6 +444,6 @@ class Engine:
                 load=self.load(now_s),
                 role=self.role.value,
             )
-            self._longest_step_s *= LONGEST_STEP_MEMORY
+            self._longest_step_s *= LONGEST_STEP_MEMORY ** min(1.0, since_s / beat_s)
             for peer_id in self._served_peers | self._callers:
                 self.context.outbox.send(peer_id, beat)

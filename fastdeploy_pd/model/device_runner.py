@@ -30,9 +30,7 @@ from fastdeploy_pd.request import Request
 LAYERS_AT_ONCE = (
     4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
 )
-# Layers queued that the device has not ended: CUDA takes about a thousand kernels, and then queueing another one waits until one has ended.
-# That this is what held up the engine's messages and transfers under load is inferred, and not measured yet.
-MOST_LAYERS_AHEAD = 24
+LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
 
@@ -123,7 +121,7 @@ class DeviceRunner(ModelRunner):
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
         self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
-        self._ahead: deque[torch.cuda.Event] = deque()  # ends of layers that are queued, oldest first
+        self._near_end = torch.cuda.Event()  # of the newest step that is no graph: its LAST_LAYERS begin
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -133,16 +131,20 @@ class DeviceRunner(ModelRunner):
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
-    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int = 2048) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
-        if can_decode:
-            if self.rank.count > 1:
-                self.announce(warm_up_step(EAGER_SIZES), None)
-            self._graphs.capture(EAGER_SIZES)
+        wanted = EAGER_SIZES if can_decode else 0, min(most_tokens, self._max_model_len)
+        if self.rank.count > 1:
+            self.announce(warm_up_step(*wanted), None)
+        self._warm_up(*wanted)
+
+    def _warm_up(self, most_sequences: int, most_tokens: int) -> None:
+        self._ops.warm_up_lengths(self.config.num_heads // self.rank.count, most_tokens)
+        self._graphs.capture(most_sequences)
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one."""
@@ -177,7 +179,7 @@ class DeviceRunner(ModelRunner):
         step = DeviceStep(sequences, errors, tokens, {}, torch.cuda.Event(), on_layer, self._advance)
         if is_decode:
             while self._unqueued:
-                self._queue_layers()
+                self._advance()
             logits = self._graphs.run(sequences, token_ids, sources)
             self._sample_of = sample_of
             try:
@@ -188,7 +190,7 @@ class DeviceRunner(ModelRunner):
         rows = self._logit_rows(batch)
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
-        step.is_queued, self._sample_of = False, sample_of
+        step.is_queued, self._sample_of, self._near_end = False, sample_of, torch.cuda.Event()
         layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
@@ -205,7 +207,7 @@ class DeviceRunner(ModelRunner):
         """See ModelRunner. Queued only; the tokens chosen come from the first rank, on the device."""
         told, sequences = self._listener.hear(data)
         if told.warm_up:
-            self._graphs.capture(told.warm_up)
+            self._warm_up(*told.warm_up)
             return None
         token_ids, sources = integers(told.token_ids), integers(told.sources)
         step = DeviceStep([], {}, torch.empty(0, dtype=torch.int32), {}, torch.cuda.Event(), on_layer)
@@ -254,22 +256,22 @@ class DeviceRunner(ModelRunner):
         x = self._ops.embedding(self.decoder.embedding, prepared)
         for index, cache in enumerate(self.caches):
             x = self.decoder.run_layer(index, x, prepared, cache, None if marks is None else queued)
+            if index == len(self.caches) - 1 - LAST_LAYERS:
+                self._near_end.record()
             yield
         return self.decoder.run_head(x, prepared) if num_rows else None
 
     @property
+    def is_nearly_done(self) -> bool:  # type: ignore[override]
+        """See engine/context.py. Graphs end soon."""
+        return not self._unqueued and self._near_end.query()
+
+    @property
     def can_advance(self) -> bool:  # type: ignore[override]
         """See engine/context.py."""
-        return bool(self._unqueued) and len(self._ahead) < MOST_LAYERS_AHEAD
+        return bool(self._unqueued)
 
     def _advance(self) -> None:
-        """Queue some layers of the oldest step that is not wholly queued, unless the device has enough to do."""
-        while self._ahead and self._ahead[0].query():
-            self._ahead.popleft()
-        if self.can_advance:
-            self._queue_layers()
-
-    def _queue_layers(self) -> None:
         """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
         with self._ops.running():
             for _ in range(LAYERS_AT_ONCE):
@@ -280,8 +282,6 @@ class DeviceRunner(ModelRunner):
                     step.is_queued = next(work, self) is self
                 except torch.OutOfMemoryError as error:
                     self._give_up(step, error)
-                self._ahead.append(torch.cuda.Event())
-                self._ahead[-1].record()
                 if step.is_queued:
                     self._unqueued.popleft()
 

@@ -39,8 +39,8 @@ class Draw:
         for rows, is_ranked in (([row for row in drawing if row not in set(ranked)], False), (ranked, True)):
             if rows:
                 parameters = [_parameters(requests[row], vocab_size) for row in rows]
-                given = torch.tensor(parameters, dtype=torch.float64, pin_memory=device.type != "cpu")
-                self._groups.append((np.array(rows), given.to(device, non_blocking=True), is_ranked))
+                given = torch.tensor(parameters, dtype=torch.float64)
+                self._groups.append((np.array(rows), _sent(given, device), is_ranked))
 
     def apply(self, logits: torch.Tensor, chosen: torch.Tensor, rows: np.ndarray) -> None:
         """Replace the likeliest tokens where a request wants to draw.
@@ -51,11 +51,14 @@ class Draw:
             rows: [m], which row of logits is each request's.
         """
         for places, parameters, is_ranked in self._groups:
-            index, row = (
-                torch.from_numpy(numbers).to(logits.device, non_blocking=True) for numbers in (places, rows[places])
-            )
+            index, row = (_sent(torch.from_numpy(numbers), logits.device) for numbers in (places, rows[places]))
             tokens = _draw(logits[row].float(), parameters, is_ranked)
             chosen[index] = torch.where(chosen[index] < 0, chosen[index], tokens.int())
+
+
+def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns: a copy on the device, which nobody waits for."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _needs_ranks(sampling: SamplingParams, vocab_size: int) -> bool:

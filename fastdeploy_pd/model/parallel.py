@@ -74,7 +74,9 @@ class ToldStep(msgspec.Struct, array_like=True):
     num_sampled: int  #: sequences whose next token is chosen
     is_decode: bool  #: each has one new token, and the next is chosen
     is_watched: bool  #: something waits for its layers
-    warm_up: int = 0  #: not a step: prepare for decode steps of up to so many sequences
+    warm_up: tuple[int, int] | None = (
+        None  #: not a step: prepare for so many decoding sequences, and for prompts of so many tokens
+    )
 
 
 _TOLD = msgspec.msgpack.Decoder(ToldStep)
@@ -129,9 +131,9 @@ class Listener:
         return told, [ScheduledSequence(r, *span) for r, span in zip(requests, told.spans, strict=True)]
 
 
-def warm_up_step(most: int) -> bytes:
-    """Returns: an encoded ToldStep that says to prepare for decode steps of up to so many sequences."""
-    return msgspec.msgpack.encode(ToldStep(b"", b"", [], [], 0, False, False, most))
+def warm_up_step(most_sequences: int, most_tokens: int) -> bytes:
+    """Returns: an encoded ToldStep that says to prepare for decode steps and prompts of up to so many."""
+    return msgspec.msgpack.encode(ToldStep(b"", b"", [], [], 0, False, False, (most_sequences, most_tokens)))
 
 
 def integers(data: bytes) -> np.ndarray:

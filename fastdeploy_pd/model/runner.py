@@ -96,7 +96,8 @@ class ModelRunner:
     """A model, and the KV pool that it works on."""
 
     depth = 1  #: steps in flight
-    can_advance = False  #: see engine/context.py
+    is_nearly_done = True  #: see engine/context.py
+    can_advance = False  #: likewise
 
     def __init__(
         self,
@@ -172,11 +173,12 @@ class ModelRunner:
         """See `execute`. Returns: the step, which has run."""
         return FinishedStep(self.execute(batch, on_layer))
 
-    def warm_up(self, pool: BlockPool, can_decode: bool) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int = 2048) -> None:
         """Compute for nobody, in blocks that are free.
 
         Args:
             can_decode: whether sequences will get more than their first token here at first; a role may change.
+            most_tokens: of prompts in a step.
         """
         self._compute_for_nobody(pool, [1])
 

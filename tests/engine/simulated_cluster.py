@@ -163,7 +163,7 @@ class SimulatedRunner:
         self.pool = pool
         self.rng = rng
         self.depth = depth
-        self.can_advance = False
+        self.can_advance, self.is_nearly_done = False, True
         self.most_in_flight = 0
         self._num_stalled = 0  # looks at which nothing will have happened
         self._queue: list[SimulatedStep] = []

@@ -226,7 +226,7 @@ def test_attempts_that_fetch_do_not_take_the_blocks_that_a_large_prompt_waits_fo
 
     assert reserve("first", [*PROMPT, 0, 0, 0], 28).state is ServedState.FETCHING
     large = reserve("large", [9] * 62, 0).request  # 16 of 24 blocks
-    for number in range(10):
+    for number in range(20):
         scene.cluster.run(scene.cluster.clock.now_s() + 0.1)
         reserve(f"later-{number}", [*PROMPT, number, 0, 0], 28)
     assert large.phase is not Phase.RESERVED

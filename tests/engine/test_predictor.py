@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
@@ -15,7 +16,7 @@ from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.context import EngineContext
-from fastdeploy_pd.engine.loop import Engine
+from fastdeploy_pd.engine.loop import LEAD_S, LEAST_BEAT_S, Engine
 from fastdeploy_pd.engine.outbox import Send
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.errors import FastDeployPDError
@@ -50,7 +51,8 @@ class Device:
     """Takes what TRUE says for each step, one after the other."""
 
     def __init__(self, clock: VirtualClock, depth: int) -> None:
-        self.clock, self.depth, self.can_advance = clock, depth, False
+        self.clock, self.depth = clock, depth
+        self.can_advance, self.is_nearly_done = False, True
         self.free_s = 0.0
         self.num_steps = 0
         self.fault: FastDeployPDError | None = None
@@ -114,6 +116,63 @@ def test_it_learns_the_device_it_runs_on(depth: int) -> None:
         assert found.prefill_s(n, m) == pytest.approx(TRUE.prefill_s(n, m), rel=0.1)
     for size, kv in ((8, 40_000), (1, 9_000), (4, 4_000)):
         assert found.decode_s(size, kv) == pytest.approx(TRUE.decode_s(size, kv), rel=0.15)
+
+
+def test_who_comes_during_a_long_step_has_a_place_in_the_next_one() -> None:
+    one = OneEngine(2)
+    for number in range(40):
+        one.submit(str(number), 100 + 500 * (number % 8), 1)
+        one.run()
+    one.device.is_nearly_done = False
+    begun = one.device.num_steps
+    for name in ("a", "b"):
+        one.submit(name, 2000, 1)  # a step each
+    end_s = left_s = 0.0
+    while one.engine.has_work:
+        one.engine.step()
+        if one.device.num_steps == begun + 1 and not end_s:
+            one.submit("c", 20, 1)
+            end_s = one.device.free_s
+        if one.device.num_steps == begun + 2 and not left_s:
+            left_s = end_s - one.clock.now_s()
+            assert len(one.engine._in_flight) == 2
+            assert [s.request.request_id for s in one.engine._in_flight[1].batch.sequences] == ["b", "c"]
+        one.clock.advance_to(one.clock.now_s() + TURN_S)
+    assert 0 < left_s < 1.5 * LEAD_S < TRUE.prefill_s(2000) / 2
+
+
+@pytest.mark.parametrize(("num_callers", "soon_s"), [(1, LEAST_BEAT_S), (149, 0.15)])
+def test_front_ends_hear_soon_of_prompts(num_callers: int, soon_s: float) -> None:
+    """Soon, but each of many not more often than the instance can bear."""
+    one = OneEngine(2)
+    heard: list[tuple[float, int]] = []
+
+    def turn() -> None:
+        for name in [*(f"front-{n}" for n in range(num_callers)), "front"]:
+            one.engine.receive(name, Beat(int(1e6 * one.clock.now_s())))
+        one.engine.step()
+        for action in one.engine.take_actions():
+            if isinstance(action, Send) and isinstance(action.message, Beat) and action.peer_id == "front-0":
+                heard.append((one.clock.now_s(), action.message.outstanding_tokens))
+        one.clock.advance_to(one.clock.now_s() + TURN_S)
+
+    while one.clock.now_s() < 1.6:
+        turn()
+    assert len(heard) == 3, "the usual ones"
+    sent_s = one.clock.now_s()
+    for number in range(30):
+        one.submit(str(number), 2000, 1)
+        turn()
+    while one.engine.has_work:
+        turn()
+    end_s = one.clock.now_s()
+    while one.clock.now_s() < end_s + soon_s + 2 * TURN_S:
+        turn()
+    first_s = next(s for s, tokens in heard if tokens >= 2000)
+    assert first_s - sent_s <= soon_s + 2 * TURN_S
+    assert heard[-1][1] == 0
+    gaps_s = [after[0] - before[0] for before, after in pairwise(heard[3:])]
+    assert min(gaps_s) >= soon_s - 1e-9 and max(gaps_s) <= 0.25 + 2 * TURN_S
 
 
 def test_beats_tell_front_ends() -> None:

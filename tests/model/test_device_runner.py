@@ -71,6 +71,23 @@ def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: f
     assert len(set(wanted)) > 5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_no_launch_waits_for_the_device(runner: ModelRunner, temperature: float) -> None:
+    """Neither a prompt's nor one that begins a block: while a step of a large model runs, messages and transfers would wait too."""
+    import torch
+
+    first, second = (new_request(blocks, temperature=temperature) for blocks in ([1, 2, 3, 4], [9, 8, 7, 6]))
+    for _ in range(3):  # graphs are captured
+        taken(first, launch(runner, first))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            taken(second, launch(runner, second))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert second.num_tokens > 3 * 64
+
+
 def test_out_of_memory_with_several_ranks_is_no_step_s_own(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,18 +163,19 @@ def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> N
     assert taken(request, launch(runner, request)) >= 0
 
 
-def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_when_the_next_step_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdeploy_pd.model import device_runner
 
     runner, wanted = new_runner(max_num_seqs=4), new_request([1, 2, 3, 4])
     tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
-    monkeypatch.setattr(device_runner, "MOST_LAYERS_AHEAD", 2)
     monkeypatch.setattr(device_runner, "LAYERS_AT_ONCE", 1)
     request = new_request([5, 6, 7, 8])
-    step, most = launch(runner, request), 0
-    assert runner.can_advance and not step.is_queued
+    assert runner.is_nearly_done and not runner.can_advance
+    step = launch(runner, request)
+    while not step.is_queued:
+        assert runner.can_advance and not runner.is_nearly_done
+        step.poll()
     while not step.poll():
-        most = max(most, len(runner._ahead))
-    assert 1 <= most <= 2
-    assert not runner.can_advance
+        pass
+    assert runner.is_nearly_done and not runner.can_advance
     assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens

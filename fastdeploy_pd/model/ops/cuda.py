@@ -28,12 +28,13 @@ from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 from rdma_comm.errors import RdmaError
 
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
+LONGEST_PLANNED = 8192  # tokens; plans for up to so many are built before the first prompt
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
 MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else 1.39 ms)
 MOST_KEY_BYTES = 65536  # of a block's K of one head: attention has two such and two of V in a processor's shared memory
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
-LARGEST_BATCH = 8  # of equal prompts, in powers of two, for the same reason as PADDING
+LARGEST_BATCH = 8  # of equal prompts, in powers of two: plans again
 
 _log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # weights are only read
@@ -129,6 +130,7 @@ class CudaOps(TorchOps):
         self._layers = torch.as_strided(
             layers[0], (len(layers), *layers[0].shape), (layout.layer_bytes // layers[0].itemsize, *layers[0].stride())
         )
+        self._zero = torch.zeros((), dtype=indexable(self._layers).dtype, device=self.device)
         return layers
 
     def rope(self, frequencies: np.ndarray, max_positions: int) -> None:
@@ -171,10 +173,24 @@ class CudaOps(TorchOps):
             step.splits = self.splits(*step.tables.shape)
         return step
 
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
+    def warm_up_lengths(self, num_heads: int, most: int) -> None:
+        """Have cuDNN build its plans for single prompts of up to `most` tokens; num_heads: of Q. They are this thread's."""
+        if self.dtype == torch.float32:
+            return
+        width = (num_heads + 2 * self._layout.num_kv_heads) * self._layout.head_dim
+        longest = _padded_length(min(most, LONGEST_PLANNED))
+        qkv = torch.zeros((longest, width), dtype=self.dtype, device=self.device)
+        with self.running():
+            for length in range(FEWEST_FOR_CUDNN, longest + 1, PADDING):
+                self._attend_whole(qkv, 0, 1, length)
+
     def clear_blocks(self, block_ids: np.ndarray) -> None:
         """Blocks that are begun hold nothing of others, in any layer: who gets them by a transfer reads them whole."""
-        if len(block_ids):
-            indexable(self._layers)[:, self._to_device(block_ids.astype(np.int64))] = 0
+        if len(block_ids):  # a number of the CPU's in place of a tensor would wait for all that is queued
+            indexable(self._layers)[:, self._to_device(block_ids.astype(np.int64))] = self._zero
 
     def _send(self, fields: dict[str, np.ndarray]) -> dict[str, Any]:
         sizes = [-(-field.size // ALIGNMENT) * ALIGNMENT for field in fields.values()]
