@@ -177,7 +177,9 @@ class Scheduler:
         has_room = num_free_tokens >= options.max_num_seqs * self.pool.block_size  # a block more for each that runs
         if not has_room or not options.enable_chunked_prefill or any(r.slo.tpot_s is not None for r in requests):
             return 0
-        return options.max_num_batched_tokens
+        return (
+            options.max_num_batched_tokens if options.max_num_batched_tokens > 1 else 0
+        )  # a part of one costs a stream's time
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how
@@ -188,7 +190,8 @@ class Scheduler:
             if is_prompt(request):
                 jobs.append((due_s(request), prefill_left_s(request, predictor)))
                 if request not in running:
-                    num_promised += num_left(request)
+                    # cached blocks that nobody holds are free too until it takes them
+                    num_promised += request.num_tokens - request.local.num_computed_tokens
         jobs.sort()
         return jobs[:MAX_PROMPTS], num_promised
 

@@ -30,6 +30,8 @@ from fastdeploy_pd.request import Request
 LAYERS_AT_ONCE = (
     4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
 )
+# Layers queued that the device has not ended: it takes about a thousand kernels, which 70 layers have, and then queueing waits for it.
+MOST_LAYERS_AHEAD = 48
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
@@ -121,7 +123,7 @@ class DeviceRunner(ModelRunner):
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
         self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
-        self._near_end = torch.cuda.Event()  # of the newest step that is no graph: its LAST_LAYERS begin
+        self._ahead: deque[torch.cuda.Event] = deque()  # ends of layers that are queued, oldest first
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -179,7 +181,7 @@ class DeviceRunner(ModelRunner):
         step = DeviceStep(sequences, errors, tokens, {}, torch.cuda.Event(), on_layer, self._advance)
         if is_decode:
             while self._unqueued:
-                self._advance()
+                self._queue_layers()
             logits = self._graphs.run(sequences, token_ids, sources)
             self._sample_of = sample_of
             try:
@@ -190,7 +192,7 @@ class DeviceRunner(ModelRunner):
         rows = self._logit_rows(batch)
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
-        step.is_queued, self._sample_of, self._near_end = False, sample_of, torch.cuda.Event()
+        step.is_queued, self._sample_of = False, sample_of
         layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
@@ -256,22 +258,27 @@ class DeviceRunner(ModelRunner):
         x = self._ops.embedding(self.decoder.embedding, prepared)
         for index, cache in enumerate(self.caches):
             x = self.decoder.run_layer(index, x, prepared, cache, None if marks is None else queued)
-            if index == len(self.caches) - 1 - LAST_LAYERS:
-                self._near_end.record()
             yield
         return self.decoder.run_head(x, prepared) if num_rows else None
 
     @property
     def is_nearly_done(self) -> bool:  # type: ignore[override]
         """See engine/context.py. Graphs end soon."""
-        return not self._unqueued and self._near_end.query()
+        return not self._unqueued and len(self._ahead) <= LAST_LAYERS
 
     @property
     def can_advance(self) -> bool:  # type: ignore[override]
         """See engine/context.py."""
-        return bool(self._unqueued)
+        return bool(self._unqueued) and len(self._ahead) < MOST_LAYERS_AHEAD
 
     def _advance(self) -> None:
+        """Queue some layers of the oldest step that is not wholly queued, unless the device has enough to do."""
+        while self._ahead and self._ahead[0].query():
+            self._ahead.popleft()
+        if self.can_advance:
+            self._queue_layers()
+
+    def _queue_layers(self) -> None:
         """Queue LAYERS_AT_ONCE of the oldest step that is not wholly queued."""
         with self._ops.running():
             for _ in range(LAYERS_AT_ONCE):
@@ -282,6 +289,8 @@ class DeviceRunner(ModelRunner):
                     step.is_queued = next(work, self) is self
                 except torch.OutOfMemoryError as error:
                     self._give_up(step, error)
+                self._ahead.append(torch.cuda.Event())
+                self._ahead[-1].record()
                 if step.is_queued:
                     self._unqueued.popleft()
 

@@ -205,7 +205,7 @@ SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server"]
         (["--sheduler-host", "x"], "did you mean --scheduler-host"),
         (["--model", "/nowhere"], "not a directory"),
         (["--max-model-len", "100000"], "max_position_embeddings = 4096"),
-        (["--num-gpu-blocks-override", "3"], "--num-gpu-blocks-override gives 3 KV blocks"),
+        (["--ops", "torch", "--num-gpu-blocks-override", "3"], "--num-gpu-blocks-override gives 3 KV blocks"),
         (["--ops", "torch", "--num-gpu-blocks-override", "1000000000"], "take 244140.62 GiB; only "),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype is 'fp8'; with --ops paddle it must be auto"),
         (["--host", "192.0.2.1"], "--host is '192.0.2.1'; it must be an address of this machine"),

@@ -14,6 +14,7 @@ from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
 from fastdeploy_pd.launch.local import LocalCluster, LocalInstance
 from tests.acceptance.conftest import Case, answers_of, differences, make_prompts, reference_answers
 from tests.acceptance.test_faults import during_streams
+from tests.transfer.gpu import num_gpus
 
 ENV = {"OMP_NUM_THREADS": "1"}
 FLAGS = ["--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "1024", "--ops", "torch"]
@@ -47,8 +48,15 @@ def some() -> list[Case]:
     ids=lambda v: str(v),
 )
 def test_a_pair_answers_what_one_rank_does(
-    redis_server: EmbeddedRedis, some: list[Case], prefill: int, decode: int, backend: str
+    redis_server: EmbeddedRedis,
+    some: list[Case],
+    prefill: int,
+    decode: int,
+    backend: str,
+    pytestconfig: pytest.Config,
 ) -> None:
+    if pytestconfig.getoption("--device") == "cuda" and num_gpus() < max(prefill, decode):
+        pytest.skip(f"fewer than {max(prefill, decode)} GPUs here, and ranks share none")
     flags = [*FLAGS, "--cache-transfer-protocol", backend]
     with LocalCluster(redis_server.url, f"ranks-{prefill}-{decode}", flags, ENV) as cluster:
         instances = [cluster.launch("prefill", ranks(prefill)), cluster.launch("decode", ranks(decode))]

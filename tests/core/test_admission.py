@@ -205,6 +205,28 @@ def test_who_is_refused_would_have_been_late(
         assert took_s > deadline_s
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "edf"])
+def test_a_cached_prefix_that_others_will_take_is_no_room(policy: str) -> None:
+    scheduler = Scheduler(BlockPool(30, 16), SchedulerOptions(8, 64, 4096, prefill_policy=policy))
+    scheduler.predictor = PREDICTOR
+    first = Request("first", [5] * 320, SamplingParams(max_tokens=1))
+    accept(scheduler, first)
+    now_s = serve(scheduler, PREDICTOR, first, 0.0)
+    accept(
+        scheduler, Request("prefix", [*([5] * 320), 6], SamplingParams(max_tokens=100))
+    )  # 20 blocks that are free and cached
+    accept(scheduler, Request("other", [7] * 288, SamplingParams(max_tokens=2)))
+    load = scheduler.load(PREDICTOR, now_s, 0.0)
+    assert load.num_free_tokens == 30 * 16 - 321 - 288 and load.step_tokens == 0
+    assert scheduler.outstanding_tokens() == 1 + 288
+
+
+def test_of_one_token_a_step_nothing_is_said() -> None:
+    scheduler = Scheduler(BlockPool(30, 16), SchedulerOptions(2, 1, 4096))
+    scheduler.predictor = PREDICTOR
+    assert scheduler.load(PREDICTOR, 0.0, 0.0).step_tokens == 0
+
+
 @pytest.mark.parametrize(("predictor", "share"), [(PREDICTOR, 0.6), (CURVED, 0.4)])  # what curves is not counted
 @pytest.mark.parametrize(("policy", "ttft_s"), [("fcfs", None), ("edf", 100.0), ("slack", 100.0)])
 def test_who_must_be_late_behind_long_prompts_is_refused(

@@ -182,10 +182,15 @@ class CudaOps(TorchOps):
             return
         width = (num_heads + 2 * self._layout.num_kv_heads) * self._layout.head_dim
         longest = _padded_length(min(most, LONGEST_PLANNED))
-        qkv = torch.zeros((longest, width), dtype=self.dtype, device=self.device)
-        with self.running():
-            for length in range(FEWEST_FOR_CUDNN, longest + 1, PADDING):
-                self._attend_whole(qkv, 0, 1, length)
+        try:
+            qkv = torch.zeros((longest, width), dtype=self.dtype, device=self.device)
+            with self.running():
+                for length in reversed(
+                    range(FEWEST_FOR_CUDNN, longest + 1, PADDING)
+                ):  # each fits where the last one lay
+                    self._attend_whole(qkv, 0, 1, length)
+        except torch.OutOfMemoryError as error:
+            _log.warning("no plans for prompts of %d tokens yet, memory lacks: %s", longest, str(error).splitlines()[0])
 
     def clear_blocks(self, block_ids: np.ndarray) -> None:
         """Blocks that are begun hold nothing of others, in any layer: who gets them by a transfer reads them whole."""
