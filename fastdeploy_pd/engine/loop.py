@@ -50,13 +50,9 @@ from fastdeploy_pd.request import FinishReason, Request, TokenChunk, TokenLogpro
 
 TICK_S = 0.05
 LEAD_S = 0.02  # before a step is predicted to end, the next one is launched: preparing one of many tokens takes some milliseconds
-LEAST_BEAT_S, BEAT_S_A_CALLER = (
-    0.02,
-    0.001,
-)  # between beats where placement must hear of something: one a millisecond and less in sum
-LONGEST_STEP_MEMORY = (
-    0.9  # the longest step fades by this factor in beat_s, so that one slow step is not remembered for ever
-)
+LEAST_BEAT_S = 0.02  # between beats where placement must hear of something ...
+BEAT_S_A_CALLER = 0.001  # ... and as much for each who hears it: a thousand messages a second at most
+LONGEST_STEP_MEMORY = 0.9  # the longest step fades by this factor in beat_s: one slow step is not remembered for ever
 
 
 @dataclass(slots=True)

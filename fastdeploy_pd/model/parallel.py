@@ -75,7 +75,7 @@ class ToldStep(msgspec.Struct, array_like=True):
     is_decode: bool  #: each has one new token, and the next is chosen
     is_watched: bool  #: something waits for its layers
     warm_up: tuple[int, int] | None = (
-        None  #: not a step: prepare for so many decoding sequences, and for prompts of so many tokens
+        None  #: no step: prepare for so many decoding sequences, prompts of so many tokens
     )
 
 

@@ -185,9 +185,8 @@ class CudaOps(TorchOps):
         try:
             qkv = torch.zeros((longest, width), dtype=self.dtype, device=self.device)
             with self.running():
-                for length in reversed(
-                    range(FEWEST_FOR_CUDNN, longest + 1, PADDING)
-                ):  # each fits where the last one lay
+                # the longest first: each output fits where the last one lay
+                for length in reversed(range(FEWEST_FOR_CUDNN, longest + 1, PADDING)):
                     self._attend_whole(qkv, 0, 1, length)
         except torch.OutOfMemoryError as error:
             _log.warning("no plans for prompts of %d tokens yet, memory lacks: %s", longest, str(error).splitlines()[0])
