@@ -177,9 +177,8 @@ class Scheduler:
         has_room = num_free_tokens >= options.max_num_seqs * self.pool.block_size  # a block more for each that runs
         if not has_room or not options.enable_chunked_prefill or any(r.slo.tpot_s is not None for r in requests):
             return 0
-        return (
-            options.max_num_batched_tokens if options.max_num_batched_tokens > 1 else 0
-        )  # a part of one costs a stream's time
+        # a part of one token costs what a stream does, not what prompts' tokens do
+        return options.max_num_batched_tokens if options.max_num_batched_tokens > 1 else 0
 
     def prompts_left(self, predictor: Predictor, requests: Iterable[Request]) -> tuple[list[tuple[float, float]], int]:
         """Returns: (when due, seconds left to compute) of the prompts among `requests` that placement is told of, by due time, and how

@@ -45,8 +45,16 @@ class Runner(Protocol):
     """Computes batches; see `model/runner.py`."""
 
     depth: int  #: steps that may be in flight: 1, or 2: the next is launched before this one's outputs are known
-    is_nearly_done: bool  #: the steps in flight end soon, or when is not known
-    can_advance: bool  #: `poll` would queue more of a step at once; false: it waits for the device, or for a launch
+
+    @property
+    def is_nearly_done(self) -> bool:
+        """Whether the steps in flight end soon, or nobody knows when."""
+        ...
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether `poll` would queue more of a step at once; if not, it waits for the device, or for a launch."""
+        ...
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one. Constant for a request.

@@ -133,7 +133,7 @@ class DeviceRunner(ModelRunner):
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int = 2048) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
@@ -262,12 +262,12 @@ class DeviceRunner(ModelRunner):
         return self.decoder.run_head(x, prepared) if num_rows else None
 
     @property
-    def is_nearly_done(self) -> bool:  # type: ignore[override]
+    def is_nearly_done(self) -> bool:
         """See engine/context.py. Graphs end soon."""
         return not self._unqueued and len(self._ahead) <= LAST_LAYERS
 
     @property
-    def can_advance(self) -> bool:  # type: ignore[override]
+    def can_advance(self) -> bool:
         """See engine/context.py."""
         return bool(self._unqueued) and len(self._ahead) < MOST_LAYERS_AHEAD
 

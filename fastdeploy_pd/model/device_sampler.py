@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fastdeploy_pd.model.ops.torch import sent
 from fastdeploy_pd.model.sampler import uniform
 from fastdeploy_pd.request import Request, SamplingParams
 
@@ -40,7 +41,7 @@ class Draw:
             if rows:
                 parameters = [_parameters(requests[row], vocab_size) for row in rows]
                 given = torch.tensor(parameters, dtype=torch.float64)
-                self._groups.append((np.array(rows), _sent(given, device), is_ranked))
+                self._groups.append((np.array(rows), sent(given, device), is_ranked))
 
     def apply(self, logits: torch.Tensor, chosen: torch.Tensor, rows: np.ndarray) -> None:
         """Replace the likeliest tokens where a request wants to draw.
@@ -51,14 +52,9 @@ class Draw:
             rows: [m], which row of logits is each request's.
         """
         for places, parameters, is_ranked in self._groups:
-            index, row = (_sent(torch.from_numpy(numbers), logits.device) for numbers in (places, rows[places]))
+            index, row = (sent(torch.from_numpy(numbers), logits.device) for numbers in (places, rows[places]))
             tokens = _draw(logits[row].float(), parameters, is_ranked)
             chosen[index] = torch.where(chosen[index] < 0, chosen[index], tokens.int())
-
-
-def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns: a copy on the device, which nobody waits for."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _needs_ranks(sampling: SamplingParams, vocab_size: int) -> bool:

@@ -74,9 +74,7 @@ class ToldStep(msgspec.Struct, array_like=True):
     num_sampled: int  #: sequences whose next token is chosen
     is_decode: bool  #: each has one new token, and the next is chosen
     is_watched: bool  #: something waits for its layers
-    warm_up: tuple[int, int] | None = (
-        None  #: no step: prepare for so many decoding sequences, prompts of so many tokens
-    )
+    warm_up: tuple[int, int] | None = None  #: no step: prepare for so many decodes, and tokens of a prompt
 
 
 _TOLD = msgspec.msgpack.Decoder(ToldStep)

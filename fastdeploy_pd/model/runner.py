@@ -96,8 +96,6 @@ class ModelRunner:
     """A model, and the KV pool that it works on."""
 
     depth = 1  #: steps in flight
-    is_nearly_done = True  #: see engine/context.py
-    can_advance = False  #: likewise
 
     def __init__(
         self,
@@ -173,7 +171,17 @@ class ModelRunner:
         """See `execute`. Returns: the step, which has run."""
         return FinishedStep(self.execute(batch, on_layer))
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int = 2048) -> None:
+    @property
+    def is_nearly_done(self) -> bool:
+        """See engine/context.py."""
+        return True
+
+    @property
+    def can_advance(self) -> bool:
+        """See engine/context.py."""
+        return False
+
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
         """Compute for nobody, in blocks that are free.
 
         Args:

@@ -157,7 +157,7 @@ def test_out_of_memory_before_a_step_is_queued_leaves_nothing(
 @pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (4, 1)])
 def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> None:
     runner, pool = new_runner(max_num_seqs), BlockPool(num_blocks, 64)
-    runner.warm_up(pool, True)
+    runner.warm_up(pool, True, 512)
     assert pool.num_free == num_blocks
     request = new_request([1, 2, 3])
     assert taken(request, launch(runner, request)) >= 0
@@ -178,4 +178,19 @@ def test_it_says_when_the_next_step_is_needed(monkeypatch: pytest.MonkeyPatch) -
     while not step.poll():
         pass
     assert runner.is_nearly_done and not runner.can_advance
+    assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens
+
+
+def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdeploy_pd.model import device_runner
+
+    runner, wanted = new_runner(max_num_seqs=4), new_request([1, 2, 3, 4])
+    tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
+    monkeypatch.setattr(device_runner, "MOST_LAYERS_AHEAD", 2)
+    monkeypatch.setattr(device_runner, "LAYERS_AT_ONCE", 1)
+    request = new_request([5, 6, 7, 8])
+    step, most = launch(runner, request), 0
+    while not step.poll():
+        most = max(most, len(runner._ahead))
+    assert 1 <= most <= 2
     assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens

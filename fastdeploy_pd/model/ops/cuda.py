@@ -173,9 +173,6 @@ class CudaOps(TorchOps):
             step.splits = self.splits(*step.tables.shape)
         return step
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
-
     def warm_up_lengths(self, num_heads: int, most: int) -> None:
         """Have cuDNN build its plans for single prompts of up to `most` tokens; num_heads: of Q. They are this thread's."""
         if self.dtype == torch.float32:

@@ -120,7 +120,7 @@ class TorchOps(ComposedOps):
         return list(memory.view(KV_TYPES[layout.dtype]).view(shape))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(array), self.device)
 
     def plan(self, plan: AttentionPlan) -> _Plan:
         """See composed."""
@@ -235,6 +235,11 @@ class TorchOps(ComposedOps):
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         """See base."""
         return x.float().cpu().numpy()
+
+
+def sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns: a copy on the device, or numbers themselves where that is the CPU; nobody waits for it."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def indexable(x: torch.Tensor) -> torch.Tensor:
