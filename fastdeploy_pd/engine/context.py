@@ -52,8 +52,20 @@ class Runner(Protocol):
         ...
 
     @property
+    def is_queued(self) -> bool:
+        """Whether the device has the steps in flight wholly; if not, what is launched waits behind the rest of them."""
+        ...
+
+    @property
     def can_advance(self) -> bool:
         """Whether `poll` would queue more of a step at once; if not, it waits for the device, or for a launch."""
+        ...
+
+    def prepare_more(self) -> bool:
+        """Do a bit, some 40 ms, of what would make a later step begin late. Called while there is nothing to compute.
+
+        Returns: whether there was any.
+        """
         ...
 
     def samples_on_device(self, request: Request) -> bool:

@@ -99,7 +99,7 @@ class Engine:
         self.counter = 0
         self.is_draining, self.stop_at_s = False, float("inf")
         self._online = OnlinePredictor()
-        self.has_moved = False  #: the last call of `step` launched or ended a step, or the next may queue more of one: no time to wait
+        self.has_moved = False  #: the last call of `step` launched or ended a step, or the next may go on with something: no time to wait
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
         self._longest_step_s = 0.0
@@ -201,6 +201,11 @@ class Engine:
         return bool(self._in_flight) or not self.context.scheduler.is_idle
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is computed, waited for or handed over."""
+        return not self.has_work and not self.decode.num_ordered and not self.prefill.num_active
+
+    @property
     def is_drained(self) -> bool:
         """Whether nothing is being served or handed over any more."""
         return self.is_draining and not self._in_flight and not self.decode.active() and not self.prefill.num_active
@@ -244,7 +249,8 @@ class Engine:
         has_launched = self._is_time(now_s) and self._launch(now_s)
         if report is None:
             report = self._end_oldest()
-        self.has_moved = has_launched or report is not None or self.runner.can_advance
+        has_moved = has_launched or report is not None or self.runner.can_advance
+        self.has_moved = has_moved or (self.is_idle and self.runner.prepare_more())
         if self.has_moved or not self._in_flight:  # a device that hangs is not alive
             self.counter += 1
         return report or StepReport()
@@ -256,7 +262,9 @@ class Engine:
         if not self._in_flight:
             return True
         has_room = len(self._in_flight) < self.runner.depth
-        return has_room and (self.runner.is_nearly_done or self._busy_s(now_s) < LEAD_S)
+        if not has_room or self.runner.is_nearly_done:
+            return has_room
+        return self.runner.is_queued and self._busy_s(now_s) < LEAD_S
 
     def _launch(self, now_s: float) -> bool:
         """Returns: whether there was something to compute."""

@@ -130,11 +130,9 @@ class EngineShell:
 
     def _wait_s(self) -> float:
         engine = self.engine
-        if engine.has_work and engine.has_moved:
+        if engine.has_moved:
             return 0.0
-        if engine.has_work or engine.decode.num_ordered or engine.prefill.num_active:
-            return ACTIVE_WAIT_S
-        return IDLE_WAIT_S
+        return IDLE_WAIT_S if engine.is_idle else ACTIVE_WAIT_S
 
     def _refresh_record(self) -> None:
         self._record_s = self._clock.now_s()

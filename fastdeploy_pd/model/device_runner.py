@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,22 +20,29 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.model.device_sampler import Draw, can_draw
-from fastdeploy_pd.model.graphs import DecodeGraphs
+from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
+from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
 from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps, CudaStep
-from fastdeploy_pd.model.parallel import Rank, integers, warm_up_step
+from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts
+from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
 
 LAYERS_AT_ONCE = (
     4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
 )
-# Layers queued that the device has not ended: it takes about a thousand kernels, which 70 layers have, and then queueing waits for it.
-MOST_LAYERS_AHEAD = 48
+MOST_KERNELS_AHEAD = (
+    700  # queued that the device has not ended: it takes about a thousand, and then queueing waits for it
+)
+KERNELS_A_LAYER = 14  # about, ...
+KERNELS_A_WHOLE_PROMPT = 2  # ... and for each prompt of cuDNN's its attention and a copy
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
-EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 10 to 400 ms each
+EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
+LONGEST_PREPARED = 8192  # tokens of prompts in a step; what is first met with more costs 10 to 200 ms then
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class DeviceStep:
     on_layer: Callable[[int], None] | None = None
     advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one beside it
     is_queued: bool = True  #: wholly
+    num_kernels: int = KERNELS_A_LAYER  #: of a layer, about
     layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
     num_layers_done: int = 0
     fault: FastDeployPDError | None = None  #: why none of it goes on; what was queued still runs
@@ -123,7 +132,11 @@ class DeviceRunner(ModelRunner):
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
         self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
-        self._ahead: deque[torch.cuda.Event] = deque()  # ends of layers that are queued, oldest first
+        self._ahead: deque[tuple[torch.cuda.Event, int]] = (
+            deque()
+        )  # ends of layers that are queued, oldest first, and their kernels
+        self._num_kernels_ahead = 0
+        self._chores: deque[Chore] = deque()
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -134,19 +147,67 @@ class DeviceRunner(ModelRunner):
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
     def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
-        """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences, the rest when they are needed."""
+        """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
+        eager = EAGER_SIZES if can_decode else 1
+        self._see_to(Chore("compile", eager))
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
-        wanted = EAGER_SIZES if can_decode else 0, min(most_tokens, self._max_model_len)
-        if self.rank.count > 1:
-            self.announce(warm_up_step(*wanted), None)
-        self._warm_up(*wanted)
+        self._chores.clear()
+        if can_decode:
+            self._see_to(Chore("capture", eager))
+            self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > eager]
+        most_rows = min(most_tokens, LONGEST_PREPARED) + len(self._ops.sampled)
+        # The most rows first: what the others need fits where they lay.
+        self._chores += [Chore("rows", n) for n in row_counts(most_rows)]
 
-    def _warm_up(self, most_sequences: int, most_tokens: int) -> None:
-        self._ops.warm_up_lengths(self.config.num_heads // self.rank.count, most_tokens)
-        self._graphs.capture(most_sequences)
+    def prepare_more(self) -> bool:
+        """See engine/context.py: graphs for more sequences, and what cuBLAS and cuDNN load and plan for each number of tokens."""
+        if not self._chores:
+            return False
+        try:
+            self._see_to(self._chores.popleft())
+        except torch.OutOfMemoryError as error:
+            if self.rank.count > 1:
+                raise
+            _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
+            self._chores.clear()
+        return True
+
+    def _see_to(self, chore: Chore) -> None:
+        """Do a chore on all ranks."""
+        if self.rank.count > 1:
+            self.announce(chore_step(chore), None)
+        self._do(chore)
+
+    def _do(self, chore: Chore) -> None:
+        match chore.what:
+            case "compile":
+                self._compile(chore.count)
+            case "capture":
+                self._graphs.capture(chore.count)
+            case "rows":
+                self._compute_rows(chore.count)
+
+    def _compile(self, most_sequences: int) -> None:
+        """Have the kernels of decode steps of up to so many, and of prompts, compiled."""
+        prompt = Request("", [0] * 2)
+        prompt.local.block_table = [0]
+        batch = Batch([ScheduledSequence(prompt, 0, 2)], self.layout.block_size)
+        with compiling():  # what takes longest first
+            prepared = self._prepare(batch, np.zeros(2, np.int64), np.full(2, NOWHERE), [])
+            self.decoder.run_layer(0, self._ops.embedding(self.decoder.embedding, prepared), prepared, self.caches[0])
+            self._graphs.compile(most_sequences)
+            self._compute_rows(FEWEST_FOR_CUDNN)
+
+    def _compute_rows(self, num_rows: int) -> None:
+        """Queue a layer of so many rows and, if so many tokens can be chosen, their logits: the first of each size takes long."""
+        step = self._ops.step_for_nobody(num_rows)
+        with self._ops.running():
+            x = self.decoder.run_layer(0, self._ops.embedding(self.decoder.embedding, step), step, self.caches[0])
+            if num_rows <= len(self._ops.sampled) and self.rank.is_first:
+                self.decoder.run_head(x, step)
 
     def samples_on_device(self, request: Request) -> bool:
         """Whether a request's next token can be computed before the CPU knows its last one."""
@@ -193,6 +254,7 @@ class DeviceRunner(ModelRunner):
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
         step.is_queued, self._sample_of = False, sample_of
+        step.num_kernels = KERNELS_A_LAYER + KERNELS_A_WHOLE_PROMPT * len(prepared.whole)
         layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
@@ -208,8 +270,8 @@ class DeviceRunner(ModelRunner):
     def follow(self, data: bytes, on_layer: OnLayer) -> DeviceStep | None:  # type: ignore[override]
         """See ModelRunner. Queued only; the tokens chosen come from the first rank, on the device."""
         told, sequences = self._listener.hear(data)
-        if told.warm_up:
-            self._warm_up(*told.warm_up)
+        if told.chore:
+            self._do(told.chore)
             return None
         token_ids, sources = integers(told.token_ids), integers(told.sources)
         step = DeviceStep([], {}, torch.empty(0, dtype=torch.int32), {}, torch.cuda.Event(), on_layer)
@@ -264,17 +326,22 @@ class DeviceRunner(ModelRunner):
     @property
     def is_nearly_done(self) -> bool:
         """See engine/context.py. Graphs end soon."""
-        return not self._unqueued and len(self._ahead) <= LAST_LAYERS
+        return self.is_queued and len(self._ahead) <= LAST_LAYERS
+
+    @property
+    def is_queued(self) -> bool:
+        """See engine/context.py."""
+        return not self._unqueued
 
     @property
     def can_advance(self) -> bool:
         """See engine/context.py."""
-        return bool(self._unqueued) and len(self._ahead) < MOST_LAYERS_AHEAD
+        return not self.is_queued and self._num_kernels_ahead < MOST_KERNELS_AHEAD
 
     def _advance(self) -> None:
         """Queue some layers of the oldest step that is not wholly queued, unless the device has enough to do."""
-        while self._ahead and self._ahead[0].query():
-            self._ahead.popleft()
+        while self._ahead and self._ahead[0][0].query():
+            self._num_kernels_ahead -= self._ahead.popleft()[1]
         if self.can_advance:
             self._queue_layers()
 
@@ -289,8 +356,10 @@ class DeviceRunner(ModelRunner):
                     step.is_queued = next(work, self) is self
                 except torch.OutOfMemoryError as error:
                     self._give_up(step, error)
-                self._ahead.append(torch.cuda.Event())
-                self._ahead[-1].record()
+                end = torch.cuda.Event()
+                end.record()
+                self._ahead.append((end, step.num_kernels))
+                self._num_kernels_ahead += step.num_kernels
                 if step.is_queued:
                     self._unqueued.popleft()
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,16 @@ class DecodeGraphs:
         graph.replay()
         return None if logits is None else logits[:count]
 
+    def compile(self, most: int) -> None:
+        """Queue a layer and a choice of steps of up to `most` sequences; for `chain.compiling`: what they would write is lost."""
+        for size in self._sizes:
+            if size <= most:
+                step = self._step(size)
+                x = self._ops.embedding(self._decoder.embedding, step)
+                x = self._decoder.run_layer(0, x, step, self._caches[0])
+                if self._decoder.rank.is_first:
+                    likeliest(self._decoder.run_head(x, step), self._ops.sampled)
+
     def capture(self, most: int, least: int = 1) -> None:
         """Capture the sizes between that are not captured yet."""
         for size in self._sizes:
@@ -122,9 +133,9 @@ class DecodeGraphs:
         stage.is_free.record()
         self._ops.clear_blocks(blocks[starts % self._block_size == 0])
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+    def _step(self, size: int) -> CudaStep:
         inputs = {name: field[:size] for name, field in self._inputs.items()}
-        step = CudaStep(
+        return CudaStep(
             inputs["token_ids"],
             inputs["positions"],
             inputs["slots"],
@@ -135,19 +146,27 @@ class DecodeGraphs:
             lengths=inputs["lengths"],
             splits=self._ops.splits(size, self._tables.shape[1]),
         )
+
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+        """Queues behind steps in flight and waits for none. torch.cuda.graph would, and give cached memory back, which waits again."""
         kept, sampled = self._device.clone(), self._ops.sampled.clone()
         try:
             # Once outside of the capture: kernels are compiled and handles made. It must not leave anything in the pool.
-            inputs["slots"].fill_(NOWHERE)
-            inputs["lengths"].zero_()
-            side = torch.cuda.Stream()
+            self._inputs["slots"].fill_(NOWHERE)
+            self._inputs["lengths"].zero_()
+            step, side, graph = self._step(size), torch.cuda.Stream(), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._compute(step, size)
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    logits = self._compute(step, size)
+                except RuntimeError:
+                    with suppress(RuntimeError):  # it is invalid
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                logits = self._compute(step, size)
         finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
             self._device.copy_(kept)
             self._ops.sampled.copy_(sampled)

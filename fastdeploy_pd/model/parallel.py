@@ -62,6 +62,13 @@ class Rank:
             )
 
 
+class Chore(msgspec.Struct, array_like=True):
+    """What makes later steps start without delay."""
+
+    what: str  #: compile: kernels for up to `count` sequences; capture: graphs for so many; rows: what steps of so many rows load
+    count: int
+
+
 class ToldStep(msgspec.Struct, array_like=True):
     """What rank 0 tells the others of a step."""
 
@@ -74,7 +81,7 @@ class ToldStep(msgspec.Struct, array_like=True):
     num_sampled: int  #: sequences whose next token is chosen
     is_decode: bool  #: each has one new token, and the next is chosen
     is_watched: bool  #: something waits for its layers
-    warm_up: tuple[int, int] | None = None  #: no step: prepare for so many decodes, and tokens of a prompt
+    chore: Chore | None = None  #: no step
 
 
 _TOLD = msgspec.msgpack.Decoder(ToldStep)
@@ -129,9 +136,9 @@ class Listener:
         return told, [ScheduledSequence(r, *span) for r, span in zip(requests, told.spans, strict=True)]
 
 
-def warm_up_step(most_sequences: int, most_tokens: int) -> bytes:
-    """Returns: an encoded ToldStep that says to prepare for decode steps and prompts of up to so many."""
-    return msgspec.msgpack.encode(ToldStep(b"", b"", [], [], 0, False, False, (most_sequences, most_tokens)))
+def chore_step(chore: Chore) -> bytes:
+    """Returns: an encoded ToldStep that tells of a chore."""
+    return msgspec.msgpack.encode(ToldStep(b"", b"", [], [], 0, False, False, chore))
 
 
 def integers(data: bytes) -> np.ndarray:

@@ -177,6 +177,11 @@ class ModelRunner:
         return True
 
     @property
+    def is_queued(self) -> bool:
+        """See engine/context.py."""
+        return True
+
+    @property
     def can_advance(self) -> bool:
         """See engine/context.py."""
         return False
@@ -189,6 +194,10 @@ class ModelRunner:
             most_tokens: of prompts in a step.
         """
         self._compute_for_nobody(pool, [1])
+
+    def prepare_more(self) -> bool:
+        """See engine/context.py."""
+        return False
 
     def _compute_for_nobody(self, pool: BlockPool, lengths: Sequence[int]) -> None:
         requests = [Request(f"warm-up-{index}", [0] * length) for index, length in enumerate(lengths)]

@@ -163,11 +163,14 @@ class SimulatedRunner:
         self.pool = pool
         self.rng = rng
         self.depth = depth
-        self.can_advance, self.is_nearly_done = False, True
+        self.can_advance, self.is_nearly_done, self.is_queued = False, True, True
         self.most_in_flight = 0
         self._num_stalled = 0  # looks at which nothing will have happened
         self._queue: list[SimulatedStep] = []
         self._newest: SimulatedStep | None = None  # of those that were computed
+
+    def prepare_more(self) -> bool:
+        return False
 
     def samples_on_device(self, request: Request) -> bool:
         """Some do, some don't."""

@@ -52,10 +52,13 @@ class Device:
 
     def __init__(self, clock: VirtualClock, depth: int) -> None:
         self.clock, self.depth = clock, depth
-        self.can_advance, self.is_nearly_done = False, True
+        self.can_advance, self.is_nearly_done, self.is_queued = False, True, True
         self.free_s = 0.0
         self.num_steps = 0
         self.fault: FastDeployPDError | None = None
+
+    def prepare_more(self) -> bool:
+        return False
 
     def samples_on_device(self, request: Request) -> bool:
         return True
@@ -139,6 +142,20 @@ def test_who_comes_during_a_long_step_has_a_place_in_the_next_one() -> None:
             assert [s.request.request_id for s in one.engine._in_flight[1].batch.sequences] == ["b", "c"]
         one.clock.advance_to(one.clock.now_s() + TURN_S)
     assert 0 < left_s < 1.5 * LEAD_S < TRUE.prefill_s(2000) / 2
+
+
+def test_nothing_is_launched_behind_a_step_that_is_not_queued_wholly() -> None:
+    """However soon it is predicted to end: a launch would have to queue the rest, and messages would wait for the device meanwhile."""
+    one = OneEngine(2)
+    one.device.is_nearly_done = one.device.is_queued = False
+    one.submit("a", 4000, 1)  # how long that takes is not known
+    one.submit("b", 4000, 1)
+    one.engine.step()
+    one.engine.step()
+    assert one.device.num_steps == 1
+    one.device.is_queued = True
+    one.engine.step()
+    assert one.device.num_steps == 2
 
 
 @pytest.mark.parametrize(("num_callers", "soon_s"), [(1, LEAST_BEAT_S), (149, 0.15)])

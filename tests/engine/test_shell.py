@@ -27,7 +27,7 @@ from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.engine.build import BuiltEngine
 from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.engine.loop import Engine
-from fastdeploy_pd.engine.process import EngineShell
+from fastdeploy_pd.engine.process import IDLE_WAIT_S, EngineShell
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.model.runner import FinishedStep, StepOutput
 from fastdeploy_pd.observe.metrics import EngineMetrics, render
@@ -53,11 +53,16 @@ class TimedRunner:
     """A device whose steps take STEP_S each, one after the other."""
 
     depth = 2
-    can_advance, is_nearly_done = False, True
+    can_advance, is_nearly_done, is_queued = False, True, True
 
     def __init__(self) -> None:
         self.free_s = 0.0
         self.launched_s: list[float] = []
+        self.num_chores = 0
+
+    def prepare_more(self) -> bool:
+        self.num_chores -= self.num_chores > 0
+        return self.num_chores > 0
 
     def samples_on_device(self, request: Request) -> bool:
         return True
@@ -119,6 +124,22 @@ def test_an_engine_that_waits_does_not_spin(shell: EngineShell) -> None:
     assert engine.has_work
     assert time.process_time() - cpu_s < 0.5 * 1.5 * STEP_S
     assert num_turns > 50, "the step's end would be seen late"
+
+
+def test_an_idle_engine_prepares_for_later_steps_and_a_busy_one_does_not(shell: EngineShell) -> None:
+    engine, runner = shell.engine, shell.engine.runner
+    runner.num_chores = 60
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=2), front_end_id="front")
+    engine.receive("front", Reserve(request.to_wire(), None))
+    shell._turn()
+    while engine.has_work:
+        shell._turn()
+    assert runner.num_chores == 60
+    start_s = time.monotonic()
+    while runner.num_chores:
+        shell._turn()
+    assert time.monotonic() - start_s < 60 * IDLE_WAIT_S / 4, "it waited between them for messages"
+    assert not engine.has_moved
 
 
 def test_a_signal_may_come_while_something_is_measured(shell: EngineShell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,50 @@ def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> N
     assert taken(request, launch(runner, request)) >= 0
 
 
+def test_what_is_prepared_while_idle_waits_for_nothing_and_changes_nothing() -> None:
+    """A message that comes meanwhile waits for one chore, not for the device."""
+    import torch
+
+    runner, pool, wanted = new_runner(max_num_seqs=80), BlockPool(64, 64), new_request([1, 2, 3, 4])
+    tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
+    runner.warm_up(pool, True, 1024)
+    held = runner._ops._layers.clone()
+    assert max(runner._graphs._graphs) <= 64
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        num_chores = sum(1 for _ in iter(runner.prepare_more, False))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert num_chores > 20 and not runner.prepare_more()
+    assert max(runner._graphs._graphs) == 80
+    assert torch.equal(runner._ops._layers, held)
+    request = new_request([5, 6, 7, 8])
+    assert [taken(request, launch(runner, request)) for _ in range(3)] == tokens
+
+
+def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may be of kernels that are not loaded yet; to load one waits for the device."""
+    import torch
+
+    counts: set[int] = set()
+    addmm, linear = torch.addmm, torch.nn.functional.linear
+    monkeypatch.setattr(torch, "addmm", lambda c, a, *b, **k: (counts.add(len(a)), addmm(c, a, *b, **k))[1])
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda a, *b: (counts.add(len(a)), linear(a, *b))[1])
+    runner, pool = new_runner(max_num_seqs=40), BlockPool(64, 64)
+    runner.warm_up(pool, True, 512)
+    while runner.prepare_more():
+        pass
+    prepared, rng = set(counts), np.random.default_rng(1)
+    counts.clear()
+    for _ in range(30):
+        requests = [Request(str(n), PROMPT[: rng.integers(1, 100)]) for n in range(rng.integers(1, 6))]
+        for number, request in enumerate(requests):
+            request.local.block_table = [2 * number, 2 * number + 1]
+        batch = Batch([ScheduledSequence(r, 0, r.num_tokens) for r in requests], 64)
+        assert all(output.token_id is not None for output in runner.launch(batch).outputs())
+    assert len(counts) > 5 and counts <= prepared
+
+
 def test_it_says_when_the_next_step_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdeploy_pd.model import device_runner
 
@@ -186,11 +230,13 @@ def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.Mon
 
     runner, wanted = new_runner(max_num_seqs=4), new_request([1, 2, 3, 4])
     tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
-    monkeypatch.setattr(device_runner, "MOST_LAYERS_AHEAD", 2)
+    monkeypatch.setattr(device_runner, "MOST_KERNELS_AHEAD", 2 * device_runner.KERNELS_A_LAYER)
     monkeypatch.setattr(device_runner, "LAYERS_AT_ONCE", 1)
     request = new_request([5, 6, 7, 8])
     step, most = launch(runner, request), 0
     while not step.poll():
         most = max(most, len(runner._ahead))
     assert 1 <= most <= 2
+    runner._advance()
+    assert not runner._ahead and runner._num_kernels_ahead == 0
     assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from fastdeploy_pd.core.layout import KVLayout  # noqa: E402
 from fastdeploy_pd.errors import ConfigError  # noqa: E402
 from fastdeploy_pd.model.kernels import attention, choice, heads, linear, rows  # noqa: E402
-from fastdeploy_pd.model.ops.cuda import CudaOps  # noqa: E402
+from fastdeploy_pd.model.ops.cuda import CudaOps, row_counts, usual_rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
@@ -46,6 +46,16 @@ def check(got: torch.Tensor, wanted: torch.Tensor) -> None:
 def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x = x.double()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+@pytest.mark.parametrize("most", [1, 17, 600, 8448])
+def test_every_step_has_a_number_of_rows_that_is_prepared_for(most: int) -> None:
+    counts = row_counts(most)
+    assert counts == sorted(set(counts), reverse=True) and len(counts) <= 32 + most // 128
+    for num_rows in range(1, most + 1):
+        usual = usual_rows(num_rows)
+        assert usual in counts or usual == num_rows <= linear.MOST_ROWS
+        assert num_rows <= usual < 1.25 * num_rows + 16
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -15,7 +15,7 @@ import pytest
 
 from fastdeploy_pd.core.batch import ScheduledSequence
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.model.parallel import Listener, Rank, Teller, ToldStep, integers, warm_up_step
+from fastdeploy_pd.model.parallel import Chore, Listener, Rank, Teller, ToldStep, chore_step, integers
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer
 from fastdeploy_pd.request import Request
 from tests.model.tiny import TinyEngine, write_checkpoint
@@ -124,7 +124,7 @@ def test_block_tables_are_told_once_and_then_what_is_new() -> None:
         told, heard = listener.hear(teller.tell(sequences, token_ids, token_ids - 1, 2, is_decode=True))
         assert [(s.start, s.stop) for s in heard] == [(s.start, s.stop) for s in sequences]
         assert np.array_equal(integers(told.token_ids), token_ids) and integers(told.sources)[0] == -1
-        assert (told.num_sampled, told.is_decode, told.is_watched, told.warm_up) == (2, True, False, None)
+        assert (told.num_sampled, told.is_decode, told.is_watched, told.chore) == (2, True, False, None)
         tables = [s.request.local.block_table for s in heard]
         assert tables == [s.request.local.block_table for s in sequences]
         return told, [new for _, new in told.tables]
@@ -136,8 +136,8 @@ def test_block_tables_are_told_once_and_then_what_is_new() -> None:
     one.local.block_table = [4, 4, 6]  # preempted and begun anew
     assert step((one, 0, 40), (two, 21, 22))[1] == [[4, 4, 6], []]
     assert step((three, 3, 4), (two, 22, 23))[1] == [[2], []]  # it was away for a step
-    told = listener.hear(warm_up_step(64, 2048))
-    assert told[0].warm_up == (64, 2048) and told[1] == []
+    told = listener.hear(chore_step(Chore("rows", 2048)))
+    assert told[0].chore == Chore("rows", 2048) and told[1] == []
 
 
 @pytest.mark.parametrize(

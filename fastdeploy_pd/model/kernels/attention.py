@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 64
@@ -142,7 +142,9 @@ def decode(
     if splits > 1:
         partial = torch.empty((num_sequences, num_heads, splits, head_dim), dtype=torch.float32, device=out.device)
         sums = torch.empty((num_sequences, num_heads, splits), dtype=torch.float32, device=out.device)
-    _decode[(num_sequences, num_kv_heads, splits)](
+    launch(
+        _decode,
+        (num_sequences, num_kv_heads, splits),
         qkv,
         rows,
         cache,
@@ -163,8 +165,9 @@ def decode(
         num_stages=2,
     )  # not chained: launched early, programs gather where there is room, and some processors get twice as many
     if splits > 1:
-        _combine[(num_sequences, num_heads)](
-            partial, sums, rows, out, num_heads, head_dim, splits, max(2, splits), num_warps=2, launch_pdl=IS_CHAINED
+        sizes = num_heads, head_dim, splits, max(2, splits)
+        launch(
+            _combine, (num_sequences, num_heads), partial, sums, rows, out, *sizes, num_warps=2, launch_pdl=IS_CHAINED
         )
 
 
@@ -236,7 +239,9 @@ def prompt(
     """
     _, _, num_kv_heads, block_size, head_dim = cache.shape
     num_heads = out.shape[1] // head_dim
-    _prompt[(num_heads, len(tiles))](
+    launch(
+        _prompt,
+        (num_heads, len(tiles)),
         qkv,
         tiles,
         cache,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 PARTS = 64  # of a row, looked through side by side
 BLOCK = 1024
@@ -58,5 +58,6 @@ def likeliest(logits: torch.Tensor, chosen: torch.Tensor) -> None:
     values = torch.empty((num_rows, PARTS), dtype=torch.float32, device=logits.device)
     places = torch.empty((num_rows, PARTS), dtype=torch.int32, device=logits.device)
     share = triton.cdiv(size, PARTS * BLOCK) * BLOCK
-    _largest_of_part[(num_rows, PARTS)](logits, values, places, size, share, BLOCK, num_warps=4, launch_pdl=IS_CHAINED)
-    _largest_of_row[(num_rows,)](values, places, chosen, PARTS, num_warps=1, launch_pdl=IS_CHAINED)
+    grid = num_rows, PARTS
+    launch(_largest_of_part, grid, logits, values, places, size, share, BLOCK, num_warps=4, launch_pdl=IS_CHAINED)
+    launch(_largest_of_row, (num_rows,), values, places, chosen, PARTS, num_warps=1, launch_pdl=IS_CHAINED)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 HEADS = 8  # of a program
 
@@ -99,7 +99,9 @@ def rotate_and_store(
     """
     _, _, num_kv_heads, block_size, head_dim = cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    _rotate_and_store[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, HEADS))](
+    launch(
+        _rotate_and_store,
+        (len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, HEADS)),
         qkv,
         norm,
         eps,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 MOST_ROWS = 16
 _ROWS = tl.constexpr(MOST_ROWS)
@@ -175,8 +175,9 @@ def few_rows(
     block_out, block_in, warps, stages = tuning or tuning_of(
         num_rows, num_out, num_in, is_swiglu, norm is not None, x.element_size()
     )
-    kernel = _one_row if num_rows == 1 else _few_rows
-    kernel[(triton.cdiv(num_out, block_out),)](
+    launch(
+        _one_row if num_rows == 1 else _few_rows,
+        (triton.cdiv(num_out, block_out),),
         x,
         weight,
         bias,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 
 @triton.jit
@@ -44,7 +44,9 @@ def embedding(
     """
     out = torch.empty((len(token_ids), table.shape[1]), dtype=table.dtype, device=table.device)
     size = table.shape[1]
-    _embedding[(len(token_ids),)](
+    launch(
+        _embedding,
+        (len(token_ids),),
         table,
         token_ids,
         source,
@@ -75,9 +77,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     size = x.shape[1]
     out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
-    _rms_norm[(len(x),)](
-        x, weight, out, eps, size, block, num_warps=min(16, max(1, block // 512)), launch_pdl=IS_CHAINED
-    )
+    warps = min(16, max(1, block // 512))
+    launch(_rms_norm, (len(x),), x, weight, out, eps, size, block, num_warps=warps, launch_pdl=IS_CHAINED)
     return out
 
 
@@ -96,5 +97,6 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """[n, 2 * k] -> [n, k]: silu of the first half times the second."""
     size = gate_up.shape[1] // 2
     out = torch.empty((len(gate_up), size), dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[(len(gate_up), triton.cdiv(size, 2048))](gate_up, out, size, 2048, num_warps=4, launch_pdl=IS_CHAINED)
+    grid = len(gate_up), triton.cdiv(size, 2048)
+    launch(_swiglu, grid, gate_up, out, size, 2048, num_warps=4, launch_pdl=IS_CHAINED)
     return out

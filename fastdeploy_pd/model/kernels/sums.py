@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdeploy_pd.model.kernels.chain import IS_CHAINED, wait_for_inputs
+from fastdeploy_pd.model.kernels.chain import IS_CHAINED, launch, wait_for_inputs
 
 PIECE = 2048  # elements that a program sums
 
@@ -89,6 +89,5 @@ def all_reduce(x: torch.Tensor, inboxes: torch.Tensor, counts: torch.Tensor, ran
         counts: [capacity / PIECE] int32, zeroed at first, this rank's own.
         capacity: a multiple of PIECE.
     """
-    _sum[(triton.cdiv(x.numel(), PIECE),)](
-        x, inboxes, counts, x.numel(), rank, len(inboxes), capacity, PIECE, num_warps=4, launch_pdl=IS_CHAINED
-    )
+    grid, sizes = (triton.cdiv(x.numel(), PIECE),), (x.numel(), rank, len(inboxes), capacity, PIECE)
+    launch(_sum, grid, x, inboxes, counts, *sizes, num_warps=4, launch_pdl=IS_CHAINED)

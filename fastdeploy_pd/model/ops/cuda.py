@@ -28,7 +28,8 @@ from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 from rdma_comm.errors import RdmaError
 
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
-LONGEST_PLANNED = 8192  # tokens; plans for up to so many are built before the first prompt
+ROW_STEP = 16  # rows of a step, and of logits, come in multiples of it ...
+MANY_ROW_STEPS = 512  # ... or, above this, of PADDING: products take as long for fewer
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
 MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else 1.39 ms)
@@ -48,7 +49,8 @@ class CudaStep:
     positions: torch.Tensor  #: [n]
     slots: torch.Tensor  #: [n], see kernels.heads
     num_rows: int  #: those after it are padding
-    logit_rows: torch.Tensor | None = None  #: [m]; None: all
+    num_logits: int = 0  #: m
+    logit_rows: torch.Tensor | None = None  #: [m] and padding; None: all
     sources: torch.Tensor | None = None  #: [n], see StepInputs
     single_rows: torch.Tensor | None = None  #: [s] rows of sequences with one new token
     tables: torch.Tensor | None = None  #: [s, any]
@@ -154,12 +156,13 @@ class CudaOps(TorchOps):
         plan, num_rows = inputs.plan, len(inputs.token_ids)
         whole, tiled = _sort(plan.spans) if self.dtype != torch.float32 else ([], plan.spans)  # cuDNN has no float32
         ends = [first + count * _padded_length(size) for first, count, size in whole]
-        num_padding = max([num_rows, *ends]) - num_rows
+        num_padding = usual_rows(max([num_rows, *ends])) - num_rows
+        num_logits = len(inputs.logit_rows)
         fields: dict[str, np.ndarray] = {
             "token_ids": _padded(inputs.token_ids, num_padding, 0),
             "positions": _padded(inputs.positions, num_padding, 0),
             "slots": _padded(plan.block_ids * self._layout.block_size + plan.offsets, num_padding, NOWHERE),
-            "logit_rows": inputs.logit_rows,
+            "logit_rows": _padded(inputs.logit_rows, -num_logits % ROW_STEP, 0),
         }
         if inputs.sources is not None:
             fields["sources"] = _padded(inputs.sources, num_padding, NOWHERE)
@@ -168,25 +171,17 @@ class CudaOps(TorchOps):
         if tiled:
             fields["tiles"], fields["tile_tables"] = _tiles(tiled)
         self.clear_blocks(plan.fresh_blocks)
-        step = CudaStep(**self._send(fields), num_rows=num_rows, whole=whole)
+        step = CudaStep(**self._send(fields), num_rows=num_rows, num_logits=num_logits, whole=whole)
         if step.tables is not None:
             step.splits = self.splits(*step.tables.shape)
         return step
 
-    def warm_up_lengths(self, num_heads: int, most: int) -> None:
-        """Have cuDNN build its plans for single prompts of up to `most` tokens; num_heads: of Q. They are this thread's."""
-        if self.dtype == torch.float32:
-            return
-        width = (num_heads + 2 * self._layout.num_kv_heads) * self._layout.head_dim
-        longest = _padded_length(min(most, LONGEST_PLANNED))
-        try:
-            qkv = torch.zeros((longest, width), dtype=self.dtype, device=self.device)
-            with self.running():
-                # the longest first: each output fits where the last one lay
-                for length in reversed(range(FEWEST_FOR_CUDNN, longest + 1, PADDING)):
-                    self._attend_whole(qkv, 0, 1, length)
-        except torch.OutOfMemoryError as error:
-            _log.warning("no plans for prompts of %d tokens yet, memory lacks: %s", longest, str(error).splitlines()[0])
+    def step_for_nobody(self, num_tokens: int) -> CudaStep:
+        """Returns: one whose rows are a prompt that is stored nowhere."""
+        nothing = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
+        whole, _ = _sort([PromptSpan(0, num_tokens, 0, np.zeros(0, np.int64))])
+        is_cudnn = self.dtype != torch.float32 and num_tokens % PADDING == 0
+        return CudaStep(nothing, nothing, nothing + NOWHERE, num_tokens, whole=whole if is_cudnn else ())
 
     def clear_blocks(self, block_ids: np.ndarray) -> None:
         """Blocks that are begun hold nothing of others, in any layer: who gets them by a transfer reads them whole."""
@@ -280,12 +275,26 @@ class CudaOps(TorchOps):
         self, x: torch.Tensor, norm: torch.Tensor, eps: float, head: torch.Tensor, step: CudaStep
     ) -> torch.Tensor:
         """See base."""
-        wanted = x if step.logit_rows is None else x[step.logit_rows]
-        return functional.linear(rows.rms_norm(wanted, norm, eps), head)
+        if step.logit_rows is None:
+            return functional.linear(rows.rms_norm(x, norm, eps), head)
+        return functional.linear(rows.rms_norm(x[step.logit_rows], norm, eps), head)[: step.num_logits]
 
 
 def _padded_length(num_tokens: int) -> int:
     return -(-num_tokens // PADDING) * PADDING
+
+
+def usual_rows(num_rows: int) -> int:
+    """Returns: the next number that is prepared for: of others cuBLAS may take a kernel that is not loaded, which waits for the device."""
+    if num_rows <= linear.MOST_ROWS:
+        return num_rows
+    return _padded_length(num_rows) if num_rows > MANY_ROW_STEPS else -(-num_rows // ROW_STEP) * ROW_STEP
+
+
+def row_counts(most: int) -> list[int]:
+    """Returns: falling numbers of rows that steps of up to `most` rows have."""
+    many = range(_padded_length(most), MANY_ROW_STEPS, -PADDING)
+    return [*many, *range(min(usual_rows(most), MANY_ROW_STEPS), 0, -ROW_STEP)]
 
 
 def _padded(array: np.ndarray, count: int, value: int) -> np.ndarray:
