@@ -99,7 +99,7 @@ class Engine:
         self.counter = 0
         self.is_draining, self.stop_at_s = False, float("inf")
         self._online = OnlinePredictor()
-        self.has_moved = False  #: the last call of `step` launched or ended a step, or the next may go on with something: no time to wait
+        self.has_moved = False  #: the last call of `step` launched or ended a step, or the next may queue more of one: no time to wait
         self._in_flight: deque[InFlight] = deque()
         self._last_end_s = 0.0
         self._longest_step_s = 0.0
@@ -249,11 +249,14 @@ class Engine:
         has_launched = self._is_time(now_s) and self._launch(now_s)
         if report is None:
             report = self._end_oldest()
-        has_moved = has_launched or report is not None or self.runner.can_advance
-        self.has_moved = has_moved or (self.is_idle and self.runner.prepare_more())
+        self.has_moved = has_launched or report is not None or self.runner.can_advance
         if self.has_moved or not self._in_flight:  # a device that hangs is not alive
             self.counter += 1
         return report or StepReport()
+
+    def prepare(self) -> bool:
+        """Use idle time for later steps; what is to be sent should be on its way. Returns: whether to come again without waiting."""
+        return self.is_idle and self.runner.prepare_more()
 
     # inside
 

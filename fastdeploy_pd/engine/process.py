@@ -58,6 +58,7 @@ class EngineShell:
         self._told = (built.engine.role, False)
         self._commands: SimpleQueue[tuple[Peer, Command]] = SimpleQueue()
         self._record_s = 0.0
+        self._is_preparing = False
 
     def request_stop(self, is_gentle: bool) -> None:
         """Stop: at once, or when what is being served has ended (at most DRAIN_S later).
@@ -127,10 +128,11 @@ class EngineShell:
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
         if report.observation is not None:
             self.metrics.observe_prediction(report.observation.kind, report.observation.relative_error)
+        self._is_preparing = engine.prepare()
 
     def _wait_s(self) -> float:
         engine = self.engine
-        if engine.has_moved:
+        if self._is_preparing or (engine.has_work and engine.has_moved):
             return 0.0
         return IDLE_WAIT_S if engine.is_idle else ACTIVE_WAIT_S
 

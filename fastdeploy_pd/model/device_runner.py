@@ -24,17 +24,14 @@ from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
 from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
 from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts
+from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_logits
 from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
 
-LAYERS_AT_ONCE = (
-    4  # of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile
-)
-MOST_KERNELS_AHEAD = (
-    700  # queued that the device has not ended: it takes about a thousand, and then queueing waits for it
-)
+# Of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile.
+LAYERS_AT_ONCE = 4
+MOST_KERNELS_AHEAD = 700  # queued and not ended: the device takes about a thousand, then queueing waits for it
 KERNELS_A_LAYER = 14  # about, ...
 KERNELS_A_WHOLE_PROMPT = 2  # ... and for each prompt of cuDNN's its attention and a copy
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
@@ -150,14 +147,13 @@ class DeviceRunner(ModelRunner):
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences."""
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
-        eager = EAGER_SIZES if can_decode else 1
-        self._see_to(Chore("compile", eager))
+        self._see_to(Chore("compile", EAGER_SIZES))
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
         self._chores.clear()
         if can_decode:
-            self._see_to(Chore("capture", eager))
-            self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > eager]
+            self._see_to(Chore("capture", EAGER_SIZES))
+            self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > EAGER_SIZES]
         most_rows = min(most_tokens, LONGEST_PREPARED) + len(self._ops.sampled)
         # The most rows first: what the others need fits where they lay.
         self._chores += [Chore("rows", n) for n in row_counts(most_rows)]
@@ -169,10 +165,8 @@ class DeviceRunner(ModelRunner):
         try:
             self._see_to(self._chores.popleft())
         except torch.OutOfMemoryError as error:
-            if self.rank.count > 1:
-                raise
-            _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
-            self._chores.clear()
+            self._out_of_memory(error)  # of a graph, with sums of ranks
+            self._do_without(error)
         return True
 
     def _see_to(self, chore: Chore) -> None:
@@ -188,7 +182,14 @@ class DeviceRunner(ModelRunner):
             case "capture":
                 self._graphs.capture(chore.count)
             case "rows":
-                self._compute_rows(chore.count)
+                try:
+                    self._compute_rows(chore.count)
+                except torch.OutOfMemoryError as error:  # each rank for itself
+                    self._do_without(error)
+
+    def _do_without(self, error: torch.OutOfMemoryError) -> None:
+        self._chores.clear()
+        _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
 
     def _compile(self, most_sequences: int) -> None:
         """Have the kernels of decode steps of up to so many, and of prompts, compiled."""
@@ -204,9 +205,9 @@ class DeviceRunner(ModelRunner):
     def _compute_rows(self, num_rows: int) -> None:
         """Queue a layer of so many rows and, if so many tokens can be chosen, their logits: the first of each size takes long."""
         step = self._ops.step_for_nobody(num_rows)
-        with self._ops.running():
+        with self._ops.running(), self._ops.alone():
             x = self.decoder.run_layer(0, self._ops.embedding(self.decoder.embedding, step), step, self.caches[0])
-            if num_rows <= len(self._ops.sampled) and self.rank.is_first:
+            if num_rows <= usual_logits(len(self._ops.sampled)) and self.rank.is_first:
                 self.decoder.run_head(x, step)
 
     def samples_on_device(self, request: Request) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class DecodeGraphs:
         most, max_blocks = (-(-count // ALIGNMENT) * ALIGNMENT for count in (most, max_blocks))
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
         self._memory = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()  # of all captures: what one has freed, another stream's could not use
         self._device = torch.zeros(most * (len(FIELDS) + max_blocks), dtype=torch.int32, device=self._ops.device)
         fields = self._device[: most * len(FIELDS)].view(len(FIELDS), most)
         self._inputs = dict(zip(FIELDS, fields, strict=True))
@@ -154,22 +155,30 @@ class DecodeGraphs:
             # Once outside of the capture: kernels are compiled and handles made. It must not leave anything in the pool.
             self._inputs["slots"].fill_(NOWHERE)
             self._inputs["lengths"].zero_()
-            step, side, graph = self._step(size), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            step = self._step(size)
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
                 self._compute(step, size)
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
-                    logits = self._compute(step, size)
-                except RuntimeError:
-                    with suppress(RuntimeError):  # it is invalid
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-            torch.cuda.current_stream().wait_stream(side)
+                    return self._captured(step, size)
+                except torch.OutOfMemoryError:  # while a graph is captured, no cached memory is given back for it
+                    torch.cuda.empty_cache()
+                    return self._captured(step, size)
         finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
+            torch.cuda.current_stream().wait_stream(self._side)
             self._device.copy_(kept)
             self._ops.sampled.copy_(sampled)
+
+    def _captured(self, step: CudaStep, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+        """Returns: of what is queued on the present stream. Computes nothing; the ranks' sums are not waited for."""
+        graph, is_whole = torch.cuda.CUDAGraph(), False
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        try:
+            logits = self._compute(step, size)
+            is_whole = True
+        finally:
+            with nullcontext() if is_whole else suppress(RuntimeError):
+                graph.capture_end()
         return graph, logits
 
     def _compute(self, step: CudaStep, size: int) -> torch.Tensor | None:

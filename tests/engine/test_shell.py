@@ -61,8 +61,8 @@ class TimedRunner:
         self.num_chores = 0
 
     def prepare_more(self) -> bool:
-        self.num_chores -= self.num_chores > 0
-        return self.num_chores > 0
+        self.num_chores -= 1
+        return self.num_chores >= 0
 
     def samples_on_device(self, request: Request) -> bool:
         return True
@@ -126,7 +126,10 @@ def test_an_engine_that_waits_does_not_spin(shell: EngineShell) -> None:
     assert num_turns > 50, "the step's end would be seen late"
 
 
-def test_an_idle_engine_prepares_for_later_steps_and_a_busy_one_does_not(shell: EngineShell) -> None:
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_an_idle_engine_prepares_for_later_steps_and_a_busy_one_does_not(
+    shell: EngineShell, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, runner = shell.engine, shell.engine.runner
     runner.num_chores = 60
     request = Request("r", [1, 2, 3], SamplingParams(max_tokens=2), front_end_id="front")
@@ -134,12 +137,31 @@ def test_an_idle_engine_prepares_for_later_steps_and_a_busy_one_does_not(shell: 
     shell._turn()
     while engine.has_work:
         shell._turn()
-    assert runner.num_chores == 60
+    assert runner.num_chores == 59  # the turn that ended the last step
+    name = {"prefill": "num_active", "decode": "num_ordered"}[side]
+    with monkeypatch.context() as patch:  # a hand-over is under way
+        patch.setattr(type(getattr(engine, side)), name, property(lambda _: 1))
+        for _ in range(3):
+            shell._turn()
+    assert runner.num_chores == 59
     start_s = time.monotonic()
-    while runner.num_chores:
+    while runner.num_chores > 0:
         shell._turn()
     assert time.monotonic() - start_s < 60 * IDLE_WAIT_S / 4, "it waited between them for messages"
-    assert not engine.has_moved
+    start_s = time.monotonic()
+    for _ in range(4):
+        shell._turn()
+    assert time.monotonic() - start_s > 2 * IDLE_WAIT_S, "it goes round and round"
+
+
+def test_an_answer_is_sent_before_the_next_chore(shell: EngineShell, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    send = shell.links.send
+    monkeypatch.setattr(shell.links, "send", lambda *a: (order.append("send"), send(*a))[1])
+    monkeypatch.setattr(shell.engine.runner, "prepare_more", lambda: order.append("chore"))
+    shell.engine.context.outbox.send("front", OrderEnded("g", "done"))
+    shell._turn()
+    assert order == ["send", "chore"]
 
 
 def test_a_signal_may_come_while_something_is_measured(shell: EngineShell, monkeypatch: pytest.MonkeyPatch) -> None:

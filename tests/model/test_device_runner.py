@@ -163,15 +163,20 @@ def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> N
     assert taken(request, launch(runner, request)) >= 0
 
 
-def test_what_is_prepared_while_idle_waits_for_nothing_and_changes_nothing() -> None:
+def test_what_is_prepared_while_idle_waits_for_nothing_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message that comes meanwhile waits for one chore, not for the device."""
     import torch
+
+    def waits(*_: Any) -> None:
+        raise AssertionError("it waits for the device")
 
     runner, pool, wanted = new_runner(max_num_seqs=80), BlockPool(64, 64), new_request([1, 2, 3, 4])
     tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
     runner.warm_up(pool, True, 1024)
     held = runner._ops._layers.clone()
     assert max(runner._graphs._graphs) <= 64
+    monkeypatch.setattr(torch.cuda, "synchronize", waits)  # which the mode below does not see
+    monkeypatch.setattr(torch.cuda, "empty_cache", waits)
     torch.cuda.set_sync_debug_mode("error")
     try:
         num_chores = sum(1 for _ in iter(runner.prepare_more, False))
@@ -193,18 +198,45 @@ def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytes
     monkeypatch.setattr(torch, "addmm", lambda c, a, *b, **k: (counts.add(len(a)), addmm(c, a, *b, **k))[1])
     monkeypatch.setattr(torch.nn.functional, "linear", lambda a, *b: (counts.add(len(a)), linear(a, *b))[1])
     runner, pool = new_runner(max_num_seqs=40), BlockPool(64, 64)
-    runner.warm_up(pool, True, 512)
+    runner.warm_up(pool, True, 2600)
     while runner.prepare_more():
         pass
     prepared, rng = set(counts), np.random.default_rng(1)
     counts.clear()
     for _ in range(30):
-        requests = [Request(str(n), PROMPT[: rng.integers(1, 100)]) for n in range(rng.integers(1, 6))]
+        requests = [Request(str(n), PROMPT[: rng.integers(2, 64)]) for n in range(rng.integers(1, 41))]
         for number, request in enumerate(requests):
-            request.local.block_table = [2 * number, 2 * number + 1]
+            request.local.block_table = [number]
         batch = Batch([ScheduledSequence(r, 0, r.num_tokens) for r in requests], 64)
         assert all(output.token_id is not None for output in runner.launch(batch).outputs())
     assert len(counts) > 5 and counts <= prepared
+
+
+def test_a_capture_that_lacks_memory_leaves_what_steps_in_flight_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first failure is not the last word: what is cached is given back."""
+    import torch
+
+    runner, fails = new_runner(max_num_seqs=8), [True, True]
+    run = runner._graphs._decoder.run
+
+    def fail(*arguments: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing() and fails and fails.pop():
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return run(*arguments)
+
+    wanted = new_request([1, 2, 3, 4])
+    tokens = [taken(wanted, launch(runner, wanted)) for _ in range(4)]
+    other = new_runner(max_num_seqs=8)
+    run = other._graphs._decoder.run
+    monkeypatch.setattr(other._graphs._decoder, "run", fail)
+    request = new_request([1, 2, 3, 4])
+    found = [taken(request, launch(other, request))]
+    with pytest.raises(FastDeployPDError, match="Tried to allocate 9 GiB"):
+        launch(other, request)  # twice
+    assert not fails
+    fails.append(True)
+    found += [taken(request, launch(other, request)) for _ in range(3)]
+    assert not fails and found == tokens
 
 
 def test_it_says_when_the_next_step_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Kernels launched inside are compiled, side by side, and ready when it ends. What they would have written is left as it is."""
+    """Kernels launched inside are compiled, side by side, by the time it ends. What they would have written is left as it is."""
     with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
         token = _only_compiles.set(True)
         try:

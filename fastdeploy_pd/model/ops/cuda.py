@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class CudaOps(TorchOps):
             0, dtype=torch.int32, device=self.device
         )  #: tokens chosen in the last step, by row of logits
         self._small_sums: SmallSums | None = None
+        self._is_alone = False
 
     def join(self, path: Path, rank: int, num_ranks: int) -> None:
         """See TorchOps."""
@@ -88,7 +89,18 @@ class CudaOps(TorchOps):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See base."""
-        return x if self._small_sums is not None and self._small_sums.add_up(x) else super().all_reduce(x)
+        if self._is_alone or (self._small_sums is not None and self._small_sums.add_up(x)):
+            return x
+        return super().all_reduce(x)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing is added up inside: what ranks compute is for nobody, and one may fail where another does not."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> torch.Tensor:
         """See base."""
@@ -162,7 +174,7 @@ class CudaOps(TorchOps):
             "token_ids": _padded(inputs.token_ids, num_padding, 0),
             "positions": _padded(inputs.positions, num_padding, 0),
             "slots": _padded(plan.block_ids * self._layout.block_size + plan.offsets, num_padding, NOWHERE),
-            "logit_rows": _padded(inputs.logit_rows, -num_logits % ROW_STEP, 0),
+            "logit_rows": _padded(inputs.logit_rows, usual_logits(num_logits) - num_logits, 0),
         }
         if inputs.sources is not None:
             fields["sources"] = _padded(inputs.sources, num_padding, NOWHERE)
@@ -286,8 +298,11 @@ def _padded_length(num_tokens: int) -> int:
 
 def usual_rows(num_rows: int) -> int:
     """Returns: the next number that is prepared for: of others cuBLAS may take a kernel that is not loaded, which waits for the device."""
-    if num_rows <= linear.MOST_ROWS:
-        return num_rows
+    return num_rows if num_rows <= linear.MOST_ROWS else usual_logits(num_rows)
+
+
+def usual_logits(num_rows: int) -> int:
+    """Returns: the same of rows of logits."""
     return _padded_length(num_rows) if num_rows > MANY_ROW_STEPS else -(-num_rows // ROW_STEP) * ROW_STEP
 
 
