@@ -56,7 +56,7 @@ class Multiplexing:
         rng.shuffle(shuffled)  # equals are chosen at random
         decoder = None
         if any(c.can_prefill and not c.can_decode for c in shuffled):
-            decoder = min((c for c in shuffled if c.can_decode), key=lambda c: stream_share(c, slo, num_tokens))
+            decoder = min((c for c in shuffled if c.can_decode), key=lambda c: decode_cost(c, num_tokens))
         best: tuple[Estimate, Candidate] | None = None
         known = [c.load.predictor for c in shuffled if c.load and c.load.predictor.knows_prefill]
         slowest = max(known, key=lambda p: p.prefill_s(num_tokens), default=None)
@@ -84,15 +84,21 @@ PLACEMENTS: dict[str, Callable[[], PlacementPolicy]] = {
 }
 
 
-def stream_share(candidate: Candidate, slo: Slo, num_tokens: int = 0) -> float:
-    """Returns: the share of an instance's time that its streams need to keep their SLO; with num_tokens, and one more stream."""
+def stream_share(candidate: Candidate, slo: Slo) -> float:
+    """Returns: the share of an instance's time that its streams need to keep their SLO."""
     load = candidate.load
-    if load is None or slo.tpot_s is None:
+    if load is None or slo.tpot_s is None or not load.num_streams:
         return 0.0
-    num_streams = load.num_streams + (num_tokens > 0)
-    if not num_streams:
-        return 0.0
-    return load.predictor.decode_s(num_streams, load.stream_tokens + num_tokens) / slo.tpot_s
+    return load.predictor.decode_s(load.num_streams, load.stream_tokens) / slo.tpot_s
+
+
+def decode_cost(candidate: Candidate, num_tokens: int) -> tuple[bool, float]:
+    """Returns: whether an instance has no room for one more stream of num_tokens, and the seconds of a step with it."""
+    load = candidate.load
+    if load is None:
+        return False, 0.0
+    has_room = load.num_seats > 0 and load.num_free_tokens >= num_tokens
+    return not has_room, load.predictor.decode_s(load.num_streams + 1, load.stream_tokens + num_tokens)
 
 
 def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> Estimate:
@@ -108,7 +114,7 @@ def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> E
     own_s = load.predictor.prefill_s(num_tokens, min(candidate.num_cached_tokens, num_tokens - 1))
     lacking_s = max(0.0, min(WORTH_S, own_s) - load.slack_s)  # by which streams get ahead first
     wait_s = load.busy_s + lacking_s * share / (1 - min(share, MOST_SHARE))
-    is_short = num_tokens - candidate.num_cached_tokens > load.num_free_tokens
+    is_short = load.num_seats < 1 or num_tokens - candidate.num_cached_tokens > load.num_free_tokens
     spent_s = own_s * stretch * (1 if candidate.can_prefill else 2)  # a decode instance's streams feel it
     if not load.prompts:  # what follows, with nobody else to look at
         ends_s = wait_s + own_s * stretch

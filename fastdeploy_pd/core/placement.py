@@ -34,7 +34,7 @@ class Load:
     priority: int | None = None  #: of all the prompts, which are computed by due time alone; None: not so
     is_fcfs: bool = False  #: they are computed as they came, whatever is due when
     step_tokens: int = 0  #: of prompts that a step computes beside its streams, if so many wait; 0: it may be fewer
-    num_seats: int = 0  #: sequences that a step has room for beside the streams
+    num_seats: int = 1  #: sequences that a step has room for beside the streams
     age_s: float = 0.0  #: since this was so, less busy_s: so much of the prompts may have been computed meanwhile
 
     @property

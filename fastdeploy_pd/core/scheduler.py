@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.beside import ScheduledStreams, Streams
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
 from fastdeploy_pd.core.fairness import make_counters
 from fastdeploy_pd.core.order import (
@@ -71,42 +71,9 @@ def is_prompt(request: Request) -> bool:
     return num_tokens - local.num_computed_tokens > 1
 
 
-class Streams(Protocol):
-    """What the prompts' part of a step must know of the streams beside them."""
-
-    num: int
-
-    def num_tokens(self) -> int:
-        """Returns: KV tokens in sum, those that the step adds included."""
-        ...
-
-    def least_tpot_s(self) -> float:
-        """Returns: the least TPOT SLO of them; infinite where none has one."""
-        ...
-
-    def slack_s(self, step_s: float, now_s: float) -> float:
-        """Returns: see `order.stream_slack_s`."""
-        ...
-
-
-class ScheduledStreams:
-    """The streams of a step that has been scheduled."""
-
-    def __init__(self, sequences: Sequence[ScheduledSequence]) -> None:
-        self._sequences = sequences
-        self.num = len(sequences)
-
-    def num_tokens(self) -> int:
-        """See `Streams.num_tokens`."""
-        return sum(s.stop for s in self._sequences)
-
-    def least_tpot_s(self) -> float:
-        """See `Streams.least_tpot_s`."""
-        return min((s.request.slo.tpot_s or math.inf for s in self._sequences), default=math.inf)
-
-    def slack_s(self, step_s: float, now_s: float) -> float:
-        """See `Streams.slack_s`."""
-        return stream_slack_s((s.request for s in self._sequences), step_s, now_s)
+def is_handed_over(request: Request) -> bool:
+    """Returns: whether a waiting request is a stream; a new prompt of one token is none, and waits for its turn."""
+    return request.local.num_computed_tokens > 0 and not is_prompt(request)
 
 
 class Scheduler:
@@ -137,6 +104,7 @@ class Scheduler:
         self._counters = make_counters(options.fairness, make)
         self._policy = self._counters or make()
         self._num_held_off = 0  # steps in a row in which prompts waited for streams
+        self._held_off_at = -1  # steps launched before the last of them
         self.num_preemptions = 0
         self.num_prefix_queries = 0  #: tokens looked up in the prefix cache
         self.num_prefix_hits = 0  #: of these, found
@@ -190,7 +158,7 @@ class Scheduler:
                 jobs.append((due_s(request), prefill_left_s(request, predictor)))
                 if request not in running:
                     # cached blocks that nobody holds are free too until it takes them
-                    num_promised += request.num_tokens - request.local.num_computed_tokens
+                    num_promised += max(0, request.num_tokens - len(request.local.block_table) * self.pool.block_size)
         jobs.sort()
         return jobs[:MAX_PROMPTS], num_promised
 
@@ -231,11 +199,12 @@ class Scheduler:
         """Let no later request find this one's blocks: something is wrong with what they hold."""
         self.pool.forget(request.local.block_table)
 
-    def schedule(self, now_s: float) -> Batch:
+    def schedule(self, now_s: float, busy_s: float = 0.0) -> Batch:
         """Choose the next step's work and allocate its blocks.
 
         Args:
             now_s: for the phase stamps, and what is due when.
+            busy_s: predicted seconds until the steps in flight end, and this one begins.
         Returns: the batch; empty if nothing can be computed now.
         """
         others_wait = self._is_in_flight and any(self._waits_for_token(r) for r in self.running)
@@ -243,7 +212,12 @@ class Scheduler:
         streams, is_short = self.schedule_streams(running, now_s, others_wait)
         if is_short:
             return Batch([], self.pool.block_size)
-        prompts = self.schedule_prompts(running, ScheduledStreams(streams), now_s, others_wait)
+        beside = streams
+        if others_wait:  # prompts' time is theirs too
+            stepped = {s.request for s in streams}
+            held = [r for r in self.running if r not in stepped and not is_prompt(r)]
+            beside = streams + [ScheduledSequence(r, r.num_tokens - 1, r.num_tokens) for r in held]
+        prompts = self.schedule_prompts(running, ScheduledStreams(beside), now_s, others_wait, busy_s)
         return Batch(streams + prompts, self.pool.block_size)
 
     def schedule_streams(
@@ -257,29 +231,35 @@ class Scheduler:
         """
         sequences, is_short = self._schedule_running(running, others_wait, now_s)
         if not is_short:
-            handed_over = [r for r in self.waiting if not is_prompt(r)]
+            handed_over = [r for r in self.waiting if is_handed_over(r)]
             budget = max(len(handed_over), self.options.max_num_batched_tokens)  # one may have to give its blocks up
             sequences += self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
         return sequences, is_short
 
     def schedule_prompts(
-        self, running: Iterable[Request], streams: Streams, now_s: float, others_wait: bool = False
+        self,
+        running: Iterable[Request],
+        streams: Streams,
+        now_s: float,
+        others_wait: bool = False,
+        busy_s: float = 0.0,
     ) -> list[ScheduledSequence]:
         """Give prompts the token budget, or what streams' SLOs leave of it: those that have begun, among `running`, and those that wait.
 
         Returns: what they compute.
         """
         prompts = [r for r in running if is_prompt(r) and r in self.running]
-        prompts += filter(is_prompt, self.waiting)
+        prompts += (r for r in self.waiting if not is_handed_over(r))
         if not prompts:
             return []
         budget = self.options.max_num_batched_tokens
-        slack_s, stretch = self._leave_to_prompts(streams, now_s)
-        ordered = prompts if self._policy is None else list(self._policy.order(prompts, now_s, stretch))
-        limit_s = self._prefill_limit_s(ordered, slack_s, budget, now_s)
-        begun_s = 0.0
+        start_s = now_s + busy_s
+        slack_s, stretch = self._leave_to_prompts(streams, start_s)
+        ordered = prompts if self._policy is None else list(self._policy.order(prompts, start_s, stretch))
+        limit_s = self._prefill_limit_s(ordered, slack_s, budget, start_s)
+        begun_s = busy_s
         if self.predictor is not None and streams.num:
-            begun_s = self.predictor.decode_s(streams.num, streams.num_tokens())
+            begun_s += self.predictor.decode_s(streams.num, streams.num_tokens())
         return self._schedule_waiting(ordered, budget, limit_s, others_wait, now_s, begun_s)
 
     def launched(self, batch: Batch) -> None:
@@ -482,7 +462,9 @@ class Scheduler:
             slack_s -= LATE_BANK_S
         worth_s = min(WORTH_S, self.predictor.prefill_s(min(first.num_tokens, start + budget), start))
         if slack_s < worth_s:
-            self._num_held_off += 1
+            if self._held_off_at != self._num_launched:  # asked again before anything was launched, it is the same step
+                self._held_off_at = self._num_launched
+                self._num_held_off += 1
             return 0.0 if self._num_held_off % LATE_EVERY else self.predictor.prefill_s(LEAST_CHUNK)
         self._num_held_off = 0
         return slack_s

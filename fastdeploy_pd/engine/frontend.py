@@ -126,6 +126,7 @@ class _View:
     reported_tokens: int = 0
     added_tokens: int = 0
     is_lost: bool = False
+    counter: int = -1  #: of its last beat
     why_refused: str = ""  #: its link was never established: why
     is_draining: bool = False
     load: Load | None = None
@@ -551,7 +552,9 @@ class FrontEnd:
         view = self._views.get(sender_id)
         if view is None:
             return
-        view.is_lost, view.why_refused = False, ""
+        if view.is_lost and beat.counter == view.counter:
+            return  # its process beats, and its device hangs
+        view.is_lost, view.why_refused, view.counter = False, "", beat.counter
         view.is_draining = view.is_draining or beat.is_draining
         if beat.role is not None:
             role = Role(beat.role)

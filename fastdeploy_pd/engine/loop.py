@@ -231,6 +231,7 @@ class Engine:
             found,
             num_streams=found.num_streams + self.decode.num_ordered,
             num_free_tokens=found.num_free_tokens - promised,
+            num_seats=found.num_seats - self.decode.num_ordered,
         )
 
     # the step
@@ -271,7 +272,7 @@ class Engine:
 
     def _launch(self, now_s: float) -> bool:
         """Returns: whether there was something to compute."""
-        batch = self.context.scheduler.schedule(now_s)
+        batch = self.context.scheduler.schedule(now_s, self._busy_s(now_s))
         if not batch:
             return False
         self.prefill.on_scheduled(batch, now_s)

@@ -184,10 +184,10 @@ class DeviceRunner(ModelRunner):
             case "rows":
                 try:
                     self._compute_rows(chore.count)
-                except torch.OutOfMemoryError as error:  # each rank for itself
+                except RuntimeError as error:  # memory lacks, or cuDNN has no plan: each rank for itself
                     self._do_without(error)
 
-    def _do_without(self, error: torch.OutOfMemoryError) -> None:
+    def _do_without(self, error: RuntimeError) -> None:
         self._chores.clear()
         _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
 

@@ -180,11 +180,11 @@ class ShortestRemaining(Scheduler):
         super().__init__(pool, replace(options, max_num_seqs=1))
         self._left_s = left_s
 
-    def schedule(self, now_s: float) -> Batch:
+    def schedule(self, now_s: float, busy_s: float = 0.0) -> Batch:
         """See `Scheduler.schedule`."""
         self.waiting = deque(sorted([*self.running, *self.waiting], key=self._left_s))
         self.running.clear()
-        return super().schedule(now_s)
+        return super().schedule(now_s, busy_s)
 
 
 class DispatchCluster(Cluster):

@@ -13,11 +13,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
+from fastdeploy_pd.core.beside import ScheduledStreams
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.order import PrefillPolicy, make_policy, num_left, stream_slack_s
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
-from fastdeploy_pd.core.scheduler import ScheduledStreams, Scheduler, SchedulerOptions, is_prompt
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt
 from fastdeploy_pd.request import Phase, Request
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.streams import Streams
@@ -130,7 +131,10 @@ class Instance:
         busy_s = self._ends[0] - now_s if self._ends else 0.0
         prompts = tuple([(due_s - now_s, seconds) for due_s, seconds in jobs]) if jobs else ()
         num_free = pool.num_free * pool.block_size - num_promised
-        return Load(scheduler.predictor, prompts, busy_s, num_streams, num_tokens, slack_s, num_free)
+        num_seats = scheduler.options.max_num_seqs - num_streams
+        return Load(
+            scheduler.predictor, prompts, busy_s, num_streams, num_tokens, slack_s, num_free, num_seats=num_seats
+        )
 
     def launch(self, now_s: float) -> bool:
         """Schedule a step if none is in flight; called after everything that is handed to the scheduler.

@@ -65,6 +65,23 @@ def test_no_room_counts_as_late() -> None:
     assert place(candidate("a", num_free_tokens=1000), candidate("b", busy_s=0.5)) == {Placement(None, "b")}
 
 
+def test_who_has_no_seat_free_counts_as_late() -> None:
+    full = candidate("a", "D", num_streams=8, stream_tokens=8000, num_seats=0)
+    assert place(full, candidate("p", "P", busy_s=0.4), candidate("d", "D", num_streams=7, busy_s=0.5)) == {
+        Placement("p", "d")
+    }
+    assert place(candidate("a", num_seats=0), candidate("b", busy_s=0.5)) == {Placement(None, "b")}
+
+
+def test_without_a_tpot_slo_decode_is_chosen_by_its_load_all_the_same() -> None:
+    prefill, slo = candidate("p", "P"), Slo(ttft_s=1.0)
+    predictor = Predictor((0.0, 1e-4, 0.0), (1e-6, 0.0, 0.02))
+    idle, busy = (candidate(n, "D", predictor=predictor, stream_tokens=t) for n, t in (("idle", 100), ("busy", 10_000)))
+    assert place(prefill, busy, idle, slo=slo) == {Placement("p", "idle")}
+    no_room = candidate("idle", "D", predictor=predictor, num_free_tokens=1000)
+    assert place(prefill, busy, no_room, slo=slo) == {Placement("p", "busy")}
+
+
 def test_age_is_counted() -> None:
     new = estimate(candidate("a", busy_s=0.3), 2000, 1.0, SLO)
     old = estimate(candidate("a", busy_s=0.3), 2000, 0.4, SLO)

@@ -8,6 +8,7 @@ import pytest
 
 from fastdeploy_pd.core.batch import Batch, slot_mapping
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
+from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.errors import OutOfBlocks
 from fastdeploy_pd.request import Phase, Request, SamplingParams
@@ -96,6 +97,31 @@ def test_a_waiting_prompt_is_as_much_work_as_the_prefix_cache_leaves_of_it() -> 
         scheduler.add(new_request(str(number), list(range(16)), 2))
         assert scheduler.outstanding_tokens() == (16 if number == 0 else 1 + 4)
         compute(scheduler, scheduler.schedule(0))
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slack"])
+def test_prompts_of_one_token_wait_for_their_turn(policy: str) -> None:
+    """However many come, and whatever they are: a longer prompt that came before is begun before."""
+    options = SchedulerOptions(4, 64, 64, enable_prefix_caching=False, prefill_policy=policy)
+    scheduler = Scheduler(BlockPool(100, 4), options)
+    for number in range(4):
+        scheduler.add(new_request(f"first {number}", [number]))
+    compute(scheduler, scheduler.schedule(0))
+    wanted = new_request("long", list(range(30)))
+    scheduler.add(wanted)
+    for number in range(40):
+        scheduler.add(new_request(str(number), [number]))
+    for _ in range(4):
+        compute(scheduler, scheduler.schedule(0))
+    assert wanted.local.num_computed_tokens >= 30
+
+
+def test_blocks_that_a_waiting_prompt_holds_are_not_promised_to_it_again() -> None:
+    scheduler, request = Scheduler(BlockPool(10, 16), SchedulerOptions(4, 64, 256)), new_request("a", [1] * 100)
+    assert scheduler.reserve(request)
+    scheduler.add(request)
+    load = scheduler.load(Predictor((0.0, 1e-4, 0.0), (0.0, 1e-4, 0.0)), 0.0, 0.0)
+    assert load.num_free_tokens == 16 * scheduler.pool.num_free == 48
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fastdeploy_pd.cluster.messages import Peer, Reserve
+from fastdeploy_pd.cluster.messages import Beat, Peer, Reserve
 from fastdeploy_pd.core.blocks import extend_hashes
 from fastdeploy_pd.core.prefix_index import KEY_BYTES
 from fastdeploy_pd.engine.frontend import FrontEnd, Instance
@@ -35,6 +35,20 @@ def placed_on(front_end: FrontEnd, number: int, tokens: list[int], **changes: ob
     sent = [a for a in front_end.outbox.take() if isinstance(a, Send) and isinstance(a.message, Reserve)]
     front_end.abort(f"r{number}", 0.0)
     return sent[-1].peer_id
+
+
+def test_an_instance_whose_device_hangs_is_not_found_again_by_its_beats() -> None:
+    """Its process beats on, and its counter stands still; when that moves, it is back."""
+    front_end, placed = front_end_over(BLOCK, BLOCK), []
+    for turn in range(400):
+        now_s = 0.05 * turn
+        front_end.receive("m0", Beat(turn, 100_000), now_s)
+        front_end.receive("m1", Beat(7 if turn < 300 else turn, 0), now_s)
+        front_end.tick(now_s)
+        if turn % 20 == 0:
+            placed.append((now_s, placed_on(front_end, turn, [1] * 10)))
+    assert {name for now_s, name in placed if 5.0 < now_s < 15.0} == {"m0"}
+    assert {name for now_s, name in placed if now_s > 15.1} == {"m1"}
 
 
 def test_holder_is_chosen_under_its_salt_only() -> None:

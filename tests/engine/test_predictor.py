@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from fastdeploy_pd.clock import VirtualClock
-from fastdeploy_pd.cluster.messages import Beat, Reserve
+from fastdeploy_pd.cluster.messages import Beat, Reserve, Tokens
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.placement import Load
@@ -142,6 +142,36 @@ def test_who_comes_during_a_long_step_has_a_place_in_the_next_one() -> None:
             assert [s.request.request_id for s in one.engine._in_flight[1].batch.sequences] == ["b", "c"]
         one.clock.advance_to(one.clock.now_s() + TURN_S)
     assert 0 < left_s < 1.5 * LEAD_S < TRUE.prefill_s(2000) / 2
+
+
+@pytest.mark.parametrize("is_on_device", [True, False])
+def test_prompts_leave_streams_their_tpot_wherever_they_sample(
+    is_on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that samples on the host takes no part in every second step, whose time is its own all the same."""
+    one = OneEngine(2)
+    monkeypatch.setattr(one.device, "samples_on_device", lambda r: is_on_device or r.sampling.max_tokens == 1)
+    options = SchedulerOptions(16, 8192, 32_768, prefill_policy="slack", guards_tpot=True)
+    one.scheduler = Scheduler(BlockPool(4096, 64), options, one.device.samples_on_device)
+    one.engine.context.scheduler = one.scheduler
+    one.engine.start_from(TRUE)
+    sampling = SamplingParams(max_tokens=300, ignore_eos=True)
+    one.engine.receive("front", Reserve(Request("s", [1] * 100, sampling, slo=Slo(None, 0.05)).to_wire(), None))
+    times_s: list[float] = []
+    num_prompts = 0
+    while one.engine.has_work:
+        one.engine.receive("front", Beat(int(1e6 * one.clock.now_s())))
+        if num_prompts < 20 and one.clock.now_s() > 1.3 + 0.2 * num_prompts:
+            num_prompts += 1
+            one.submit(f"p{num_prompts}", 8000, 1)
+        one.engine.step()
+        sends = [a.message for a in one.engine.take_actions() if isinstance(a, Send)]
+        chunks = [c for m in sends if isinstance(m, Tokens) for c in m.chunks if c.request_id == "s"]
+        times_s += [one.clock.now_s() for _ in chunks]
+        one.clock.advance_to(one.clock.now_s() + TURN_S)
+    assert num_prompts == 20 and len(times_s) == 300
+    assert (times_s[-1] - times_s[0]) / 299 <= 0.05
+    assert max((t - times_s[0]) / n for n, t in enumerate(times_s[20:], 20)) <= 0.065
 
 
 def test_nothing_is_launched_behind_a_step_that_is_not_queued_wholly() -> None:
