@@ -172,6 +172,8 @@ class DecodeGraphs:
     def _captured(self, step: CudaStep, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
         """Returns: of what is queued on the present stream. Computes nothing; the ranks' sums are not waited for."""
         graph, is_whole = torch.cuda.CUDAGraph(), False
+        if not self._graphs:  # a pool is gone when the only graph that used it is, such as one that failed
+            self._memory = torch.cuda.graph_pool_handle()
         graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
         try:
             logits = self._compute(step, size)
