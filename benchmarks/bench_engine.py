@@ -14,9 +14,11 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.engine_cases import MAX_NUM_SEQS, cases_of, parser, run, since_start_s
+from benchmarks.checks import ended
+from benchmarks.engine_cases import MAX_NUM_SEQS, complete, parser, run, since_start_s
 from fastdeploy_pd import __version__
 from fastdeploy_pd.cluster.messages import Beat, Refused, Reserve, Tokens
 from fastdeploy_pd.config import InstanceConfig
@@ -24,7 +26,6 @@ from fastdeploy_pd.engine.build import build_engine
 from fastdeploy_pd.engine.context import NoObserver
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Send
-from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import FinishReason, Request, SamplingParams
 
 FRONT_END = "bench"
@@ -96,22 +97,18 @@ def device_facts(device: str) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
 
-def main() -> int:
-    """Measure, print, write. Returns: the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns: 0. Raises: FastDeployPDError: something is wrong; says what."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     arguments.add_argument("--ops", help="as of an instance")
     arguments.add_argument("flags", nargs="*", help="behind `--`: further flags of an instance")
-    args = arguments.parse_args()
-    cases_of(args)
-    try:
-        flags = flags_of(args)
-        built = build_engine(InstanceConfig.from_args(flags, {}), NoObserver(), None)
-        facts = {"engine": "fastdeploy-pd", "version": __version__, "ready_s": since_start_s(), "flags": flags}
-        results = run(args, {**facts, **device_facts(args.device)}, Client(built.engine).generate)
-    except FastDeployPDError as error:
-        sys.stderr.write(f"error: {error.message}\n")
-        return 2
+    args = arguments.parse_args(argv)
+    complete(args, args.device)
+    flags = flags_of(args)
+    built = build_engine(InstanceConfig.from_args(flags, {}), NoObserver(), None)
+    facts = {"engine": "fastdeploy-pd", "version": __version__, "ready_s": since_start_s(), "flags": flags}
+    results = run(args, {**facts, **device_facts(args.device)}, Client(built.engine).generate)
     sys.stdout.write(f"ready after {results['ready_s']:.1f} s; GPU memory {results['gpu_memory_mib']} MiB\n")
     sys.stdout.flush()
     if built.engine.runner.rank.count > 1:
@@ -120,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

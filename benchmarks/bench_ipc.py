@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing as mp
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from ctypes import c_size_t, c_ulonglong
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import child
+from benchmarks.checks import ended, need_gpus
 from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.flags import Parser
+from fastdeploy_pd.sim.main import check_output
 from fastdeploy_pd.transfer.base import EpochArrived, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.select import build
@@ -344,21 +349,33 @@ def engines(pipe: Connection, torch: Any, gpu: Gpu, source: int, target: int) ->
     return found
 
 
-def main() -> int:
-    """Returns: 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns: the flags. Raises: ConfigError: one is wrong, or this machine has not got two GPUs and a PyTorch for them."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hand-overs", action="store_true", help="these alone")
     parser.add_argument(
         "--backend",
+        choices=("ipc", "nccl"),
         default="ipc",
         help="that hands over: ipc, or nccl (NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1: by sockets)",
     )
-    args = parser.parse_args()
-    context = mp.get_context("spawn")
-    pipe, other = context.Pipe()
-    process = context.Process(target=source_process, args=(other,), daemon=True)
-    process.start()
+    args = parser.parse_args(argv)
+    check_output(args.json)
+    need_gpus("this benchmark", 2)
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(f"this benchmark needs PyTorch for CUDA: {error}; pip install torch") from error
+    if not torch.cuda.is_available():
+        raise ConfigError(f"this benchmark needs PyTorch for CUDA; PyTorch {torch.__version__} cannot use a GPU here")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: 0. Raises: ConfigError: see `parse`."""
+    args = parse(argv)
+    pipe, _ = child.start(source_process)
     handle, offset = pipe.recv()
     import torch
 
@@ -406,4 +423,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(lambda: child.watched(main)))

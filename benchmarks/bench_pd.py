@@ -13,24 +13,36 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import uvloop
 
 from benchmarks.bench_serving import handover_totals, percentile, stage_means, stage_median_ms
+from benchmarks.checks import (
+    SCALE,
+    ended,
+    model_directory,
+    model_facts,
+    names_of,
+    need_gpus,
+    rates,
+    read_object,
+)
 from benchmarks.client import Answer, ask, completion, stream
-from benchmarks.layouts import LAYOUTS, MODEL_NAME, TPOT_MS, TTFT_FACTOR, Running
-from benchmarks.trace import MAX_INPUT_TOKENS, TraceRequest, arrivals, load
-from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.flags import DEMO_MODEL
+from benchmarks.layouts import LAYOUTS, MODEL_NAME, TOPIC, TPOT_MS, TTFT_FACTOR, Running, instance_flags
+from benchmarks.trace import MAX_INPUT_TOKENS, NUM_REQUESTS, TraceRequest, arrivals, load
+from fastdeploy_pd.errors import ConfigError, FastDeployPDError
+from fastdeploy_pd.flags import DEMO_MODEL, Parser, integer, number
+from fastdeploy_pd.launch.up import check_instances
+from fastdeploy_pd.sim.main import check_output, write_json
 
 UNLOADED_LENGTHS = (64, 512, 1024, 2048, 4096, MAX_INPUT_TOKENS)
 UNLOADED_REPEATS = 3
@@ -39,14 +51,57 @@ SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 Reference = dict[int, float]  # prompt tokens -> unloaded TTFT in ms
 
 
+class ReportedRequest(msgspec.Struct):
+    """A request's row, as `judge` needs it; this class and the next ones say what a report must have."""
+
+    num_input: int
+    ttft_ms: float
+    tpot_ms: float
+    e2e_ms: float
+
+
+class ReportedRun(msgspec.Struct):
+    """One rate of a layout."""
+
+    rate: float
+    seconds: float
+    requests: Annotated[list[ReportedRequest | None], msgspec.Meta(min_length=1)]
+    itl_ms: dict[str, float]
+    handover: dict[str, float] = {}
+
+
+class ReportedLayout(msgspec.Struct):
+    """What was measured of a layout."""
+
+    title: str
+    unloaded_ttft_ms: Annotated[dict[int, float], msgspec.Meta(min_length=1)]
+    runs: list[ReportedRun]
+
+
+class Report(msgspec.Struct):
+    """What --json writes, as --join needs it."""
+
+    model: str
+    scale: float
+    max_model_len: int
+    max_num_batched_tokens: int
+    layouts: Annotated[dict[str, ReportedLayout], msgspec.Meta(min_length=1)]
+
+
+class Measure(msgspec.Struct):
+    """What --json writes, as --reference needs it."""
+
+    reference_ttft_ms: Annotated[dict[int, Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min_length=1)]
+
+
 async def unloaded(urls: Sequence[str], vocab_size: int, scale: float) -> Reference:
     """Returns: the median TTFT of one request at a time, by prompt length."""
     rng, reference = random.Random(0), {}
     for length in sorted({max(2, round(n * scale)) for n in UNLOADED_LENGTHS}):
         ttft_ms = []
-        for number in range(len(urls) + UNLOADED_REPEATS):  # the first of each server warms it up
+        for turn in range(len(urls) + UNLOADED_REPEATS):  # the first of each server warms it up
             prompt = [rng.randrange(vocab_size) for _ in range(length)]
-            answer = await ask(urls[number % len(urls)], MODEL_NAME, prompt, 2)
+            answer = await ask(urls[turn % len(urls)], MODEL_NAME, prompt, 2)
             ttft_ms.append(answer.ttft_s * 1e3)
         reference[length] = statistics.median(ttft_ms[len(urls) :])
     return reference
@@ -177,45 +232,50 @@ def say(text: str) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns: the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Returns: the flags. Raises: ConfigError: one is wrong."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", type=Path, default=DEMO_MODEL, help="directory (default: the demo model)")
+    add("--model", type=model_directory, default=DEMO_MODEL, help="directory (default: demo, the demo model)")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights of a config.json")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--gpus", type=lambda text: text.split(","), default=["0", "1"], help="two GPUs (default 0,1)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="as of an instance")
-    add("--max-model-len", type=int, help="default: 8192, or what the model allows if that is less")
-    add("--max-num-batched-tokens", type=int, default=8192, help="of a step, everywhere")
-    add("--layouts", type=lambda text: text.split(","), default=list(LAYOUTS), help=",".join(LAYOUTS))
-    add("--rates", type=lambda text: [float(r) for r in text.split(",")], default=[1, 2, 4, 6, 8, 12], help="req/s")
-    add("--requests", type=int, default=300, help="of the trace")
-    add("--scale", type=float, default=1.0, help="of all lengths, for a slow machine")
+    add("--max-model-len", type=integer(4), help="default: 8192, or what the model allows if that is less")
+    add("--max-num-batched-tokens", type=integer(1), default=8192, help="of a step, everywhere")
+    add("--layouts", type=names_of(LAYOUTS), default=list(LAYOUTS), help=",".join(LAYOUTS))
+    add("--rates", type=rates, default=[1, 2, 4, 6, 8, 12], help="req/s")
+    add("--requests", type=integer(2, NUM_REQUESTS), default=300, help="of the trace")
+    add("--scale", type=SCALE, default=1.0, help="of all lengths, for a slow machine")
     add("--reference", type=Path, help="JSON of an earlier run whose unloaded TTFT is the SLO's measure")
     add(
         "--join", type=lambda text: [Path(p) for p in text.split(",")], help="JSONs of runs: one report, nothing is run"
     )
     add("--vllm-python", default=sys.executable, help="interpreter that has vLLM (and NIXL)")
-    add("--vllm-memory-utilization", type=float, default=0.85)
+    add("--vllm-memory-utilization", type=number(float, 0.01, 1, "a number from 0.01 to 1"), default=0.85)
     add("--json", type=Path, help="where to write the figures")
     add("flags", nargs="*", help="behind `--`: further flags of our instances")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.layouts if name not in LAYOUTS]
-    if unknown or min(args.rates) <= 0 or (args.device != "cpu" and len(args.gpus) < 2):
-        parser.error(f"--layouts has {unknown}; --rates must be above 0; --gpus must name two")
+    given = ",".join(args.gpus)
+    args.gpus = list(dict.fromkeys(name.strip() for name in args.gpus if name.strip()))
+    if args.device != "cpu" and len(args.gpus) < 2:
+        raise ConfigError(f"--gpus: '{given}' is not allowed; it must name two GPUs, as in 0,1")
     return args
 
 
-def main() -> int:
-    """Measure, print, write. Returns: the exit status."""
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns: the exit status. Raises: ConfigError: something is wrong; says what."""
+    args = parse(argv)
+    check_output(args.json)
     if args.join:
         return join(args.join, args.json)
-    config = json.loads((args.model / "config.json").read_text())
-    args.max_model_len = args.max_model_len or min(8192, config["max_position_embeddings"])
+    reference = read_reference(args.reference) if args.reference else None
+    vocab_size, most = model_facts(args.model)
+    args.max_model_len = args.max_model_len or min(8192, most)
+    if any(name.startswith("ours") for name in args.layouts):
+        check_instances(instance_flags(args), TOPIC, ("mixed",))
     requests = load(args.requests, args.max_model_len, args.scale)
+    if args.device != "cpu":
+        need_gpus(f"--device {args.device} with --gpus {','.join(args.gpus[:2])}", 2, args.gpus[:2])
     results: dict[str, Any] = {
         "model": args.model.name,
         **{n: getattr(args, n) for n in ("device", "scale", "max_model_len", "max_num_batched_tokens", "flags")},
@@ -226,15 +286,12 @@ def main() -> int:
             say(f"{name}: skipped: {why}")
             continue
         try:
-            results["layouts"][name] = run_layout(name, requests, config["vocab_size"], args)
+            results["layouts"][name] = run_layout(name, requests, vocab_size, args)
         except (FastDeployPDError, RuntimeError) as error:
             say(f"{name}: failed: {error}")
     if not results["layouts"]:
         return 1
-    if args.reference:
-        known = json.loads(args.reference.read_text())["reference_ttft_ms"]
-        reference = {int(length): ms for length, ms in known.items()}
-    else:
+    if reference is None:
         reference = fastest([layout["unloaded_ttft_ms"] for layout in results["layouts"].values()])
     report(results, reference, args.json)
     return 0
@@ -248,21 +305,38 @@ def report(results: dict[str, Any], reference: Reference, path: Path | None) -> 
             judge(run, reference)
     say("\n" + tables(results))
     if path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(path, results)
+
+
+def read_report(path: Path, flag: str, kind: type[Report] | type[Measure]) -> dict[str, Any]:
+    """Returns: what an earlier run wrote. Raises: ConfigError: the file cannot be read, or is no such report; says why."""
+    found = read_object(path, flag)
+    try:
+        msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{flag}: {path} is no report of this benchmark, of its --json: {error}") from error
+    return found
+
+
+def read_reference(path: Path) -> Reference:
+    """Returns: the unloaded TTFT that an earlier run was judged by. Raises: as `read_report`."""
+    known = read_report(path, "--reference", Measure)["reference_ttft_ms"]
+    return {int(length): ms for length, ms in known.items()}
 
 
 def join(paths: Sequence[Path], path: Path | None) -> int:
-    """One report of the layouts of several runs. Returns: the exit status."""
-    runs = [json.loads(p.read_text()) for p in paths]
+    """One report of the layouts of several runs. Returns: 0. Raises: ConfigError: a file is no report, or they cannot be compared."""
+    runs = [read_report(p, "--join", Report) for p in paths]
     for name in ("model", "scale", "max_model_len", "max_num_batched_tokens"):
         if len({run[name] for run in runs}) > 1:
-            say(f"the runs cannot be compared: {name} is {', '.join(str(run[name]) for run in runs)}")
-            return 2
+            raise ConfigError(f"the runs cannot be compared: {name} is {', '.join(str(run[name]) for run in runs)}")
     results = {**runs[0], "layouts": {k: v for run in runs for k, v in run["layouts"].items()}}
     unloaded_ms = [{int(n): ms for n, ms in v["unloaded_ttft_ms"].items()} for v in results["layouts"].values()]
+    if len({frozenset(reference) for reference in unloaded_ms}) > 1:
+        raise ConfigError("the runs cannot be compared: their unloaded TTFT is that of prompts of different lengths")
     report(results, fastest(unloaded_ms), path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import multiprocessing as mp
 import queue
 import socket
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref, c_size_t, c_uint, c_void_p
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,8 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import child
+from benchmarks.checks import ended, need_gpus
 from benchmarks.job import NUM_LAYERS, Job, fill
 from benchmarks.peers.ours import layout_of
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.flags import Parser, integer
+from fastdeploy_pd.sim.main import check_output
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu
@@ -251,10 +255,7 @@ class Receiver:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns: medians, GB/s, and the aim: the slowest stage alone."""
-    context = mp.get_context("spawn")
-    pipe, other = context.Pipe()
-    process = context.Process(target=source_process, args=(other, arguments), daemon=True)
-    process.start()
+    pipe, process = child.start(source_process, arguments)
     receiver = Receiver(pipe, arguments)
     times_s: dict[str, list[float]] = {"whole": [], "device to host": [], "tcp": [], "host to device": []}
     for number in range(arguments.rounds + 1):
@@ -269,23 +270,38 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"gb_s": speeds, "of_the_slowest_stage": speeds["whole"] / slowest}
 
 
-def main() -> int:
-    """Returns: 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns: the flags. Raises: ConfigError: one is wrong, or there are not so many GPUs here."""
+    count = integer(1)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--gpus", type=int, nargs=2, default=(0, 1), metavar="N", help="source and target (default 0 1)"
+        "--gpus", type=integer(0, 1023), nargs=2, default=(0, 1), metavar="N", help="source and target (default 0 1)"
     )
-    parser.add_argument("--pool-mib", type=int, default=1024, help="bytes of a round (default 1024)")
-    parser.add_argument("--block-kib", type=int, default=64, help="bytes of a block in a layer (default 64)")
-    parser.add_argument("--chunk-kib", type=int, default=4096, help="bytes of a buffer (default 4096)")
-    parser.add_argument("--buffers", type=int, default=4, help="of a lane, on each side (default 4)")
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4, 8], help="connections; several are compared")
-    parser.add_argument("--ctas", type=int, default=16, help="a copy's share of the GPU (default 16)")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    if arguments.chunk_kib % arguments.block_kib or arguments.pool_mib << 10 < NUM_LAYERS * arguments.block_kib:
-        parser.error(f"--chunk-kib {arguments.chunk_kib} must be a multiple of --block-kib {arguments.block_kib}")
+    parser.add_argument("--pool-mib", type=count, default=1024, help="bytes of a round (default 1024)")
+    parser.add_argument("--block-kib", type=count, default=64, help="bytes of a block in a layer (default 64)")
+    parser.add_argument("--chunk-kib", type=count, default=4096, help="bytes of a buffer (default 4096)")
+    parser.add_argument("--buffers", type=count, default=4, help="of a lane, on each side (default 4)")
+    parser.add_argument(
+        "--lanes", type=count, nargs="+", default=[1, 2, 4, 8], help="connections; several are compared"
+    )
+    parser.add_argument("--ctas", type=count, default=16, help="a copy's share of the GPU (default 16)")
+    parser.add_argument("--rounds", type=count, default=7)
+    arguments = parser.parse_args(argv)
+    chunk_kib, block_kib, pool_mib = arguments.chunk_kib, arguments.block_kib, arguments.pool_mib
+    if chunk_kib % block_kib:
+        raise ConfigError(f"--chunk-kib is {chunk_kib}; it must be a multiple of --block-kib, {block_kib}")
+    if pool_mib << 10 < NUM_LAYERS * block_kib:
+        least = -(-NUM_LAYERS * block_kib // 1024)
+        raise ConfigError(f"--pool-mib is {pool_mib}; with --block-kib {block_kib} it must be at least {least}")
+    check_output(arguments.json)
+    need_gpus(f"--gpus {' '.join(map(str, arguments.gpus))}", max(arguments.gpus) + 1)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: 0. Raises: ConfigError: see `parse`."""
+    arguments = parse(argv)
     results = {}
     for count in arguments.lanes:
         found = measure(argparse.Namespace(**{**vars(arguments), "lanes": count}))
@@ -301,4 +317,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(lambda: child.watched(main)))

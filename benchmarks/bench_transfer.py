@@ -22,15 +22,19 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.checks import ended
 from benchmarks.connect import connect_times
 from benchmarks.job import Job, fill
 from benchmarks.pair import MARK, Pair, marked
 from benchmarks.peers import PEERS, perftest
+from fastdeploy_pd.flags import Parser, integer
+from fastdeploy_pd.sim.main import check_output
 
 SECTIONS = ("loopback", "connect", "rdma")
 CASES = {"one piece": False, "scattered": True}
@@ -265,25 +269,27 @@ def rdma_table(results: dict[str, Any]) -> list[str]:
     return lines + connect_table(results["connect"])
 
 
-def main() -> None:
-    """Measure, print tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print tables, write JSON. Returns: 0. Raises: ConfigError: a flag is wrong."""
+    count = integer(1)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument(
         "--only", choices=SECTIONS, action="append", help="measure this alone; may be given several times"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5)")
-    parser.add_argument("--repeats", type=int, default=3, help="jobs a case and turn (default 3)")
-    parser.add_argument("--pool-mib", type=int, default=1024, help="bytes a job moves, in MiB (default 1024)")
+    parser.add_argument("--rounds", type=count, default=5, help="turns of each way (default 5)")
+    parser.add_argument("--repeats", type=count, default=3, help="jobs a case and turn (default 3)")
+    parser.add_argument("--pool-mib", type=count, default=1024, help="bytes a job moves, in MiB (default 1024)")
     parser.add_argument(
-        "--block-kib", type=int, default=64, help="bytes of a scattered block in a layer, in KiB (default 64)"
+        "--block-kib", type=count, default=64, help="bytes of a scattered block in a layer, in KiB (default 64)"
     )
-    parser.add_argument("--connects", type=int, default=200, help="fresh pairs (default 200)")
+    parser.add_argument("--connects", type=count, default=200, help="fresh pairs (default 200)")
     parser.add_argument("--turn", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.turn:
         turn(arguments.turn[0], *map(int, arguments.turn[1:]))
-        return
+        return 0
+    check_output(arguments.json)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     results: dict[str, Any] = {"num_cpus": len(os.sched_getaffinity(0)), "load": os.getloadavg()}
     sections = {
@@ -298,7 +304,8 @@ def main() -> None:
         sys.stdout.flush()
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -9,7 +9,6 @@ A case is a number of prompts of random token ids, all given at once. It is time
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import subprocess
@@ -19,6 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.checks import SCALE, ended, model_directory, model_facts, names_of, need_fields, read_object
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.flags import Parser, integer
+from fastdeploy_pd.sim.fields import number
+from fastdeploy_pd.sim.main import check_output, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ CASES = {
         Case("long", 2, 7936, 128),
     )
 }
+MOST_MODEL_LEN = 8192  # where --max-model-len is not given
+FIGURES = ("prefill_tok_s", "decode_tok_s", "step_ms")  # that are compared
 MAX_NUM_SEQS = max(case.requests for case in CASES.values())
 #: answers prompts greedily with so many tokens each; returns how many each got
 Generate = Callable[[list[list[int]], int], Sequence[int]]
@@ -54,33 +61,43 @@ Generate = Callable[[list[list[int]], int], Sequence[int]]
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Returns: the flags that every engine's benchmark has."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flags.add_argument(
-        "--model", type=Path, required=True, help="directory; with dummy weights it needs only config.json"
-    )
-    flags.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    model_help = "directory, or `demo`; with dummy weights it needs only config.json"
+    flags.add_argument("--model", type=model_directory, required=True, help=model_help)
+    dtypes = ("float32", "bfloat16", "float16")
+    flags.add_argument("--dtype", choices=dtypes, help="default: bfloat16, on a CPU float32")
     flags.add_argument("--load-format", choices=("auto", "dummy"), default="dummy")
-    flags.add_argument("--max-model-len", type=int, default=8192)
-    flags.add_argument("--max-num-batched-tokens", type=int, help="of a step (default: the engine's own)")
-    flags.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help=",".join(CASES))
-    flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--scale", type=float, default=1.0, help="of prompts, their lengths and their answers'")
+    flags.add_argument("--max-model-len", type=integer(2), help="default: 8192, or what the model allows if less")
+    flags.add_argument("--max-num-batched-tokens", type=integer(1), help="of a step (default: the engine's own)")
+    flags.add_argument("--cases", type=names_of(CASES), default=list(CASES), help=",".join(CASES))
+    flags.add_argument("--repeats", type=integer(1), default=3)
+    flags.add_argument("--scale", type=SCALE, default=1.0, help="of prompts, their lengths and their answers'")
     flags.add_argument("--json", type=Path, help="where to write the figures")
     return flags
 
 
+def complete(args: argparse.Namespace, device: str = "cuda") -> None:
+    """Give flags that were left out what fits the model and the device.
+
+    Raises: ConfigError: what is to be read or written cannot be, or a case does not fit; says which.
+    """
+    check_output(args.json)
+    _, most = model_facts(args.model)
+    args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    args.max_model_len = args.max_model_len or min(MOST_MODEL_LEN, most)
+    cases_of(args)
+
+
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """Returns: the cases that were asked for. Raises: SystemExit: a name is unknown, or one does not fit; says which."""
-    unknown = [name for name in args.cases if name not in CASES]
-    if unknown:
-        raise SystemExit(f"--cases: {', '.join(unknown)} is unknown; there are {', '.join(CASES)}")
+    """Returns: the cases that were asked for. Raises: ConfigError: one does not fit; says which."""
     cases = [CASES[name].scaled(args.scale) for name in args.cases]
     for case in cases:
         if case.prompt_len + case.output_len > args.max_model_len:
             needed = case.prompt_len + case.output_len
-            raise SystemExit(f"case {case.name} needs {needed} tokens; --max-model-len is {args.max_model_len}")
+            raise ConfigError(
+                f"case {case.name} needs {needed} tokens; --max-model-len is {args.max_model_len}: it must be as much, or "
+                f"--scale, which is {args.scale:g}, less, or --cases without {case.name}"
+            )
     return cases
 
 
@@ -135,7 +152,7 @@ def run(args: argparse.Namespace, facts: dict[str, Any], generate: Generate) -> 
     Args:
         facts: what the engine says of itself; with ready_s, taken when it could answer.
     """
-    vocab_size = json.loads((args.model / "config.json").read_text())["vocab_size"]
+    vocab_size, _ = model_facts(args.model)
     results: dict[str, Any] = {**facts, "model": args.model.name, "dtype": args.dtype, "scale": args.scale, "cases": {}}
     for case in cases_of(args):
         row = measure(case, args.repeats, vocab_size, generate)
@@ -144,7 +161,7 @@ def run(args: argparse.Namespace, facts: dict[str, Any], generate: Generate) -> 
         sys.stdout.flush()
     results["gpu_memory_mib"] = gpu_memory_mib()  # engines keep what they once had: at the end it is the peak
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.json, results)
     return results
 
 
@@ -156,7 +173,7 @@ def table(ours: dict[str, Any], other: dict[str, Any]) -> str:
         (case, name, ours["cases"][case][name], other["cases"][case][name])
         for case in ours["cases"]
         if case in other["cases"]
-        for name in ("prefill_tok_s", "decode_tok_s", "step_ms")
+        for name in FIGURES
     ]
     rows += [("", name, ours.get(name), other.get(name)) for name in ("ready_s", "gpu_memory_mib")]
     for case, name, a, b in rows:
@@ -166,18 +183,39 @@ def table(ours: dict[str, Any], other: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Print the table of two runs."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("ours", type=Path)
-    arguments.add_argument("other", type=Path)
-    args = arguments.parse_args()
-    ours, other = (json.loads(path.read_text()) for path in (args.ours, args.other))
+def read_report(path: Path, name: str) -> dict[str, Any]:
+    """Returns: what an engine's benchmark wrote with --json. Raises: ConfigError: the file is no such report; says why."""
+    report = read_object(path, name)
+    what = "bench_engine or peers.vllm_engine"
+    need_fields(report, ("engine", "version", "model", "dtype", "scale", "cases"), name, path, what)
+    cases = report["cases"] if isinstance(report["cases"], dict) else {"": None}
+    try:
+        for case, row in cases.items():
+            if not isinstance(row, dict):
+                raise ValueError(f"has no figures of case {case}")
+            for figure in FIGURES:
+                number(row, figure)
+        for figure in ("ready_s", "gpu_memory_mib"):
+            if report.get(figure) is not None:
+                number(report, figure)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {path} {error}; it must be what {what} wrote with --json") from error
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of two runs. Returns: 0. Raises: ConfigError: a file is no report, or the two cannot be compared."""
+    arguments = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("ours", type=Path, metavar="OURS")
+    arguments.add_argument("other", type=Path, metavar="OTHER")
+    args = arguments.parse_args(argv)
+    ours, other = read_report(args.ours, "OURS"), read_report(args.other, "OTHER")
     for name in ("model", "dtype", "scale"):
         if ours[name] != other[name]:
-            raise SystemExit(f"the runs cannot be compared: {name} is {ours[name]!r} and {other[name]!r}")
+            raise ConfigError(f"the runs cannot be compared: {name} is {ours[name]!r} and {other[name]!r}")
     sys.stdout.write(table(ours, other))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -16,7 +16,7 @@ from fastdeploy_pd.launch.local import LocalCluster
 MAX_NUM_SEQS = 256
 TTFT_FACTOR, TPOT_MS = 5.0, 100.0  # the SLO: a multiple of the unloaded TTFT, and a limit
 BY_SLO = ("--placement", "slo", "--slo-ttft-x", f"{TTFT_FACTOR:g}", "--slo-tpot-ms", f"{TPOT_MS:g}")
-MODEL_NAME = "bench"
+MODEL_NAME, TOPIC = "bench", "bench-pd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,15 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     return flags + ([] if (Path(args.model) / "tokenizer.json").exists() else ["--skip-tokenizer-init"])
 
 
+def instance_flags(args: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
+    """Returns: the flags that each of our instances gets, its role's and its topic's aside."""
+    return ["--model", str(args.model), "--device", args.device, *common_flags(args), *more, *args.flags]
+
+
 def _ours(*roles: str, more: Sequence[str] = ()) -> Callable[[argparse.Namespace], AbstractContextManager[Running]]:
     @contextmanager
     def start(args: argparse.Namespace) -> Iterator[Running]:
-        flags = ["--model", str(args.model), "--device", args.device, *common_flags(args), *more, *args.flags]
-        with EmbeddedRedis() as redis, LocalCluster(redis.url, "bench-pd", flags) as cluster:
+        with EmbeddedRedis() as redis, LocalCluster(redis.url, TOPIC, instance_flags(args, more)) as cluster:
             instances = [cluster.launch(role, [], _own_gpu(args, place)) for place, role in enumerate(roles)]
             cluster.wait_ready(instances)
             urls = [instance.http_url for instance in instances]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdeploy_pd.errors import ConfigError
+
 TRACE = Path(__file__).parent / "data" / "mooncake_conversation.jsonl.gz"
+NUM_REQUESTS = 300  # of that file
 BLOCK_TOKENS = 512  # that a hash id of the trace stands for
 MAX_INPUT_TOKENS = 7000
 
@@ -38,19 +42,25 @@ def load(num_requests: int, max_model_len: int, scale: float = 1.0, path: Path =
     Args:
         scale: of lengths, and of the blocks that may be equal, for a machine that is slower by as much.
     Returns: in order of arrival, the first at 0 s, at the trace's own rate.
-    Raises: SystemExit: max_model_len has no room for the longest input and two tokens, or the trace is shorter.
+    Raises: ConfigError: max_model_len has no room for the longest input and two tokens, or the trace is shorter.
     """
     with gzip.open(path, "rt") as file:
-        rows = [json.loads(line) for line in file][:num_requests]
+        rows = [json.loads(line) for line in file]
     if not 2 <= num_requests <= len(rows):
-        raise SystemExit(f"--requests is {num_requests}; it must be from 2 to {len(rows)}")
+        raise ConfigError(f"--requests is {num_requests}; it must be a whole number from 2 to {len(rows)}")
+    rows = rows[:num_requests]
+    longest = min(MAX_INPUT_TOKENS, max(row["input_length"] for row in rows))
+    num_input = max(2, round(longest * scale))
+    if max_model_len < num_input + 2:
+        fitting = math.floor(1e4 * (max_model_len - 2) / longest) / 1e4
+        raise ConfigError(
+            f"--max-model-len is {max_model_len}; prompts of {num_input} tokens need {num_input + 2}: it must be as much, "
+            f"or --scale, which is {scale:g}, {fitting:g} at most"
+        )
     requests = []
     for row in rows:
         num_input = max(2, round(min(row["input_length"], MAX_INPUT_TOKENS) * scale))
-        room = max_model_len - num_input
-        if room < 2:
-            raise SystemExit(f"--max-model-len is {max_model_len}; prompts of {num_input} tokens need {num_input + 2}")
-        num_output = min(room, max(2, round(row["output_length"] * scale)))
+        num_output = min(max_model_len - num_input, max(2, round(row["output_length"] * scale)))
         block_tokens = max(1, round(BLOCK_TOKENS * scale))
         hash_ids = tuple(row["hash_ids"])
         num_input = min(num_input, block_tokens * len(hash_ids))  # rounding

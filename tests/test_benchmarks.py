@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import urllib.request
@@ -14,16 +15,20 @@ from typing import Any
 
 import pytest
 
+from benchmarks import bench_engine, bench_ipc, bench_pd, bench_staging, bench_transfer, child, engine_cases
 from benchmarks.bench_pd import fastest, judge
+from benchmarks.checks import ended
 from benchmarks.client import Received, ask
-from benchmarks.engine_cases import CASES, Case, figures, table
-from benchmarks.peers import dynosim
+from benchmarks.engine_cases import CASES, Case, complete, figures, parser, table
+from benchmarks.peers import dynosim, vllm_engine
 from benchmarks.peers.vllm_proxy import REMOTE_DECODE, Proxy
 from benchmarks.peers.vllm_server import Server
 from benchmarks.sim_parts import GRIDS, PARTS, Setup, below_best
 from benchmarks.simulations import held_rate, held_text, simulate
-from benchmarks.trace import arrivals, load
+from benchmarks.trace import NUM_REQUESTS, arrivals, load
+from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import latency
+from tests.transfer.gpu import has_gpu
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -65,9 +70,172 @@ def test_the_engine_is_timed(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["cases"]) == list(CASES) and result["ready_s"] > 0
     assert all(row["prefill_tok_s"] > 0 for row in result["cases"].values())
-    assert (
-        "long needs 8064 tokens; --max-model-len is 600" in python(*command, "--scale", "1", "--cases", "long").stderr
+    refused = python(*command, "--scale", "1", "--cases", "long")
+    assert refused.returncode == 2 and "long needs 8064 tokens; --max-model-len is 600" in refused.stderr
+
+
+def test_what_an_engine_is_timed_with_fits_the_model_and_the_device(tmp_path: Path) -> None:
+    def completed(device: str, *flags: str) -> tuple[str, int]:
+        args = parser("").parse_args(["--cases", "b1", "--scale", "0.1", *flags])
+        complete(args, device)
+        return args.dtype, args.max_model_len
+
+    tiny = str(write_model(tmp_path / "tiny"))
+    assert completed("cpu", "--model", tiny) == ("float32", 1024)
+    assert completed("cuda", "--model", tiny) == ("bfloat16", 1024)
+    assert completed("cuda", "--model", "demo") == ("bfloat16", 4096)
+    assert completed("cpu", "--model", tiny, "--max-model-len", "300", "--dtype", "bfloat16") == ("bfloat16", 300)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What a benchmark says that ends with status 2 before it has started anything, on a machine without a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(bench_pd, "run_layout", lambda *_: pytest.fail("a layout was started"))
+    monkeypatch.setattr(bench_engine, "build_engine", lambda *_: pytest.fail("an engine was built"))
+    monkeypatch.setattr(child, "start", lambda *_: pytest.fail("a process was started"))
+
+    def run(main: Callable[[list[str]], int], *flags: str) -> str:
+        assert ended(lambda: main(list(flags))) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.startswith("error: ") and told.err.count("\n") == 1
+        return told.err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--layouts", "ours-1p1d,foo"], "--layouts: 'foo' is not allowed; it must be names joined by commas, of ours-1p1d, "),
+        (["--rates", "0"], "--rates: '0' is not allowed; it must be numbers above 0"),
+        (["--rates", "1,abc"], "--rates: '1,abc' is not allowed; it must be numbers above 0"),
+        (["--rates", "nan"], "--rates: 'nan' is not allowed; it must be numbers above 0"),
+        (["--gpus", "1,1", "--device", "cuda"], "--gpus: '1,1' is not allowed; it must name two GPUs, as in 0,1"),
+        (["--requests", "0"], "--requests: '0' is not allowed; it must be an integer from 2 to 300"),
+        (["--scale", "0"], "--scale: '0' is not allowed; it must be a number above 0, "),
+        (["--scale", "1"], "--max-model-len is 4096; prompts of 7000 tokens need 7002: it must be as much, or --scale, "),
+        (["--model", "/nope"], "--model: '/nope' is not a directory; give a Hugging Face checkpoint directory, or `demo`"),
+        (["--json", "/nope/out.json"], "--json /nope/out.json cannot be written: /nope is not there; "),
+        (["--reference", "/nope"], "--reference: /nope cannot be read: No such file or directory"),
+        (["--join", "/nope"], "--join: /nope cannot be read: No such file or directory"),
+        (["--", "--nonsense"], "there is no flag --nonsense"),
+        (["--device", "cuda"], "--device cuda with --gpus 0,1 needs 2 GPUs, and there is no NVIDIA driver or GPU here: "),
+    ],
+)  # fmt: skip
+def test_what_the_benchmark_of_pairs_refuses(flags: list[str], text: str, refused: Callable[..., str]) -> None:
+    if "--device" in flags[:1] and has_gpu():
+        pytest.skip("there is a GPU here")
+    assert refused(bench_pd.main, "--device", "cpu", "--scale", "0.1", *flags).startswith(text)
+
+
+@pytest.mark.parametrize("main", [bench_engine.main, vllm_engine.main])
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--scale", "0"], "--scale: '0' is not allowed; it must be a number above 0, "),
+        (["--scale", "-1"], "--scale: '-1' is not allowed"),
+        (["--scale", "nan"], "--scale: 'nan' is not allowed"),
+        (["--repeats", "0"], "--repeats: '0' is not allowed; it must be an integer from 1 to "),
+        (["--cases", "b1,b2"], "--cases: 'b2' is not allowed; it must be names joined by commas, of b1, b8, "),
+        (["--json", "/nope/out.json"], "--json /nope/out.json cannot be written: /nope is not there; "),
+        (["--model", "/nope"], "--model: '/nope' is not a directory; "),
+        (["--scale", "1"], "case long needs 8064 tokens; --max-model-len is 4096: it must be as much, or --scale, "),
+    ],
+)
+def test_what_the_benchmarks_of_engines_refuse(
+    main: Callable[[list[str]], int], flags: list[str], text: str, refused: Callable[..., str]
+) -> None:
+    assert refused(main, "--model", "demo", "--scale", "0.1", *flags).startswith(text)
+
+
+def test_what_other_benchmarks_refuse(refused: Callable[..., str]) -> None:
+    assert refused(bench_transfer.main, "--rounds", "0").startswith(
+        "--rounds: '0' is not allowed; it must be an integer"
     )
+    assert "--json /nope/a cannot be written" in refused(bench_transfer.main, "--json", "/nope/a")
+    assert "--chunk-kib is 100; it must be a multiple" in refused(bench_staging.main, "--chunk-kib", "100")
+    for main in (bench_ipc.main, bench_staging.main):
+        assert "needs 2 GPUs, and there is no NVIDIA driver or GPU here: " in refused(main)
+
+
+def test_broken_models_and_reports_are_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    broken, model = tmp_path / "broken.json", write_model(tmp_path / "tiny")
+    (model / "config.json").write_text('{"vocab_size": 0}')
+    for main in (bench_pd.main, bench_engine.main):
+        said = f"--model: {model}/config.json has vocab_size 0; it must be a whole number of at least 1"
+        assert refused(main, "--model", str(model), "--device", "cpu") == said
+    for text, why in (("[]", "is not a JSON object"), ("{", "is not JSON: "), ("{}", "")):
+        broken.write_text(text)
+        for flag in ("--join", "--reference"):
+            said = refused(bench_pd.main, flag, str(broken))
+            assert said.startswith(f"{flag}: {broken} {why or 'is no report of this benchmark, of its --json: '}")
+        said = refused(engine_cases.main, str(broken), str(broken))
+        assert said.startswith(f"OURS: {broken} {why or 'has no engine; it must be what bench_engine or '}")
+    report = {"engine": "a", "version": "1", "model": "m", "dtype": "d", "scale": 1, "cases": {"b1": {"step_ms": 1}}}
+    broken.write_text(json.dumps(report))
+    assert f"OURS: {broken} has no prefill_tok_s; " in refused(engine_cases.main, str(broken), str(broken))
+
+
+def test_runs_are_joined(tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    def write(name: str, scale: float, length: int) -> str:
+        row = {"num_input": 9, "ttft_ms": 1.0, "tpot_ms": 1.0, "e2e_ms": 9.0}
+        run = {"rate": 1, "seconds": 2.0, "requests": [row, None], "itl_ms": {"p50": 1.0}, "errors": []}
+        layout = {"title": name, "ready_s": 1, "unloaded_ttft_ms": {length: 2.0}, "runs": [run]}
+        facts = {"model": "m", "scale": scale, "max_model_len": 99, "max_num_batched_tokens": 9}
+        (tmp_path / name).write_text(json.dumps({**facts, "layouts": {name: layout}}))
+        return str(tmp_path / name)
+
+    one, out = write("one", 1, 64), tmp_path / "out.json"
+    assert bench_pd.main(["--join", f"{one},{write('two', 1, 64)}", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["layouts"]["two"]["runs"][0]["slo_attainment"] == 0.5
+    assert bench_pd.read_reference(out) == {64: 2.0}
+    capsys.readouterr()
+    assert "scale is 1, 2" in refused(bench_pd.main, "--join", f"{one},{write('two', 2, 64)}")
+    assert "prompts of different lengths" in refused(bench_pd.main, "--join", f"{one},{write('two', 1, 32)}")
+
+
+SECOND = """
+import os, sys, time
+from benchmarks import child
+
+def second(pipe, way):
+    pipe.send("up")
+    pipe.recv()
+    if way == "raises":
+        raise OSError("out of\\nmemory")
+    if way == "stays":
+        time.sleep(60)
+    if way == "dies":
+        os._exit(7)
+
+def main():
+    pipe, process = child.start(second, sys.argv[1])
+    pipe.recv()
+    pipe.send("go")
+    if sys.argv[1] == "stays":
+        return 0
+    if sys.argv[2] == "listens" and sys.argv[1] != "ends":
+        pipe.recv()
+    process.join()
+    time.sleep(0.2 if sys.argv[1] == "ends" else 60)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(child.watched(main))
+"""
+
+
+@pytest.mark.parametrize("parent", ["listens", "waits for something else"])
+@pytest.mark.parametrize(
+    ("way", "said"), [("raises", "OSError: out of memory"), ("dies", "exit status 7"), ("ends", ""), ("stays", "")]
+)
+def test_who_waits_for_a_process_that_is_gone_ends(way: str, said: str, parent: str, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(SECOND)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(tmp_path / "two.py"), way, parent]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == ((2, f"error: second has ended: {said}\n") if said else (0, ""))
 
 
 def test_a_stream_is_read_whatever_pieces_it_comes_in() -> None:
@@ -90,6 +258,9 @@ def test_a_stream_is_read_whatever_pieces_it_comes_in() -> None:
 
 def test_the_trace() -> None:
     requests = load(300, 8192)
+    assert len(requests) == NUM_REQUESTS
+    with pytest.raises(ConfigError, match="--requests is 301; it must be a whole number from 2 to 300"):
+        load(NUM_REQUESTS + 1, 8192)
     assert max(r.num_input for r in requests) == 7000 and max(r.num_input + r.num_output for r in requests) == 8192
     assert requests[0].prompt(1000, "a")[:512] == requests[1].prompt(1000, "a")[:512] != requests[0].prompt(1000, "b")
     assert requests[0].prompt(1000, "a")[512:700] != requests[1].prompt(1000, "a")[512:700]
@@ -97,8 +268,10 @@ def test_the_trace() -> None:
     assert arrivals(requests, 4)[-1] == pytest.approx(299 / 4)
     small = load(20, 200, 0.01)
     assert all(len(r.prompt(9, "")) == r.num_input <= 70 and r.num_output >= 2 for r in small)
-    with pytest.raises(SystemExit, match=r"--max-model-len is 7000; prompts of 7000 tokens need 7002"):
-        load(300, 7000)
+    said = r"--max-model-len is 4096; prompts of 7000 tokens need 7002: .* --scale, which is 1, 0\.5848 at most"
+    with pytest.raises(ConfigError, match=said):
+        load(300, 4096)
+    assert max(r.num_input + r.num_output for r in load(300, 4096, 0.5848)) == 4096
 
 
 def test_attainment() -> None:

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.engine_cases import MAX_NUM_SEQS, cases_of, parser, run, since_start_s
+from benchmarks.checks import ended
+from benchmarks.engine_cases import MAX_NUM_SEQS, complete, parser, run, since_start_s
+from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.flags import number
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
@@ -45,18 +49,19 @@ class Vllm:
         return [len(answer.outputs[0].token_ids) for answer in answers]
 
 
-def main() -> int:
-    """Measure, print, write. Returns: the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns: 0. Raises: ConfigError: something is wrong; says what."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    args = arguments.parse_args()
-    cases_of(args)
+    arguments.add_argument(
+        "--gpu-memory-utilization", type=number(float, 0.01, 1, "a number from 0.01 to 1"), default=0.85
+    )
+    args = arguments.parse_args(argv)
+    complete(args)
     os.environ |= ENVIRONMENT
     try:
         import vllm
     except ImportError as error:
-        sys.stderr.write(f"error: vLLM is not installed ({error}): {sys.executable} -m pip install vllm\n")
-        return 2
+        raise ConfigError(f"vLLM is not installed ({error}): {sys.executable} -m pip install vllm") from error
     engine = Vllm(vllm, args)
     engine.generate([[0]], 1)
     facts = {"engine": "vLLM", "version": vllm.__version__, "ready_s": since_start_s()}
@@ -66,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))
