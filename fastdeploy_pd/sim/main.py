@@ -7,7 +7,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,9 @@ def simulate(args: argparse.Namespace, policies: Policies = OURS) -> dict[str, A
             raise ConfigError(
                 f"--fail goes with a --placement of {', '.join(multiplexing.PLACEMENTS)}; it is {args.placement}"
             )
-        died = failures.Failures(cluster, failures.parse(args.fail, len(cluster.instances)))
+        parsed = failures.parse(args.fail, len(cluster.instances))
+        _warn_of_late_failures(parsed, trace.last_arrival_s(once, args.repeat), args.rate)
+        died = failures.Failures(cluster, parsed)
     check_memory(len(once) * args.repeat, args.per_request)
     with Progress("simulating", len(once) * args.repeat) as progress:
         cluster.on_arrival = progress.reach
@@ -203,6 +205,17 @@ def simulate(args: argparse.Namespace, policies: Policies = OURS) -> dict[str, A
     if died is not None:
         found |= {"failed": sum(r.is_failed for r in records), "failures": died.rows()}
     return found
+
+
+def _warn_of_late_failures(found: Sequence[failures.Failure], last_s: float, rate: float | None) -> None:
+    """Say of each failure that comes when no request comes any more; it is not refused: of several rates it may suit others."""
+    for f in found:
+        if f.at_s > last_s:
+            with_rate = "" if rate is None else f" with --rate {rate:g}"
+            sys.stderr.write(
+                f"warning: --fail {f.at_s:g}:{f.index} lies after the last arrival, which is at {last_s:.2f} s{with_rate}, and tests "
+                "little or nothing; it must be earlier, or --repeat higher\n"
+            )
 
 
 def check_positive(args: argparse.Namespace, *flags: str) -> None:

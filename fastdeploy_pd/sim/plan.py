@@ -9,6 +9,7 @@ answer, and bisection finds the highest rate at which it still does.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import sys
@@ -159,21 +160,24 @@ class Planner:
         return Result(candidate, len(offered), found["slo_attainment"], found["ttft_s"]["p90"] or 0.0)
 
     def highest_rate(self, candidate: Candidate, on_run: Callable[[Candidate], object]) -> float:
-        """Returns: the highest rate, from that of `offered` on, at which a candidate meets the goal, to RATE_ERROR."""
+        """Returns: the highest rate, from that of `offered` on, at which a candidate meets the goal, to RATE_ERROR.
+
+        Every rate that is tried is one that can be printed: at the rate that a reader sees the goal was met.
+        """
 
         def holds(rate: float) -> bool:
             on_run(candidate)
             return self.serve(candidate, trace.at_rate(self._offered, rate)).attainment >= self._goal
 
         low = trace.own_rate(self._offered)
-        high = low * 1.25
+        high = printable(low * 1.25)
         for _ in range(MOST_DOUBLINGS):
             if not holds(high):
                 break
-            low, high = high, high * 2
+            low, high = high, printable(high * 2)
         else:
             return low
-        return highest_between(holds, low, high, RATE_ERROR)
+        return highest_between(holds, low, high, RATE_ERROR, printable)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         """Whether prefill is done in time if nothing else is computed, no cached block is ever lost, and the longest prompts fail."""
@@ -188,12 +192,40 @@ class Planner:
         return served_s <= span_s * (num_prefills or len(candidate.layout))
 
 
-def highest_between(holds: Callable[[float], bool], low: float, high: float, error: float) -> float:
-    """Returns: by bisection, the highest rate that holds, to an error in shares of it; low holds, high does not."""
+def highest_between(
+    holds: Callable[[float], bool],
+    low: float,
+    high: float,
+    error: float,
+    rounded: Callable[[float], float] = lambda rate: rate,
+) -> float:
+    """Returns: by bisection, the highest rate that holds, to an error in shares of it; low holds, high does not.
+
+    Args:
+        rounded: a rate, or the next lower one that may be tried.
+    """
     while high > low * (1 + error):
-        middle = (low * high) ** 0.5
+        middle = rounded((low * high) ** 0.5)
+        if middle <= low:
+            break
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def printable(rate: float) -> float:
+    """Returns: a rate, rounded down to what is printed of it: two decimals, or three digits where these are more."""
+    places = _num_places(rate)
+    return float(f"{math.floor(rate * 10**places * (1 + 1e-12)) / 10**places:.{places}f}")
+
+
+def rate_text(rate: float) -> str:
+    """Returns: a printable rate as text, and any other, which was asked for or is the trace's own, with more digits."""
+    text = f"{rate:.{_num_places(rate)}f}"
+    return text if math.isclose(float(text), rate, rel_tol=1e-9) else f"{rate:.6g}"
+
+
+def _num_places(rate: float) -> int:
+    return max(2, 2 - math.floor(math.log10(rate)))
 
 
 def prefill_works(offered: Sequence[Offered], times: Latency, finds_prefixes: bool) -> Iterator[float]:
@@ -373,13 +405,13 @@ def _table(found: dict[str, Any]) -> str:
     best, rate = found["best"], found["rate"]
     lines = [f"{found['simulations']} simulations; {found['left_out']} candidates left out by arithmetic"]
     if best is None:
-        lines.append(f"nothing meets the goal at {rate:.2f} requests/s; the nearest:")
+        lines.append(f"nothing meets the goal at {rate_text(rate)} requests/s; the nearest:")
     else:
         lines += [
             f"best: --layout {best['layout']} --placement {best['placement']} --prefill-policy {best['prefill_policy']} "
             f"--max-num-batched-tokens {best['max_num_batched_tokens']}, profile {best['profile']}: {best['gpus']} GPU{'s' * (best['gpus'] > 1)}",
-            f"  {100 * best['slo_attainment']:.1f} % at {rate:.2f} requests/s; holds the goal up to "
-            f"{best['highest_rate']:.2f} requests/s (margin {100 * (best['highest_rate'] / rate - 1):.0f} %)",
+            f"  {100 * best['slo_attainment']:.1f} % at {rate_text(rate)} requests/s; holds the goal up to "
+            f"{rate_text(best['highest_rate'])} requests/s (margin {100 * (best['highest_rate'] / rate - 1):.0f} %)",
             "runners-up:",
         ]
     lines.append("GPUs  layout    profile               placement, order       chunk  requests  attainment  TTFT p90 s")

@@ -194,12 +194,22 @@ def repeated(requests: Sequence[Offered], count: int) -> Iterator[Offered]:
     Args:
         requests: of a recorded trace.
     """
-    span_s = requests[-1].arrival_s * len(requests) / max(1, len(requests) - 1)
+    span_s = _span_s(requests)
     num_ids = 1 + max((i for r in requests for i in r.hash_ids), default=0)
     for n in range(count):
         for r in requests:
             number, arrival_s = n * len(requests) + r.number, n * span_s + r.arrival_s
             yield Offered(number, arrival_s, r.num_input, r.num_output, r.hash_ids, r.num_shared, n * num_ids)
+
+
+def _span_s(requests: Sequence[Offered]) -> float:
+    """Returns: from one time of a repeated trace to the next."""
+    return requests[-1].arrival_s * len(requests) / max(1, len(requests) - 1)
+
+
+def last_arrival_s(requests: Sequence[Offered], count: int) -> float:
+    """Returns: when the last one of `repeated` arrives."""
+    return (count - 1) * _span_s(requests) + requests[-1].arrival_s
 
 
 def own_rate(requests: Sequence[Offered]) -> float:

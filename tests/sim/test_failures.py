@@ -246,6 +246,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert late(found) == pytest.approx(late(calm), abs=0.03)
 
 
+def test_a_failure_when_nobody_comes_any_more_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """300 requests: 299 s at 1 a second, 149.5 s at 2."""
+    flags = [*FLAGS, "--layout", "4M", "--fail", "200:0:5", "--rate", "1,2"]
+    assert main(flags) == 0
+    said = "--fail 200:0 lies after the last arrival, which is at 149.50 s with --rate 2"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and said in warnings[0]
+    assert main([*flags, "--repeat", "2"]) == 0
+    assert "lies after" not in capsys.readouterr().err
+
+
 def test_published_schedulers_are_simulated_without(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, "--layout", "3P1D", "--placement", "tropical", "--fail", "3:1"]) == 2
     assert (

@@ -10,7 +10,16 @@ import pytest
 from fastdeploy_pd.entrypoints.cli import main
 from fastdeploy_pd.sim.cluster import ClusterOptions
 from fastdeploy_pd.sim.latency import from_coefficients
-from fastdeploy_pd.sim.plan import Candidate, Kind, Planner, candidates_of, prefill_works
+from fastdeploy_pd.sim.plan import (
+    Candidate,
+    Kind,
+    Planner,
+    candidates_of,
+    highest_between,
+    prefill_works,
+    printable,
+    rate_text,
+)
 from fastdeploy_pd.sim.report import Slo
 from fastdeploy_pd.sim.trace import Offered, at_rate, load
 
@@ -81,6 +90,15 @@ def test_the_highest_rate() -> None:
     assert rate > 0.3
     assert planner.serve(candidate, at_rate(offered, rate)).attainment >= 0.9
     assert planner.serve(candidate, at_rate(offered, rate * 1.021)).attainment < 0.9
+    assert float(rate_text(rate)) == rate, "who takes the printed rate gets what was simulated"
+
+
+def test_rates_are_printed_as_they_are() -> None:
+    cases = [(17.341031510998384, 17.34), (1.029, 1.02), (17.34, 17.34), (0.3125, 0.312), (0.0004567, 0.000456)]
+    for rate, found in cases:
+        assert printable(rate) == printable(printable(rate)) == found == float(rate_text(found))
+    assert [rate_text(r) for r in (13.000000000000002, 13.0061234, 3.0)] == ["13.00", "13.0061", "3.00"]
+    assert highest_between(lambda rate: rate < 16.6, 16.25, 32.5, 0.02, printable) == 16.42
 
 
 FLAGS = ["plan", "--latency", str(DATA), "--profile", "70b-h200-tp4", "--trace", str(TRACE)]
@@ -94,7 +112,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     best = found["best"]
     assert (best["gpus"], best["slo_attainment"] >= 0.9, best["requests"]) == (4, True, 100), "an instance takes four"
     assert best["highest_rate"] >= found["rate"] == pytest.approx(0.8)
-    assert f"best: --layout {best['layout']} --placement slo" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"best: --layout {best['layout']} --placement slo" in told
+    assert f"holds the goal up to {best['highest_rate']:.3g} requests/s" in told
     assert main([*flags, "--gpus", "4", "--rate", "3"]) == 1
     assert "nothing meets the goal at 3.00 requests/s" in capsys.readouterr().out
     assert json.loads(out.read_text())["best"] is None
