@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from fastdeploy_pd.config import InstanceConfig
@@ -40,6 +43,15 @@ def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         InstanceConfig.from_args(flags, {})
     assert error.value.message.startswith(text)
+
+
+@pytest.mark.parametrize("scheduler", ["local", "splitwise"])
+def test_a_transfer_that_is_not_there_is_refused_by_whoever_would_use_it_or_not(scheduler: str) -> None:
+    flags = ["--cache-transfer-protocol", "foo,tcp", "--scheduler-name", scheduler]
+    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    text = "error: --cache-transfer-protocol names 'foo'; there are ipc, mooncake, nccl, rdma, shm, tcp"
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(text), done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--bogus", "--enable-expert-parallel", "--quantization", "--x"])

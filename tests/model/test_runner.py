@@ -16,6 +16,7 @@ from fastdeploy_pd.model.ops.environment import default_num_threads
 from fastdeploy_pd.model.runner import MAX_GROUP_TOKENS, ModelRunner, attention_plan, decode_groups
 from fastdeploy_pd.model.select import make_runner
 from fastdeploy_pd.request import Request, SamplingParams
+from rdma_comm.cuda.driver import CudaUnavailable
 from tests.model.tiny import TinyEngine, write_checkpoint
 from tests.transfer.gpu import has_gpu
 
@@ -202,6 +203,23 @@ def test_refusals(directory: Path) -> None:
 def test_a_device_that_is_not_there(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"--device is 'cuda'; torch cannot use one here: .*(CUDA|GPU)"):
         make_runner(directory, "torch", "float32", 1, "cuda")
+
+
+def test_no_other_torch_is_asked_for_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdeploy_pd.model.ops import torch as ops
+
+    def none() -> None:
+        raise CudaUnavailable("the NVIDIA driver is not here")
+
+    monkeypatch.setattr(ops.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops.torch.version, "cuda", None)
+    monkeypatch.setattr(ops, "driver", none)
+    with pytest.raises(ConfigError, match="there is no NVIDIA driver or GPU: the NVIDIA driver is not here") as caught:
+        ops.find_device("cuda")
+    assert "pip install" not in caught.value.message
+    monkeypatch.setattr(ops, "driver", lambda: None)
+    with pytest.raises(ConfigError, match="was built without CUDA: pip install"):
+        ops.find_device("cuda")
 
 
 @pytest.mark.parametrize("token_id", [-1, 199])

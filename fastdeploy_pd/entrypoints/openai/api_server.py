@@ -29,6 +29,7 @@ from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
 from fastdeploy_pd.launch.ports import bind_tcp, check_free, check_own
+from fastdeploy_pd.transfer.select import find as find_transfer
 
 log = logging.getLogger("fastdeploy_pd.api_server")
 
@@ -292,6 +293,8 @@ def main(argv: list[str] | None = None, program: str = "api_server") -> int:
             die_with_parent()
             return run_worker(config, Path(os.environ["FD_RUN_DIR"]))
         policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
+        for name in config.cache.cache_transfer_protocol:  # an instance alone would never look for them
+            find_transfer(name)
         run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
         try:
             return run_instance(config, argv, run_dir)
