@@ -130,8 +130,6 @@ def _ahead_s(load: Load, request: Request, after_s: float) -> float:
     Under `order.Slack` nobody surely does: one that would be late is left for later, and every step that takes a little longer than
     predicted may make one late.
     """
-    if request.num_tokens < 2:
-        return 0.0  # a single token goes with the streams
     if not load.is_fcfs and (load.priority is None or request.priority < load.priority):
         return 0.0
     due_s = math.inf if load.is_fcfs else most_wait_s(request.slo) + after_s

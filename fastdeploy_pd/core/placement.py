@@ -47,8 +47,9 @@ class Load:
         """What it will be a little later, with what was placed there since.
 
         Args:
-            added: (seconds until due, seconds it takes, tokens) of each; due after elapsed_s.
+            added: (seconds until due, seconds it takes, tokens) of each; due after elapsed_s. With 0 s it is a stream to come.
         """
+        ordered = [n for _, seconds, n in added if seconds == 0.0]
         prompts = [(d - elapsed_s, s) for d, s in self.prompts] + [(d, s) for d, s, _ in added]
         num_tokens = sum(n for _, _, n in added)
         return replace(
@@ -57,6 +58,17 @@ class Load:
             busy_s=max(0.0, self.busy_s - elapsed_s),
             age_s=max(0.0, elapsed_s - self.busy_s),
             num_free_tokens=self.num_free_tokens - num_tokens,
+        ).with_ordered(len(ordered), sum(ordered))
+
+    def with_ordered(self, count: int, num_tokens: int) -> Load:
+        """Returns: the same with so many more streams, which are computed elsewhere, of so many tokens in sum."""
+        if not count:
+            return self
+        return replace(
+            self,
+            num_streams=self.num_streams + count,
+            stream_tokens=self.stream_tokens + num_tokens,
+            num_seats=self.num_seats - count,
         )
 
 

@@ -71,8 +71,8 @@ def is_prompt(request: Request) -> bool:
     return num_tokens - local.num_computed_tokens > 1
 
 
-def is_handed_over(request: Request) -> bool:
-    """Returns: whether a waiting request is a stream; a new prompt of one token is none, and waits for its turn."""
+def is_stream(request: Request) -> bool:
+    """Returns: whether a request has its next token alone to compute; a new prompt of one token is none, and waits for its turn."""
     return request.local.num_computed_tokens > 0 and not is_prompt(request)
 
 
@@ -123,7 +123,7 @@ class Scheduler:
         """Returns: what there is to do, for placement; busy_s: until the step in flight ends."""
         requests = [*self.running, *self.waiting]
         jobs, num_promised = self.prompts_left(predictor, requests)
-        streams = [r for r in requests if not is_prompt(r)]
+        streams = [r for r in requests if is_stream(r)]
         num_tokens = sum(r.num_tokens for r in streams)
         slack_s = stream_slack_s(streams, predictor.decode_s(len(streams), num_tokens), now_s) if streams else math.inf
         num_free = self.pool.num_free * self.pool.block_size - num_promised
@@ -231,7 +231,7 @@ class Scheduler:
         """
         sequences, is_short = self._schedule_running(running, others_wait, now_s)
         if not is_short:
-            handed_over = [r for r in self.waiting if is_handed_over(r)]
+            handed_over = [r for r in self.waiting if is_stream(r)]
             budget = max(len(handed_over), self.options.max_num_batched_tokens)  # one may have to give its blocks up
             sequences += self._schedule_waiting(handed_over, budget, math.inf, others_wait, now_s)
         return sequences, is_short
@@ -249,7 +249,7 @@ class Scheduler:
         Returns: what they compute.
         """
         prompts = [r for r in running if is_prompt(r) and r in self.running]
-        prompts += (r for r in self.waiting if not is_handed_over(r))
+        prompts += (r for r in self.waiting if not is_stream(r))
         if not prompts:
             return []
         budget = self.options.max_num_batched_tokens

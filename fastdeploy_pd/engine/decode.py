@@ -88,6 +88,11 @@ class DecodeSide:
         """Attempts that wait for a peer."""
         return len(self._away)
 
+    @property
+    def num_ordered_tokens(self) -> int:
+        """Tokens of theirs."""
+        return sum(s.request.num_tokens for s in self._away.values())
+
     def outstanding_tokens(self) -> int:
         """Returns: tokens of attempts that are not in the scheduler yet: what is to be computed, and one for each ordered stream."""
         return sum(s.request.num_tokens for s in self.queued) + sum(

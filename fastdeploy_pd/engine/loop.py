@@ -227,12 +227,8 @@ class Engine:
             return None
         found = scheduler.load(predictor, now_s, self._busy_s(now_s))
         promised = sum(s.request.num_tokens for s in self.decode.queued)
-        return replace(
-            found,
-            num_streams=found.num_streams + self.decode.num_ordered,
-            num_free_tokens=found.num_free_tokens - promised,
-            num_seats=found.num_seats - self.decode.num_ordered,
-        )
+        found = found.with_ordered(self.decode.num_ordered, self.decode.num_ordered_tokens)
+        return replace(found, num_free_tokens=found.num_free_tokens - promised)
 
     # the step
 

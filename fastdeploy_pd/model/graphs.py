@@ -159,11 +159,10 @@ class DecodeGraphs:
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
                 self._compute(step, size)
-                try:
+                with suppress(torch.OutOfMemoryError):
                     return self._captured(step, size)
-                except torch.OutOfMemoryError:  # while a graph is captured, no cached memory is given back for it
-                    torch.cuda.empty_cache()
-                    return self._captured(step, size)
+                torch.cuda.empty_cache()  # which is not done for a graph while that is captured
+                return self._captured(step, size)
         finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
             torch.cuda.current_stream().wait_stream(self._side)
             self._device.copy_(kept)

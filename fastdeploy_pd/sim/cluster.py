@@ -151,7 +151,8 @@ class Cluster:
         self._num_actions = 0
         self._served: dict[Request, Served] = {}  # by decode's request and by prefill's order
         self._queued: dict[Instance, deque[Served]] = {i: deque() for i in self.instances}  # no room yet
-        self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance
+        self._num_ordered = dict.fromkeys(self.instances, 0)  # that wait for a prefill instance ...
+        self._num_ordered_tokens = dict.fromkeys(self.instances, 0)  # ... and their tokens
         self._on_link: dict[int, Served] = {}  # by number of their HANDED_OVER event
         self._num_sent = 0
         self._sampling = lru_cache(1 << 12)(lambda num_output: SamplingParams(max_tokens=num_output))
@@ -288,7 +289,7 @@ class Cluster:
         if not self.options.is_predicted:
             return Candidate(instance.instance_id, instance.can_prefill, instance.can_decode, tokens)
         num_cached = instance.scheduler.num_matching_tokens(request)
-        load = instance.load(now_s)
+        load = instance.load(now_s).with_ordered(self._num_ordered[instance], self._num_ordered_tokens[instance])
         if self._queued[instance]:
             num_queued = sum(s.request.num_tokens for s in self._queued[instance])
             load = replace(load, num_free_tokens=load.num_free_tokens - num_queued)
@@ -330,6 +331,7 @@ class Cluster:
         served.num_sent_blocks = request.local.num_computed_tokens // self.options.block_size
         self._served[order] = served
         self._num_ordered[served.decode] += 1
+        self._num_ordered_tokens[served.decode] += request.num_tokens
         self._interrupt(prefill, now_s)
         prefill.scheduler.add(order)
         self._launch(prefill, now_s)
@@ -401,6 +403,7 @@ class Cluster:
         served.pinned = []
         self._interrupt(decode, now_s)
         self._num_ordered[decode] -= 1
+        self._num_ordered_tokens[decode] -= request.num_tokens
         request.advance(Phase.TRANSFERRING, now_s)
         request.local.num_computed_tokens = request.num_tokens
         decode.scheduler.make_findable(request, request.num_tokens)
@@ -449,7 +452,7 @@ class Cluster:
         """Place nothing there any more, and forget what waits for room there."""
         instance.is_up = False
         self._queued[instance].clear()
-        self._num_ordered[instance] = 0
+        self._num_ordered[instance] = self._num_ordered_tokens[instance] = 0
         self._live = [i for i in self.instances if i.is_up]
         if self._shortlist is not None:
             self._shortlist.remove(instance.instance_id)
@@ -468,6 +471,7 @@ class Cluster:
         """Give up decode's blocks for a prompt that is not there yet."""
         served.decode.scheduler.release_blocks(served.request)
         self._num_ordered[served.decode] -= 1
+        self._num_ordered_tokens[served.decode] -= served.request.num_tokens
 
     def interrupt(self, instance: Instance, now_s: float) -> None:
         """Let an instance decide anew after the step in flight; what it has may be changed now."""

@@ -18,7 +18,7 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.order import PrefillPolicy, make_policy, num_left, stream_slack_s
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
-from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt
+from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt, is_stream
 from fastdeploy_pd.request import Phase, Request
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.streams import Streams
@@ -115,7 +115,7 @@ class Instance:
         if self._left is None:
             requests = (*self._own, *scheduler.waiting)
             jobs, num_promised = scheduler.prompts_left(scheduler.predictor, requests)
-            streams = () if len(jobs) == len(requests) else tuple(r for r in requests if not is_prompt(r))
+            streams = () if len(jobs) == len(requests) else tuple(r for r in requests if is_stream(r))
             self._left = jobs, num_promised, streams
         jobs, num_promised, own = self._left
         num_streams, num_tokens, slack_s = len(own) + carried.num, 0, math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from fastdeploy_pd.core.multiplexing import Multiplexing, estimate, stream_share
 from fastdeploy_pd.core.placement import Candidate, Load, Placement
@@ -80,6 +81,24 @@ def test_without_a_tpot_slo_decode_is_chosen_by_its_load_all_the_same() -> None:
     assert place(prefill, busy, idle, slo=slo) == {Placement("p", "idle")}
     no_room = candidate("idle", "D", predictor=predictor, num_free_tokens=1000)
     assert place(prefill, busy, no_room, slo=slo) == {Placement("p", "busy")}
+
+
+def test_streams_placed_since_a_report_are_no_secret() -> None:
+    """Else all prompts between two reports would go to one decode instance."""
+    predictor = Predictor((0.0, 1e-4, 0.0), (1e-6, 0.0, 0.02))
+    facts = [candidate("p", "P")] + [candidate(f"d{n}", "D", predictor=predictor, stream_tokens=n) for n in range(4)]
+    added: dict[str, list[tuple[float, float, int]]] = {c.instance_id: [] for c in facts}
+    for _ in range(40):
+        seen = [replace(c, load=c.load.after(0.0, added[c.instance_id])) for c in facts if c.load]
+        placement = Multiplexing().place(2000, seen, random.Random(0), Slo(ttft_s=100.0))
+        assert placement is not None
+        added[placement.decode_id].append((100.0, 0.2 if placement.prefill_id is None else 0.0, 2000))
+        if placement.prefill_id is not None:
+            added[placement.prefill_id].append((100.0, 0.2, 2000))
+    counts = [len(added[f"d{n}"]) for n in range(4)]
+    assert sum(counts) == 40 and max(counts) - min(counts) <= 3
+    ordered = facts[1].load.after(0.0, added["d0"][:1]) if facts[1].load else None
+    assert ordered is not None and (ordered.num_streams, ordered.stream_tokens, ordered.num_seats) == (1, 2000, 0)
 
 
 def test_age_is_counted() -> None:

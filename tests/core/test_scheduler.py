@@ -11,7 +11,7 @@ from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
 from fastdeploy_pd.errors import OutOfBlocks
-from fastdeploy_pd.request import Phase, Request, SamplingParams
+from fastdeploy_pd.request import Phase, Request, SamplingParams, Slo
 
 
 def new_request(name: str, prompt: list[int], max_tokens: int = 4, **changes: object) -> Request:
@@ -114,6 +114,18 @@ def test_prompts_of_one_token_wait_for_their_turn(policy: str) -> None:
     for _ in range(4):
         compute(scheduler, scheduler.schedule(0))
     assert wanted.local.num_computed_tokens >= 30
+
+
+@pytest.mark.parametrize(("busy_s", "num_tokens"), [(0.0, 500), (0.05, 200)])
+def test_a_step_begins_when_those_in_flight_have_ended(busy_s: float, num_tokens: int) -> None:
+    """What a step may hold beside a prompt whose first token is due depends on when it begins."""
+    options = SchedulerOptions(4, 4096, 4096, enable_prefix_caching=False, prefill_policy="slack", guards_tpot=True)
+    scheduler = Scheduler(BlockPool(100, 16), options)
+    scheduler.predictor = Predictor((0.0, 1e-4, 0.0), (0.0, 1e-4, 0.0))
+    for name, length, ttft_s in (("due", 100, 0.1), ("later", 500, 10.0)):
+        scheduler.add(new_request(name, [length] * length, slo=Slo(ttft_s=ttft_s)))
+    parts = {s.request.request_id: s.num_tokens for s in scheduler.schedule(0.0, busy_s).sequences}
+    assert parts == {"due": 100, "later": pytest.approx(num_tokens, abs=2)}
 
 
 def test_blocks_that_a_waiting_prompt_holds_are_not_promised_to_it_again() -> None:

@@ -174,6 +174,17 @@ def test_prompts_leave_streams_their_tpot_wherever_they_sample(
     assert max((t - times_s[0]) / n for n, t in enumerate(times_s[20:], 20)) <= 0.065
 
 
+def test_streams_that_a_prefill_instance_computes_for_take_seats(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = OneEngine(2)
+    one.engine.start_from(TRUE)
+    free = one.engine.load(1.0)
+    for name, value in (("num_ordered", 3), ("num_ordered_tokens", 5000)):
+        monkeypatch.setattr(type(one.engine.decode), name, property(lambda _, value=value: value))
+    load = one.engine.load(1.0)
+    assert free is not None and load is not None
+    assert (free.num_seats, load.num_seats, load.num_streams, load.stream_tokens) == (16, 13, 3, 5000)
+
+
 def test_nothing_is_launched_behind_a_step_that_is_not_queued_wholly() -> None:
     """However soon it is predicted to end: a launch would have to queue the rest, and messages would wait for the device meanwhile."""
     one = OneEngine(2)
