@@ -98,7 +98,8 @@ def decode_cost(candidate: Candidate, num_tokens: int) -> tuple[bool, float]:
     if load is None:
         return False, 0.0
     has_room = load.num_seats > 0 and load.num_free_tokens >= num_tokens
-    return not has_room, load.predictor.decode_s(load.num_streams + 1, load.stream_tokens + num_tokens)
+    num_streams, stream_tokens = load.num_streams + load.num_ordered, load.stream_tokens + load.ordered_tokens
+    return not has_room, load.predictor.decode_s(num_streams + 1, stream_tokens + num_tokens)
 
 
 def estimate(candidate: Candidate, num_tokens: int, due_s: float, slo: Slo) -> Estimate:

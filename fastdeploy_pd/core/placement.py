@@ -35,6 +35,8 @@ class Load:
     is_fcfs: bool = False  #: they are computed as they came, whatever is due when
     step_tokens: int = 0  #: of prompts that a step computes beside its streams, if so many wait; 0: it may be fewer
     num_seats: int = 1  #: sequences that a step has room for beside the streams
+    num_ordered: int = 0  #: streams to come, whose prompts are computed elsewhere
+    ordered_tokens: int = 0  #: their tokens in sum
     age_s: float = 0.0  #: since this was so, less busy_s: so much of the prompts may have been computed meanwhile
 
     @property
@@ -61,13 +63,13 @@ class Load:
         ).with_ordered(len(ordered), sum(ordered))
 
     def with_ordered(self, count: int, num_tokens: int) -> Load:
-        """Returns: the same with so many more streams, which are computed elsewhere, of so many tokens in sum."""
+        """Returns: the same with so many more streams to come, of so many tokens in sum."""
         if not count:
             return self
         return replace(
             self,
-            num_streams=self.num_streams + count,
-            stream_tokens=self.stream_tokens + num_tokens,
+            num_ordered=self.num_ordered + count,
+            ordered_tokens=self.ordered_tokens + num_tokens,
             num_seats=self.num_seats - count,
         )
 

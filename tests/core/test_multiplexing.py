@@ -98,7 +98,7 @@ def test_streams_placed_since_a_report_are_no_secret() -> None:
     counts = [len(added[f"d{n}"]) for n in range(4)]
     assert sum(counts) == 40 and max(counts) - min(counts) <= 3
     ordered = facts[1].load.after(0.0, added["d0"][:1]) if facts[1].load else None
-    assert ordered is not None and (ordered.num_streams, ordered.stream_tokens, ordered.num_seats) == (1, 2000, 0)
+    assert ordered is not None and (ordered.num_ordered, ordered.ordered_tokens, ordered.num_seats) == (1, 2000, 0)
 
 
 def test_age_is_counted() -> None:

@@ -182,7 +182,7 @@ def test_streams_that_a_prefill_instance_computes_for_take_seats(monkeypatch: py
         monkeypatch.setattr(type(one.engine.decode), name, property(lambda _, value=value: value))
     load = one.engine.load(1.0)
     assert free is not None and load is not None
-    assert (free.num_seats, load.num_seats, load.num_streams, load.stream_tokens) == (16, 13, 3, 5000)
+    assert (free.num_seats, load.num_seats, load.num_ordered, load.ordered_tokens) == (16, 13, 3, 5000)
 
 
 def test_nothing_is_launched_behind_a_step_that_is_not_queued_wholly() -> None:
