@@ -30,7 +30,7 @@ from benchmarks.checks import ended, need_gpus
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.flags import Parser
-from fastdeploy_pd.sim.main import check_output
+from fastdeploy_pd.machine import check_output, write_json
 from fastdeploy_pd.transfer.base import EpochArrived, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from fastdeploy_pd.transfer.select import build
@@ -417,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["digest_s"]["source"] = pipe.recv()
     sys.stdout.write(f"one piece {result['one_piece_gb_s']:.0f} GB/s; digests of 1 GiB {result['digest_s']}\n")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
     pipe.send(None)
     return 0
 

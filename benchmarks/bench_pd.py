@@ -42,7 +42,7 @@ from benchmarks.trace import MAX_INPUT_TOKENS, NUM_REQUESTS, TraceRequest, arriv
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
 from fastdeploy_pd.flags import DEMO_MODEL, Parser, integer, number
 from fastdeploy_pd.launch.up import check_instances
-from fastdeploy_pd.sim.main import check_output, write_json
+from fastdeploy_pd.machine import check_output, write_json
 
 UNLOADED_LENGTHS = (64, 512, 1024, 2048, 4096, MAX_INPUT_TOKENS)
 UNLOADED_REPEATS = 3

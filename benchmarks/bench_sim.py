@@ -16,7 +16,6 @@ Objectives are TTFT <= 5 x the unloaded prefill time and TPOT <= 100 ms, over al
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +23,8 @@ from pathlib import Path
 from benchmarks.sim_parts import PARTS, Setup
 from benchmarks.simulations import Row
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.sim.main import check_output, check_positive
+from fastdeploy_pd.machine import check_output, write_json
+from fastdeploy_pd.sim.main import check_positive
 
 SAMPLE = Path(__file__).parent / "data" / "mooncake_conversation.jsonl.gz"
 
@@ -71,7 +71,7 @@ def main() -> int:
         sys.stdout.write(f"## {name}\n\n{text}\n\n")
         sys.stdout.flush()
         if args.json:
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(args.json, found)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import queue
 import socket
 import statistics
@@ -33,7 +32,7 @@ from benchmarks.job import NUM_LAYERS, Job, fill
 from benchmarks.peers.ours import layout_of
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.flags import Parser, integer
-from fastdeploy_pd.sim.main import check_output
+from fastdeploy_pd.machine import check_output, write_json
 from fastdeploy_pd.transfer.device_pool import DevicePool
 from rdma_comm.cuda.blocks import BlockMover
 from rdma_comm.cuda.driver import Gpu
@@ -312,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 

@@ -34,7 +34,7 @@ from benchmarks.job import Job, fill
 from benchmarks.pair import MARK, Pair, marked
 from benchmarks.peers import PEERS, perftest
 from fastdeploy_pd.flags import Parser, integer
-from fastdeploy_pd.sim.main import check_output
+from fastdeploy_pd.machine import check_output, write_json
 
 SECTIONS = ("loopback", "connect", "rdma")
 CASES = {"one piece": False, "scattered": True}
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write("\n".join([f"-- {name}", *table(results[name])]) + "\n")
         sys.stdout.flush()
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(arguments.json, results)
     return 0
 
 

@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks.checks import SCALE, ended, model_directory, model_facts, names_of, need_fields, read_object
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.flags import Parser, integer
+from fastdeploy_pd.machine import check_output, write_json
 from fastdeploy_pd.sim.fields import number
-from fastdeploy_pd.sim.main import check_output, write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
-"""What the machine that this runs on says of itself."""
+"""What the machine that this runs on says of itself, and the files that commands write there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from fastdeploy_pd.errors import ConfigError
 
 
 def free_memory_bytes() -> int | None:
@@ -31,3 +35,19 @@ def why_not_written_below(folder: Path) -> str:
     if not os.path.isdir(folder):
         return f"{folder} is {'no directory' if os.path.exists(folder) else 'not there'}"
     return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} may not be written to"
+
+
+def check_output(path: Path | None) -> None:
+    """Raises: ConfigError: the file cannot be written, which is better known before a long run than behind it."""
+    if path is not None and (why := why_not_written(path)):
+        raise ConfigError(
+            f"--json {path} cannot be written: {why}; it must be a file in a directory that is there and may be written to"
+        )
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Raises: ConfigError: the file cannot be written."""
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written: {error.strerror or error}") from error

@@ -23,7 +23,6 @@ from functools import partial
 from itertools import islice
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
-from fastdeploy_pd.core.beside import ScheduledStreams, Streams
 from fastdeploy_pd.core.blocks import BlockPool, extend_hashes
 from fastdeploy_pd.core.fairness import make_counters
 from fastdeploy_pd.core.order import (
@@ -39,6 +38,7 @@ from fastdeploy_pd.core.order import (
 )
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
+from fastdeploy_pd.core.streams import ScheduledStreams, Streams
 from fastdeploy_pd.request import Phase, Request
 
 MAX_PROMPTS = 256  # that placement is told of: those that are due first

@@ -129,10 +129,9 @@ class DeviceRunner(ModelRunner):
         self._ops = self.decoder.ops
         self._sample_of: dict[Request, int] = {}  # row of ops.sampled that has a request's newest token
         self._unqueued: deque[tuple[DeviceStep, Iterator[None]]] = deque()  # and what queues more of it
-        self._ahead: deque[tuple[torch.cuda.Event, int]] = (
-            deque()
-        )  # ends of layers that are queued, oldest first, and their kernels
-        self._num_kernels_ahead = 0
+        # Ends of layers that are queued, oldest first, and their kernels.
+        self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._num_kernels_ahead = 0  # the sum of these
         self._chores: deque[Chore] = deque()
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
@@ -150,7 +149,6 @@ class DeviceRunner(ModelRunner):
         self._see_to(Chore("compile", EAGER_SIZES))
         for lengths in ([longest], [min(20, longest), 1][:most]):
             self._compute_for_nobody(pool, lengths)
-        self._chores.clear()
         if can_decode:
             self._see_to(Chore("capture", EAGER_SIZES))
             self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > EAGER_SIZES]

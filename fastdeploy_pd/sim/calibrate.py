@@ -19,10 +19,11 @@ from typing import Any
 from fastdeploy_pd.core.placement import FewestTokens
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.machine import check_output, write_json
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions, Record
 from fastdeploy_pd.sim.fields import json_object, number, reason, whole
 from fastdeploy_pd.sim.latency import from_coefficients
-from fastdeploy_pd.sim.main import check_link, check_output, check_positive, parse_layout, write_json
+from fastdeploy_pd.sim.main import check_link, check_positive, parse_layout
 from fastdeploy_pd.sim.report import summary, tpot_s
 from fastdeploy_pd.sim.trace import UNREADABLE, Offered, opened
 

@@ -13,12 +13,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from fastdeploy_pd.core.batch import Batch, ScheduledSequence
-from fastdeploy_pd.core.beside import ScheduledStreams
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.order import PrefillPolicy, make_policy, num_left, stream_slack_s
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions, is_prompt, is_stream
+from fastdeploy_pd.core.streams import ScheduledStreams
 from fastdeploy_pd.request import Phase, Request
 from fastdeploy_pd.sim.latency import Latency
 from fastdeploy_pd.sim.streams import Streams

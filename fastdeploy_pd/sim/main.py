@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -16,7 +15,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core import multiplexing, order
 from fastdeploy_pd.core.placement import PlacementPolicy
 from fastdeploy_pd.errors import ConfigError
-from fastdeploy_pd.machine import free_memory_bytes, why_not_written
+from fastdeploy_pd.machine import check_output, free_memory_bytes, write_json
 from fastdeploy_pd.sim import baselines, failures, latency, trace
 from fastdeploy_pd.sim.cluster import Cluster, ClusterOptions
 from fastdeploy_pd.sim.instance import MakePolicy
@@ -146,22 +145,6 @@ def run(args: argparse.Namespace, policies: Policies = OURS) -> int:
     if args.json:
         write_json(args.json, runs[0])
     return 0
-
-
-def check_output(path: Path | None) -> None:
-    """Raises: ConfigError: the file cannot be written, which is better known before a long run than behind it."""
-    if path is not None and (why := why_not_written(path)):
-        raise ConfigError(
-            f"--json {path} cannot be written: {why}; it must be a file in a directory that is there and may be written to"
-        )
-
-
-def write_json(path: Path, found: dict[str, Any]) -> None:
-    """Raises: ConfigError: the file cannot be written."""
-    try:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path} cannot be written: {error.strerror or error}") from error
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

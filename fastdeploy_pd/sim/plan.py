@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.machine import check_output, write_json
 from fastdeploy_pd.sim import baselines, latency, trace
 from fastdeploy_pd.sim import main as simulator
 from fastdeploy_pd.sim.cluster import ClusterOptions
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace, known: Policies = OURS) -> int:
     """Returns: exit status, 1 if nothing meets the goal. Raises: ConfigError: a flag or a file is wrong."""
     simulator.check_positive(args, "rate", "max_requests", "gpus")
     simulator.check_instance_flags(args)
-    simulator.check_output(args.json)
+    check_output(args.json)
     if not 0 < args.goal <= 1:
         raise ConfigError(f"--goal is {args.goal}; it must be above 0 and at most 1")
     placements, orders = args.placement.split(","), args.prefill_policy.split(",")
@@ -315,7 +316,7 @@ def run(args: argparse.Namespace, known: Policies = OURS) -> int:
     sys.stdout.write(_table(found))
     if args.json:
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("command", "json")}
-        simulator.write_json(args.json, {"flags": flags, **found})
+        write_json(args.json, {"flags": flags, **found})
     return 0 if found["best"] else 1
 
 
