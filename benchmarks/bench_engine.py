@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = flags_of(args)
     built = build_engine(InstanceConfig.from_args(flags, {}), NoObserver(), None)
     facts = {"engine": "fastdeploy-pd", "version": __version__, "ready_s": since_start_s(), "flags": flags}
+    while built.engine.prepare():
+        pass  # as an instance does while nothing comes
     results = run(args, {**facts, **device_facts(args.device)}, Client(built.engine).generate)
     sys.stdout.write(f"ready after {results['ready_s']:.1f} s; GPU memory {results['gpu_memory_mib']} MiB\n")
     sys.stdout.flush()

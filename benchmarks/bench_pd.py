@@ -84,7 +84,7 @@ class Report(msgspec.Struct):
     model: str
     scale: float
     max_model_len: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     layouts: Annotated[dict[str, ReportedLayout], msgspec.Meta(min_length=1)]
 
 
@@ -241,7 +241,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=lambda text: text.split(","), default=["0", "1"], help="two GPUs (default 0,1)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="as of an instance")
     add("--max-model-len", type=integer(4), help="default: 8192, or what the model allows if that is less")
-    add("--max-num-batched-tokens", type=integer(1), default=8192, help="of a step, everywhere")
+    add("--max-num-batched-tokens", type=integer(1), help="of a step, everywhere (default: each engine's own)")
     add("--layouts", type=names_of(LAYOUTS), default=list(LAYOUTS), help=",".join(LAYOUTS))
     add("--rates", type=rates, default=[1, 2, 4, 6, 8, 12], help="req/s")
     add("--requests", type=integer(2, NUM_REQUESTS), default=300, help="of the trace")

@@ -15,7 +15,8 @@ from fastdeploy_pd.launch.local import LocalCluster
 
 MAX_NUM_SEQS = 256
 TTFT_FACTOR, TPOT_MS = 5.0, 100.0  # the SLO: a multiple of the unloaded TTFT, and a limit
-BY_SLO = ("--placement", "slo", "--slo-ttft-x", f"{TTFT_FACTOR:g}", "--slo-tpot-ms", f"{TPOT_MS:g}")
+TTFT_AIM = 0.95  # of it, for our instances: they count in their own time for a prompt, and the client is farther away
+BY_SLO = ("--placement", "slo", "--slo-ttft-x", f"{TTFT_AIM * TTFT_FACTOR:g}", "--slo-tpot-ms", f"{TPOT_MS:g}")
 MODEL_NAME, TOPIC = "bench", "bench-pd"
 
 
@@ -40,7 +41,7 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     """Returns: what our instances and vLLM's servers spell alike."""
     flags = ["--load-format", args.load_format, "--served-model-name", MODEL_NAME]
     flags += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(MAX_NUM_SEQS)]
-    flags += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+    flags += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)] if args.max_num_batched_tokens else []
     flags += ["--dtype", args.dtype] if args.dtype else []
     return flags + ([] if (Path(args.model) / "tokenizer.json").exists() else ["--skip-tokenizer-init"])
 

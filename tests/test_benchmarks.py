@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_engine, bench_ipc, bench_pd, bench_staging, bench_transfer, child, engine_cases
+from benchmarks import (
+    bench_engine,
+    bench_ipc,
+    bench_pd,
+    bench_placement,
+    bench_staging,
+    bench_transfer,
+    child,
+    engine_cases,
+)
 from benchmarks.bench_pd import fastest, judge
 from benchmarks.checks import ended
 from benchmarks.client import Received, ask
@@ -26,6 +35,7 @@ from benchmarks.peers.vllm_server import Server
 from benchmarks.sim_parts import GRIDS, PARTS, Setup, below_best
 from benchmarks.simulations import held_rate, held_text, simulate
 from benchmarks.trace import NUM_REQUESTS, arrivals, load
+from benchmarks.virtual import Setting
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.sim import latency
 from tests.transfer.gpu import has_gpu
@@ -353,6 +363,23 @@ def test_a_pair_under_the_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["2mixed", "1p1d"])
+def test_placement_by_slo_with_reports_that_are_late(layout: str) -> None:
+    """Front ends hear of a prompt up to a step too late, and place by what must have become of it since."""
+    requests = load(300, bench_placement.MAX_MODEL_LEN)
+    shares = [bench_placement.measure(Setting(layout), requests, rate)["in time %"] for rate in (5, 8, 10)]
+    assert min(shares) >= 98 and sum(shares) >= 296
+
+
+def test_the_benchmark_of_placement_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--layouts", "2mixed", "--placements", "fewest-tokens", "--requests", "20", "--rates", "5"]
+    out = tmp_path / "rows.json"
+    assert bench_placement.main([*flags, "--max-num-batched-tokens", "4096", "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text())
+    assert row["in time %"] > 80 and row["step tokens"] == 4096
+    assert "| 2mixed | fewest-tokens | 4096 | 5.0 |" in capsys.readouterr().out
+
+
 def test_every_part_of_the_simulators_benchmark_runs(tmp_path: Path) -> None:
     out, few = tmp_path / "out.json", ("--max-requests", "6", "--jobs", "2")
     done = python("-m", "benchmarks.bench_sim", *few, "--json", str(out))

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Slo
@@ -18,6 +18,17 @@ from fastdeploy_pd.request import Slo
 NO_SLO = Slo()
 BLUR_TOKENS = 64  # differences below one block are noise: loads are reported every quarter second
 BLUR_FRACTION = 0.1
+ROUNDING_S = 1e-9
+MOST_STEPS = 32  # that are followed from one report to the next; more come only where steps are too short to matter
+
+
+class Added(NamedTuple):
+    """What was placed on an instance after it told of its `Load`; times count from then on."""
+
+    placed_s: float
+    due_s: float  #: its first token
+    seconds: float  #: to compute its prompt; 0: that is done elsewhere
+    num_tokens: int = 0
 
 
 @dataclass(slots=True)  # not frozen, like Candidate
@@ -37,23 +48,21 @@ class Load:
     num_seats: int = 1  #: sequences that a step has room for beside the streams
     num_ordered: int = 0  #: streams to come, whose prompts are computed elsewhere
     ordered_tokens: int = 0  #: their tokens in sum
+    most_step_s: float = math.inf  #: that prompts take of one step
     age_s: float = 0.0  #: since this was so, less busy_s: so much of the prompts may have been computed meanwhile
 
     @property
     def is_sane(self) -> bool:
         """Whether every number in it is finite, and no time negative."""
         numbers = (*self.predictor.prefill, *self.predictor.decode, self.busy_s)
-        return all(0 <= x < math.inf for x in numbers) and all(math.isfinite(d + s) for d, s in self.prompts)
+        is_timed = all(0 <= x < math.inf for x in numbers) and self.most_step_s >= 0
+        return is_timed and all(math.isfinite(d + s) for d, s in self.prompts)
 
-    def after(self, elapsed_s: float, added: Sequence[tuple[float, float, int]] = ()) -> Load:
-        """What it will be a little later, with what was placed there since.
-
-        Args:
-            added: (seconds until due, seconds it takes, tokens) of each; due after elapsed_s. With 0 s it is a stream to come.
-        """
-        ordered = [n for _, seconds, n in added if seconds == 0.0]
-        prompts = [(d - elapsed_s, s) for d, s in self.prompts] + [(d, s) for d, s, _ in added]
-        num_tokens = sum(n for _, _, n in added)
+    def after(self, elapsed_s: float, added: Sequence[Added] = ()) -> Load:
+        """What it may be a little later at most, with what was placed there since: nothing but the step in flight has been computed."""
+        ordered = [a.num_tokens for a in added if a.seconds == 0.0]
+        prompts = [(d - elapsed_s, s) for d, s in self.prompts] + [(a.due_s - elapsed_s, a.seconds) for a in added]
+        num_tokens = sum(a.num_tokens for a in added)
         return replace(
             self,
             prompts=tuple(sorted(prompts)),
@@ -61,6 +70,13 @@ class Load:
             age_s=max(0.0, elapsed_s - self.busy_s),
             num_free_tokens=self.num_free_tokens - num_tokens,
         ).with_ordered(len(ordered), sum(ordered))
+
+    def forecast(self, elapsed_s: float, added: Sequence[Added] = ()) -> Load:
+        """What it is a little later in all likelihood: prompts have begun when the device was free, and a step that runs lets nobody in."""
+        jobs = [Added(0.0, d, s) for d, s in self.prompts] + [a for a in added if a.seconds > 0]
+        busy_s, left = _computed(jobs, self.busy_s, elapsed_s, self.most_step_s)
+        prompts = tuple([(a.due_s - elapsed_s, a.seconds) for a in left])
+        return replace(self.after(elapsed_s, added), busy_s=busy_s, prompts=prompts, age_s=0.0)
 
     def with_ordered(self, count: int, num_tokens: int) -> Load:
         """Returns: the same with so many more streams to come, of so many tokens in sum."""
@@ -72,6 +88,33 @@ class Load:
             ordered_tokens=self.ordered_tokens + num_tokens,
             num_seats=self.num_seats - count,
         )
+
+
+def _computed(jobs: Sequence[Added], free_s: float, until_s: float, most_step_s: float) -> tuple[float, list[Added]]:
+    """Let a device that is free from free_s on compute prompts step by step: what can be on time first, by due time.
+
+    Returns: for how long after until_s it goes on with the step that it computes then, and what is left to later ones, by due time.
+    """
+    left = list(jobs)
+    for _ in range(MOST_STEPS if left else 0):
+        begin_s = max(free_s, min(a.placed_s for a in left))
+        if begin_s > until_s:
+            break
+        left.sort(key=lambda a: (a.due_s < begin_s + a.seconds, a.due_s))
+        free_s, end_s, rest = begin_s, begin_s + most_step_s, []
+        for job in left:
+            if job.placed_s > begin_s:
+                rest.append(job)
+                continue
+            seconds = min(job.seconds, end_s - free_s)
+            free_s += seconds
+            if job.seconds - seconds > ROUNDING_S:
+                rest.append(job._replace(seconds=job.seconds - seconds))
+        left = rest
+        if not left:
+            break
+    left.sort(key=lambda a: a.due_s)
+    return max(0.0, free_s - until_s), left
 
 
 @dataclass(

@@ -134,6 +134,7 @@ class Scheduler:
         if self.options.prefill_policy == "edf" and is_alike:
             found.priority = max(priorities, default=0)
         found.is_fcfs = self._policy is None
+        found.most_step_s = predictor.prefill_s(self.options.max_num_batched_tokens)
         found.num_seats = self.options.max_num_seqs - len(streams)
         if found.is_fcfs or (self.options.prefill_policy in ("edf", "slack") and is_alike):
             found.step_tokens = self._full_step_tokens(requests, num_free)

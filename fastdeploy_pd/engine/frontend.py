@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastdeploy_pd.cluster.liveness import Liveness
@@ -29,7 +29,7 @@ from fastdeploy_pd.cluster.messages import (
 from fastdeploy_pd.core.admission import refusal
 from fastdeploy_pd.core.blocks import extend_hashes
 from fastdeploy_pd.core.order import due_s
-from fastdeploy_pd.core.placement import Candidate, FewestTokens, Load, Placement, PlacementPolicy
+from fastdeploy_pd.core.placement import Added, Candidate, FewestTokens, Load, Placement, PlacementPolicy
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.core.shortlist import Shortlist
@@ -131,7 +131,7 @@ class _View:
     is_draining: bool = False
     load: Load | None = None
     load_s: float = 0.0  #: when it said so
-    added: list[tuple[float, float, int]] = field(default_factory=list)  #: placed there since: (due, seconds, tokens)
+    added: list[Added] = field(default_factory=list)  #: placed there since
     connected_s: float = 0.0
 
 
@@ -317,7 +317,8 @@ class FrontEnd:
         """Returns: why a request cannot end by its deadline; None if it may, or the client has a part of its answer already."""
         if request.slo.deadline_s is None or request.output_token_ids:
             return None
-        return refusal(request, self._candidates(self._views, self._cached_tokens(request), now_s), self.policy)
+        candidates = self._candidates(self._views, self._cached_tokens(request), now_s, Load.after)
+        return refusal(request, candidates, self.policy)
 
     def _default_ttft_s(self, num_tokens: int) -> float | None:
         """Returns: the multiple of what a prompt takes on the fastest instance when it is idle, or the fixed time."""
@@ -351,7 +352,11 @@ class FrontEnd:
             self._shortlist.put(instance_id, kind, view.reported_tokens + view.added_tokens)
 
     def _candidates(
-        self, instance_ids: Iterable[str], cached: Mapping[str, int] | None = None, now_s: float = 0.0
+        self,
+        instance_ids: Iterable[str],
+        cached: Mapping[str, int] | None = None,
+        now_s: float = 0.0,
+        load_at: Callable[[Load, float, Sequence[Added]], Load] = Load.forecast,
     ) -> list[Candidate]:
         """Returns: of these instances those that can be chosen."""
         return [
@@ -361,7 +366,7 @@ class FrontEnd:
                 view.instance.can_decode,
                 view.reported_tokens + view.added_tokens,
                 (cached or {}).get(instance_id, 0),
-                view.load and view.load.after(now_s - view.load_s, [(d - now_s, s, n) for d, s, n in view.added]),
+                view.load and load_at(view.load, now_s - view.load_s, view.added),
             )
             for instance_id in instance_ids
             if not (view := self._views[instance_id]).is_lost and not view.is_draining
@@ -392,7 +397,8 @@ class FrontEnd:
             if view.load is not None:
                 computes = instance_id == (placement.prefill_id or placement.decode_id)
                 seconds = view.load.predictor.prefill_s(request.num_tokens, num_cached) if computes else 0.0
-                view.added.append((due_s(request), seconds, request.num_tokens - num_cached))
+                placed_s, due_in_s = now_s - view.load_s, due_s(request) - view.load_s
+                view.added.append(Added(placed_s, due_in_s, seconds, request.num_tokens - num_cached))
                 if request.priority != view.load.priority:
                     view.load = replace(view.load, priority=None)
                 if request.slo.tpot_s is not None:

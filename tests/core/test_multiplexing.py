@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from fastdeploy_pd.core.multiplexing import Multiplexing, estimate, stream_share
-from fastdeploy_pd.core.placement import Candidate, Load, Placement
+from fastdeploy_pd.core.placement import Added, Candidate, Load, Placement
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import Slo
 
@@ -87,18 +87,30 @@ def test_streams_placed_since_a_report_are_no_secret() -> None:
     """Else all prompts between two reports would go to one decode instance."""
     predictor = Predictor((0.0, 1e-4, 0.0), (1e-6, 0.0, 0.02))
     facts = [candidate("p", "P")] + [candidate(f"d{n}", "D", predictor=predictor, stream_tokens=n) for n in range(4)]
-    added: dict[str, list[tuple[float, float, int]]] = {c.instance_id: [] for c in facts}
+    added: dict[str, list[Added]] = {c.instance_id: [] for c in facts}
     for _ in range(40):
-        seen = [replace(c, load=c.load.after(0.0, added[c.instance_id])) for c in facts if c.load]
+        seen = [replace(c, load=c.load.forecast(0.0, added[c.instance_id])) for c in facts if c.load]
         placement = Multiplexing().place(2000, seen, random.Random(0), Slo(ttft_s=100.0))
         assert placement is not None
-        added[placement.decode_id].append((100.0, 0.2 if placement.prefill_id is None else 0.0, 2000))
+        added[placement.decode_id].append(Added(0.0, 100.0, 0.2 if placement.prefill_id is None else 0.0, 2000))
         if placement.prefill_id is not None:
-            added[placement.prefill_id].append((100.0, 0.2, 2000))
+            added[placement.prefill_id].append(Added(0.0, 100.0, 0.2, 2000))
     counts = [len(added[f"d{n}"]) for n in range(4)]
     assert sum(counts) == 40 and max(counts) - min(counts) <= 3
     ordered = facts[1].load.after(0.0, added["d0"][:1]) if facts[1].load else None
     assert ordered is not None and (ordered.num_ordered, ordered.ordered_tokens, ordered.num_seats) == (1, 2000, 0)
+
+
+def test_who_is_due_soon_is_not_placed_behind_a_prompt_that_has_begun() -> None:
+    """An idle instance begins at once what it is given, and a step that runs lets nobody in."""
+    given = [Added(0.0, 5.0, 0.5, 5000)]
+    idle, streams = candidate("a"), candidate("b", busy_s=0.05)
+    assert idle.load is not None and streams.load is not None
+    assert place(replace(idle, load=idle.load.after(0.01, given)), streams, num_tokens=500, slo=Slo(0.2)) == {
+        Placement(None, "a")
+    }, "as if it could be overtaken"
+    busy = replace(idle, load=idle.load.forecast(0.01, given))
+    assert place(busy, streams, num_tokens=500, slo=Slo(0.2)) == {Placement(None, "b")}
 
 
 def test_age_is_counted() -> None:

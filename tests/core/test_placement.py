@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Sequence
 
-from fastdeploy_pd.core.placement import Candidate, FewestTokens, Placement, RoundRobin
+import pytest
+
+from fastdeploy_pd.core.placement import Added, Candidate, FewestTokens, Load, Placement, RoundRobin
+from fastdeploy_pd.core.predictor import Predictor
+
+PREDICTOR = Predictor((0.0, 1e-4, 0.0), (0.0, 0.0, 0.02))
 
 
 def place(*candidates: Candidate, seed: int = 0) -> Placement | None:
@@ -66,3 +73,57 @@ def test_a_holder_of_the_prefix_wins_when_loads_are_alike() -> None:
     assert {place(prefill, idle, busy, seed=s) for s in range(30)} == {Placement("p", "d1")}
     both = Candidate("m", True, True, 0, num_cached_tokens=2000)
     assert {place(prefill, idle, both, seed=s) for s in range(30)} == {Placement(None, "m")}
+
+
+def forecast(
+    elapsed_s: float,
+    prompts: Sequence[tuple[float, float]] = (),
+    added: Sequence[Added] = (),
+    busy_s: float = 0.0,
+    step_s: float = 10.0,
+) -> tuple[float, list[tuple[float, float]]]:
+    """Returns: for how long the device is busy, and what waits: (seconds until due, seconds it takes)."""
+    found = Load(PREDICTOR, tuple(prompts), busy_s, most_step_s=step_s).forecast(elapsed_s, added)
+    return round(found.busy_s, 6), [(round(d, 6), round(s, 6)) for d, s in found.prompts]
+
+
+def test_prompts_begin_when_the_device_is_free() -> None:
+    waits = [(1.0, 0.2), (3.0, 0.4)]
+    assert forecast(0.1, waits, busy_s=0.3) == (0.2, [(0.9, 0.2), (2.9, 0.4)])
+    assert forecast(0.4, waits, busy_s=0.3) == (0.5, []), "both are in the step that has begun"
+    assert forecast(0.4, waits, busy_s=0.3, step_s=0.3) == (0.2, [(2.6, 0.3)]), "... or as much as it has room for"
+    assert forecast(0.75, waits, busy_s=0.3, step_s=0.3) == (0.15, [])
+    assert forecast(2.0, waits) == (0.0, [])
+
+
+def test_what_was_placed_since_a_report_begins_when_it_came() -> None:
+    late = Added(0.5, 9.0, 0.2)
+    assert forecast(0.4, added=[Added(0.4, 9.0, 0.2)]) == (0.2, [])
+    assert forecast(0.6, added=[late]) == (0.1, [])
+    assert forecast(0.6, [(5.0, 0.4)], [late], busy_s=0.2) == (0.0, [(8.4, 0.2)]), "the step before ends just then"
+    assert forecast(0.61, [(5.0, 0.4)], [late], busy_s=0.2) == (0.19, [])
+    stream_to_come = Added(0.0, 9.0, 0.0, 500)
+    assert forecast(0.1, added=[stream_to_come]) == (0.0, [])
+
+
+def test_who_is_late_already_comes_last() -> None:
+    assert forecast(0.1, [(0.1, 0.3), (4.0, 0.2)], step_s=0.2) == (0.1, [(0.0, 0.3)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_forecast_loses_no_work(seed: int) -> None:
+    rng = random.Random(seed)
+    prompts = [(rng.uniform(-1, 5), rng.uniform(0.01, 0.5)) for _ in range(rng.randrange(20))]
+    added = [Added(rng.uniform(0, 2), rng.uniform(0, 5), rng.uniform(0.01, 0.5)) for _ in range(rng.randrange(9))]
+    busy_s, elapsed_s = rng.uniform(0, 1), rng.uniform(0, 3)
+    all_s = busy_s + sum(s for _, s in prompts) + sum(a.seconds for a in added)
+    left_s, waiting = forecast(elapsed_s, prompts, added, busy_s, rng.choice([0.2, 1.0, 10.0]))
+    done_s = all_s - left_s - sum(s for _, s in waiting)
+    assert -1e-4 <= done_s <= elapsed_s + 1e-4 and waiting == sorted(waiting)
+
+
+@pytest.mark.parametrize("step_s", [0.0, 1e-9])
+def test_steps_of_no_length_are_not_followed_for_ever(step_s: float) -> None:
+    start_s = time.perf_counter()
+    assert forecast(1e9, [(1.0, 1.0)] * 256, step_s=step_s)[0] == 0.0
+    assert time.perf_counter() - start_s < 1.0
