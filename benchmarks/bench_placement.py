@@ -19,12 +19,11 @@ import numpy as np
 
 from benchmarks.checks import ended, names_of, rates
 from benchmarks.trace import NUM_REQUESTS, TraceRequest, load
-from benchmarks.virtual import LAYOUTS, Setting, Traffic, prefill_s
+from benchmarks.virtual import LAYOUTS, MAX_MODEL_LEN, Setting, Traffic, prefill_s
 from fastdeploy_pd.core.multiplexing import PLACEMENTS
 from fastdeploy_pd.flags import Parser, integer, number
 from fastdeploy_pd.machine import check_output, write_json
 
-MAX_MODEL_LEN = 8192
 SHORT_TOKENS = 1500
 
 
@@ -49,13 +48,21 @@ def measure(setting: Setting, requests: Sequence[TraceRequest], rate: float) -> 
     }
 
 
+def integers(text: str) -> list[int]:
+    """Returns: "2048,8192" as numbers. Raises: argparse.ArgumentTypeError: they are not such; says what is allowed."""
+    try:
+        return [integer(1)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} (several: 2048,8192)") from error
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns: the flags."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--layouts", type=names_of(LAYOUTS), default=list(LAYOUTS), help=",".join(LAYOUTS))
     add("--placements", type=names_of(PLACEMENTS), default=["slo"], help=",".join(PLACEMENTS))
-    add("--max-num-batched-tokens", type=lambda t: [integer(1)(n) for n in t.split(",")], default=[2048, 8192])
+    add("--max-num-batched-tokens", type=integers, default=[2048, 8192], metavar="N,...", help="of a step")
     add("--rates", type=rates, default=[5, 8, 10, 12], help="req/s")
     add("--requests", type=integer(2, NUM_REQUESTS), default=NUM_REQUESTS, help="of the trace")
     add("--slo-ttft-x", type=number(float, 0.1, 1e6, "a number from 0.1 to 1e6"), default=5.0)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.trace import TraceRequest
+from benchmarks.trace import TraceRequest, arrivals
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Message, Peer
 from fastdeploy_pd.core.batch import Batch
@@ -24,6 +24,7 @@ from fastdeploy_pd.engine.frontend import Delivered, FrontEnd, Instance
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Action, Send
 from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.model.runner import StepOutput
 from fastdeploy_pd.request import Request, SamplingParams, Slo
 from fastdeploy_pd.transfer.layout import KVPool
@@ -35,6 +36,7 @@ LAYOUTS = {"2mixed": (Role.MIXED, Role.MIXED), "1p1d": (Role.PREFILL, Role.DECOD
 PREFILL, DECODE = (6.7e-10, 2.1e-5, 0.004), (3.1e-8, 1.2e-5, 0.0042)
 LATER_PART = 1.1  # so much longer the attention of a prompt's later parts takes
 LAUNCH_S, DECODE_LAUNCH_S = 0.012, 0.0015  # that an engine takes to launch a step with prompts, and a graph
+FIRST_KERNEL_S = 0.002  # until the device has something to do
 QUEUED_S = 0.01  # until a step with prompts has been queued wholly
 LEAD = 4 / 32  # of such a step: its last layers, during which the next one is launched
 
@@ -126,7 +128,7 @@ class VirtualDevice:
         launch_s = LAUNCH_S if prompts else DECODE_LAUNCH_S
         self.launching_until_s = now_s + launch_s
         seconds = step_s(prompts, [s.stop for s in batch.sequences if s.num_tokens == 1])
-        self._free_s = max(self._free_s, now_s + min(launch_s, 0.002)) + seconds
+        self._free_s = max(self._free_s, now_s + min(launch_s, FIRST_KERNEL_S)) + seconds
         self._lead_s = seconds * LEAD if prompts else float("inf")
         self._queued_s = now_s + QUEUED_S if prompts else now_s
         outputs = [StepOutput(5 if s.needs_sample else None) for s in batch.sequences]
@@ -162,11 +164,11 @@ class Traffic:
         self.setting, self.requests, self.rate = setting, requests, rate
         self.clock = VirtualClock()
         self.network = LoopbackNetwork(max_delay_s=HAND_OVER_S)
-        self.nodes = {f"{role.value}-{n}": role for n, role in enumerate(LAYOUTS[setting.layout])}
-        self.engines = {name: self._node(name, role) for name, role in self.nodes.items()}
+        roles = {f"{role.value}-{n}": role for n, role in enumerate(LAYOUTS[setting.layout])}
+        self.nodes = {name: self._node(name, role) for name, role in roles.items()}
         members = [
             Instance(Peer(name, f"virtual://{name}"), role.can_prefill, role.can_decode, block_size=BLOCK_SIZE)
-            for name, role in self.nodes.items()
+            for name, role in roles.items()
         ]
         self.front_ends = {
             f"front-{n}": FrontEnd(f"front-{n}", random.Random(n), policy=PLACEMENTS[setting.placement]())
@@ -201,15 +203,14 @@ class Traffic:
         return Node(name, engine, device, held)
 
     def run(self) -> list[Answer]:
-        """Returns: what became of each request, in their order. Raises: RuntimeError: one was not answered whole."""
+        """Returns: what became of each request, in their order. Raises: FastDeployPDError: one was not answered whole."""
         start_s = self.clock.now_s() + 1.0
-        own_rate = (len(self.requests) - 1) / self.requests[-1].arrival_s
-        arrivals = [start_s + r.arrival_s * own_rate / self.rate for r in self.requests]
+        due_s = [start_s + arrival_s for arrival_s in arrivals(list(self.requests), self.rate)]
         num_sent, publish_s, tick_s = 0, 0.0, 0.0
-        while num_sent < len(arrivals) or any(f.requests for f in self.front_ends.values()):
+        while num_sent < len(due_s) or any(f.requests for f in self.front_ends.values()):
             now_s = self.clock.now_s()
             self.network.run_until(now_s)
-            while num_sent < len(arrivals) and arrivals[num_sent] <= now_s:
+            while num_sent < len(due_s) and due_s[num_sent] <= now_s:
                 self._submit(num_sent, now_s)
                 num_sent += 1
             if now_s >= publish_s:
@@ -221,12 +222,12 @@ class Traffic:
                     front_end.tick(now_s)
                     self._flush(front_end)
             self._deliver(now_s)
-            for node in self.engines.values():
+            for node in self.nodes.values():
                 self._turn(node, now_s)
             self.clock.advance_to(now_s + TURN_S)
         found = [self.answers[str(n)] for n in range(len(self.requests))]
         if any(a.num_tokens != r.num_output for a, r in zip(found, self.requests, strict=True)):
-            raise RuntimeError("an answer is not whole")
+            raise FastDeployPDError("an answer is not whole")
         return found
 
     def _submit(self, number: int, now_s: float) -> None:
@@ -242,7 +243,7 @@ class Traffic:
 
     def _publish(self) -> None:
         """Tell front ends what prefix caches hold, as through Redis."""
-        for node in self.engines.values():
+        for node in self.nodes.values():
             node.num_published += 1
             came, went = node.held.take_changes()
             for front_end in self.front_ends.values():
@@ -254,7 +255,7 @@ class Traffic:
         self._send(front_end.front_end_id, front_end.outbox.take(), now_s)
         for event in front_end.take_events():
             if not isinstance(event, Delivered):
-                raise RuntimeError(f"{event.request_id} failed: {event.error.message}")
+                raise FastDeployPDError(f"request {event.request_id} failed: {event.error.message}")
             answer = self.answers[event.request_id]
             answer.first_s, answer.last_s = answer.first_s or now_s, now_s
             answer.num_tokens += len(event.chunk.token_ids)
@@ -271,7 +272,7 @@ class Traffic:
             _, _, receiver_id, sender_id, message = heapq.heappop(self._messages)
             front_end = self.front_ends.get(receiver_id)
             if front_end is None:
-                self.engines[receiver_id].inbox.append((sender_id, message))
+                self.nodes[receiver_id].inbox.append((sender_id, message))
             else:
                 front_end.receive(sender_id, message, now_s)
                 self._flush(front_end)

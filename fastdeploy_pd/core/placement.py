@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from fastdeploy_pd.core.predictor import Predictor
-from fastdeploy_pd.request import Slo
+from fastdeploy_pd.request import MAX_SLO_S, Slo
 
 NO_SLO = Slo()
 BLUR_TOKENS = 64  # differences below one block are noise: loads are reported every quarter second
 BLUR_FRACTION = 0.1
 ROUNDING_S = 1e-9
-MOST_STEPS = 32  # that are followed from one report to the next; more come only where steps are too short to matter
+MOST_STEPS = 16  # that are followed from one report to the next; more come only where steps are too short to matter
 
 
 class Added(NamedTuple):
@@ -48,35 +48,55 @@ class Load:
     num_seats: int = 1  #: sequences that a step has room for beside the streams
     num_ordered: int = 0  #: streams to come, whose prompts are computed elsewhere
     ordered_tokens: int = 0  #: their tokens in sum
-    most_step_s: float = math.inf  #: that prompts take of one step
+    most_step_s: float = 0.0  #: that prompts take of one step; 0: not told
     age_s: float = 0.0  #: since this was so, less busy_s: so much of the prompts may have been computed meanwhile
 
     @property
     def is_sane(self) -> bool:
-        """Whether every number in it is finite, and no time negative."""
-        numbers = (*self.predictor.prefill, *self.predictor.decode, self.busy_s)
-        is_timed = all(0 <= x < math.inf for x in numbers) and self.most_step_s >= 0
-        return is_timed and all(math.isfinite(d + s) for d, s in self.prompts)
+        """Whether every number in it may be used: finite and of a possible size, what lasts not negative."""
+        numbers = (*self.predictor.prefill, *self.predictor.decode, self.busy_s, self.most_step_s)
+        is_timed = all(0 <= x < MAX_SLO_S for x in numbers) and self.slack_s > -MAX_SLO_S
+        return is_timed and all(-MAX_SLO_S < due < MAX_SLO_S and 0 <= s < MAX_SLO_S for due, s in self.prompts)
 
     def after(self, elapsed_s: float, added: Sequence[Added] = ()) -> Load:
         """What it may be a little later at most, with what was placed there since: nothing but the step in flight has been computed."""
-        ordered = [a.num_tokens for a in added if a.seconds == 0.0]
-        prompts = [(d - elapsed_s, s) for d, s in self.prompts] + [(a.due_s - elapsed_s, a.seconds) for a in added]
-        num_tokens = sum(a.num_tokens for a in added)
-        return replace(
-            self,
-            prompts=tuple(sorted(prompts)),
-            busy_s=max(0.0, self.busy_s - elapsed_s),
-            age_s=max(0.0, elapsed_s - self.busy_s),
-            num_free_tokens=self.num_free_tokens - num_tokens,
-        ).with_ordered(len(ordered), sum(ordered))
+        prompts = sorted([*self.prompts, *((a.due_s, a.seconds) for a in added)])
+        return self._later(elapsed_s, added, self.busy_s, prompts, max(0.0, elapsed_s - self.busy_s))
 
     def forecast(self, elapsed_s: float, added: Sequence[Added] = ()) -> Load:
-        """What it is a little later in all likelihood: prompts have begun when the device was free, and a step that runs lets nobody in."""
-        jobs = [Added(0.0, d, s) for d, s in self.prompts] + [a for a in added if a.seconds > 0]
-        busy_s, left = _computed(jobs, self.busy_s, elapsed_s, self.most_step_s)
-        prompts = tuple([(a.due_s - elapsed_s, a.seconds) for a in left])
-        return replace(self.after(elapsed_s, added), busy_s=busy_s, prompts=prompts, age_s=0.0)
+        """What it is a little later in all likelihood: prompts have begun when the device was free, and a step that runs lets nobody in.
+
+        That streams' SLOs, or a lack of blocks, may have kept prompts waiting is not followed.
+        """
+        is_short = self.num_seats < 1 or self.num_free_tokens < 0
+        if elapsed_s < self.busy_s or not self.most_step_s or is_short:
+            return self.after(elapsed_s, added)
+        jobs = sorted([(d, s, 0.0) for d, s in self.prompts] + [(a.due_s, a.seconds, a.placed_s) for a in added])
+        free_s, beside_s = self.busy_s, 0.0
+        if self.num_streams:
+            beside_s = self.predictor.decode_s(self.num_streams, self.stream_tokens)
+        for _ in range(MOST_STEPS if jobs else 0):
+            begin_s = max(free_s, min(placed_s for _, _, placed_s in jobs))
+            if begin_s > elapsed_s:
+                break
+            free_s, jobs = _compute_step(jobs, begin_s, begin_s + self.most_step_s)
+            free_s += beside_s
+            if not jobs:
+                break
+        return self._later(elapsed_s, added, free_s, [(due, seconds) for due, seconds, _ in jobs], 0.0)
+
+    def _later(
+        self, elapsed_s: float, added: Sequence[Added], free_s: float, prompts: list[tuple[float, float]], age_s: float
+    ) -> Load:
+        """Returns: this, with the times that count from when it was told."""
+        ordered = [a.num_tokens for a in added if a.seconds == 0.0]
+        return replace(
+            self,
+            prompts=tuple([(due - elapsed_s, seconds) for due, seconds in prompts]),
+            busy_s=max(0.0, free_s - elapsed_s),
+            age_s=age_s,
+            num_free_tokens=self.num_free_tokens - sum(a.num_tokens for a in added),
+        ).with_ordered(len(ordered), sum(ordered))
 
     def with_ordered(self, count: int, num_tokens: int) -> Load:
         """Returns: the same with so many more streams to come, of so many tokens in sum."""
@@ -90,31 +110,30 @@ class Load:
         )
 
 
-def _computed(jobs: Sequence[Added], free_s: float, until_s: float, most_step_s: float) -> tuple[float, list[Added]]:
-    """Let a device that is free from free_s on compute prompts step by step: what can be on time first, by due time.
+def _compute_step(
+    jobs: Sequence[tuple[float, float, float]], begin_s: float, end_s: float
+) -> tuple[float, list[tuple[float, float, float]]]:
+    """Let a step begin with the prompts that are there, those that can be on time first, as many as end by end_s.
 
-    Returns: for how long after until_s it goes on with the step that it computes then, and what is left to later ones, by due time.
+    Args:
+        jobs: (due, seconds, when it came), by due time.
+    Returns: when it ends, and what is left to later ones, by due time.
     """
-    left = list(jobs)
-    for _ in range(MOST_STEPS if left else 0):
-        begin_s = max(free_s, min(a.placed_s for a in left))
-        if begin_s > until_s:
-            break
-        left.sort(key=lambda a: (a.due_s < begin_s + a.seconds, a.due_s))
-        free_s, end_s, rest = begin_s, begin_s + most_step_s, []
-        for job in left:
-            if job.placed_s > begin_s:
-                rest.append(job)
-                continue
-            seconds = min(job.seconds, end_s - free_s)
-            free_s += seconds
-            if job.seconds - seconds > ROUNDING_S:
-                rest.append(job._replace(seconds=job.seconds - seconds))
-        left = rest
-        if not left:
-            break
-    left.sort(key=lambda a: a.due_s)
-    return max(0.0, free_s - until_s), left
+    parts: dict[int, float] = {}
+    now_s = begin_s
+    for is_late in (False, True):
+        for number, (due, seconds, placed_s) in enumerate(jobs):
+            if now_s >= end_s:
+                break
+            if placed_s <= begin_s and (due < begin_s + seconds) == is_late:
+                parts[number] = min(seconds, end_s - now_s)
+                now_s += parts[number]
+    left = [
+        (due, seconds - parts.get(number, 0.0), placed_s)
+        for number, (due, seconds, placed_s) in enumerate(jobs)
+        if number not in parts or seconds - parts[number] > ROUNDING_S
+    ]
+    return now_s, left
 
 
 @dataclass(

@@ -29,7 +29,7 @@ from fastdeploy_pd.cluster.messages import (
 from fastdeploy_pd.core.admission import refusal
 from fastdeploy_pd.core.blocks import extend_hashes
 from fastdeploy_pd.core.order import due_s
-from fastdeploy_pd.core.placement import Added, Candidate, FewestTokens, Load, Placement, PlacementPolicy
+from fastdeploy_pd.core.placement import Added, Candidate, FewestTokens, Load, Placement, PlacementPolicy, RoundRobin
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.core.shortlist import Shortlist
@@ -356,9 +356,9 @@ class FrontEnd:
         instance_ids: Iterable[str],
         cached: Mapping[str, int] | None = None,
         now_s: float = 0.0,
-        load_at: Callable[[Load, float, Sequence[Added]], Load] = Load.forecast,
+        load_at: Callable[[Load, float, Sequence[Added]], Load] | None = None,
     ) -> list[Candidate]:
-        """Returns: of these instances those that can be chosen."""
+        """Returns: of these instances those that can be chosen, with what they have to do where it is said how to tell."""
         return [
             Candidate(
                 instance_id,
@@ -366,7 +366,7 @@ class FrontEnd:
                 view.instance.can_decode,
                 view.reported_tokens + view.added_tokens,
                 (cached or {}).get(instance_id, 0),
-                view.load and load_at(view.load, now_s - view.load_s, view.added),
+                load_at(view.load, now_s - view.load_s, view.added) if load_at and view.load else None,
             )
             for instance_id in instance_ids
             if not (view := self._views[instance_id]).is_lost and not view.is_draining
@@ -383,7 +383,9 @@ class FrontEnd:
         """Choose instances and ask decode; without one, wait until the placement deadline."""
         request = tracked.request
         cached = tracked.cached = self._cached_tokens(request)
-        candidates = self._candidates(self._looked_at(tracked), cached, now_s)
+        by_tokens = isinstance(self.policy, FewestTokens | RoundRobin)
+        load_at = None if by_tokens else Load.forecast
+        candidates = self._candidates(self._looked_at(tracked), cached, now_s, load_at)
         placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
@@ -567,7 +569,8 @@ class FrontEnd:
             view.instance = replace(view.instance, can_prefill=role.can_prefill, can_decode=role.can_decode)
         view.reported_tokens, view.added_tokens = beat.outstanding_tokens, 0
         if beat.load is not None and beat.load.is_sane:
-            view.load, view.load_s, view.added = beat.load, now_s, []
+            view.load, view.load_s = beat.load, now_s
+        view.added.clear()  # known there by now, or soon told of
         self._list(sender_id)
         self._liveness.beat(sender_id, beat.counter, now_s, beat.longest_step_s)
 

@@ -104,7 +104,7 @@ def test_streams_placed_since_a_report_are_no_secret() -> None:
 def test_who_is_due_soon_is_not_placed_behind_a_prompt_that_has_begun() -> None:
     """An idle instance begins at once what it is given, and a step that runs lets nobody in."""
     given = [Added(0.0, 5.0, 0.5, 5000)]
-    idle, streams = candidate("a"), candidate("b", busy_s=0.05)
+    idle, streams = candidate("a", most_step_s=0.6), candidate("b", busy_s=0.05)
     assert idle.load is not None and streams.load is not None
     assert place(replace(idle, load=idle.load.after(0.01, given)), streams, num_tokens=500, slo=Slo(0.2)) == {
         Placement(None, "a")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastdeploy_pd.cluster.messages import Abort, Beat, Peer, Reserve
+from fastdeploy_pd.core.multiplexing import Multiplexing
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.engine.frontend import Failed, FrontEnd, FrontEndOptions, Instance
@@ -127,3 +128,33 @@ def test_what_was_begun_goes_on_and_nobody_known_refuses_nobody() -> None:
     resumed = Request("r", [1] * 100, SamplingParams(), output_token_ids=[5], slo=Slo(deadline_s=0.001))
     front_end.submit(resumed, 10.0)
     assert resumed.phase is Phase.PLACED
+
+
+def test_who_is_urgent_is_not_placed_where_a_long_prompt_has_just_begun() -> None:
+    """The instance has not told so yet: it was idle when it beat, and computes since what it was given then."""
+    front_end = FrontEnd("front", random.Random(1), policy=Multiplexing())
+    front_end.set_members([Instance(Peer(i, f"ipc://{i}"), True, True) for i in ("one", "two")], 0.0)
+    idle = Load(Predictor((0.0, 1e-4, 0.0), (0.0, 0.0, 0.01)), num_free_tokens=10**6, most_step_s=0.8)
+    front_end.receive("one", Beat(1, load=idle), 10.0)
+    front_end.receive("two", Beat(1, load=replace(idle, busy_s=0.06)), 10.0)
+    front_end.outbox.take()
+    placed = []
+    for name, num_tokens, ttft_s, now_s in (("long", 5000, 9.0, 10.0), ("urgent", 500, 0.2, 10.01)):
+        front_end.submit(Request(name, [1] * num_tokens, SamplingParams(), slo=Slo(ttft_s, 0.1)), now_s)
+        placed += [a.peer_id for a in front_end.outbox.take() if isinstance(a, Send)]
+    assert placed == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prompts": ((1.9, -1e308),)}, {"slack_s": float("-inf")}, {"most_step_s": float("nan")}, {"busy_s": 1e300}],
+)
+def test_a_report_that_cannot_be_is_left_alone(wrong: dict[str, Any]) -> None:
+    load = Load(Predictor((0.0, 0.01, 0.0), (0.0, 0.0, 0.02)), num_free_tokens=10**6)
+    front_end = beats(load)
+    front_end.receive(
+        "one", Beat(2, load=replace(load, predictor=Predictor((0.0, 9.0, 0.0), (0.0, 0.0, 9.0)), **wrong)), 10.1
+    )
+    assert front_end.predictor_of("one") == load.predictor
+    submit(front_end, Slo(ttft_s=9.0, deadline_s=30.0), 10.2)
+    assert front_end.requests
