@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sys.stdout.write(f"| {' | '.join(str(v) for v in row.values())} |\n")
                     sys.stdout.flush()
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, {"rows": rows})
     return 0
 
 

@@ -368,14 +368,14 @@ def test_placement_by_slo_with_reports_that_are_late(layout: str) -> None:
     requests = load(300, MAX_MODEL_LEN)
     setting = Setting(layout, max_num_batched_tokens=8192)
     shares = [bench_placement.measure(setting, requests, rate)["in time %"] for rate in (5, 8, 10)]
-    assert sum(shares) >= (291.5 if layout == "2mixed" else 293.5)  # 289.7 and 293.0 with what was last reported
+    assert sum(shares) >= 291.5  # two mixed ones have 293.4, and 289.7 with what was last reported; a pair 294.7
 
 
 def test_the_benchmark_of_placement_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--layouts", "2mixed", "--placements", "fewest-tokens", "--requests", "20", "--rates", "5"]
     out = tmp_path / "rows.json"
     assert bench_placement.main([*flags, "--max-num-batched-tokens", "4096", "--json", str(out)]) == 0
-    (row,) = json.loads(out.read_text())
+    (row,) = json.loads(out.read_text())["rows"]
     assert row["in time %"] > 80 and row["step tokens"] == 4096
     assert "| 2mixed | fewest-tokens | 4096 | 5.0 |" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from fastdeploy_pd.core.order import late
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.request import MAX_SLO_S, Slo
 
@@ -72,18 +73,17 @@ class Load:
         if elapsed_s < self.busy_s or not self.most_step_s or is_short:
             return self.after(elapsed_s, added)
         jobs = sorted([(d, s, 0.0) for d, s in self.prompts] + [(a.due_s, a.seconds, a.placed_s) for a in added])
-        free_s, beside_s = self.busy_s, 0.0
-        if self.num_streams:
-            beside_s = self.predictor.decode_s(self.num_streams, self.stream_tokens)
-        for _ in range(MOST_STEPS if jobs else 0):
-            begin_s = max(free_s, min(placed_s for _, _, placed_s in jobs))
+        is_late = late([(due, seconds) for due, seconds, _ in jobs], self.busy_s)
+        left = [job for _, job in sorted(zip(is_late, jobs, strict=True))]  # late ones last, as in `order.Slack`
+        beside_s = self.predictor.decode_s(self.num_streams, self.stream_tokens) if self.num_streams else 0.0
+        free_s = self.busy_s
+        for _ in range(MOST_STEPS):
+            begin_s = max(free_s, min((placed_s for _, _, placed_s in left), default=math.inf))
             if begin_s > elapsed_s:
                 break
-            free_s, jobs = _compute_step(jobs, begin_s, begin_s + self.most_step_s)
+            free_s, left = _compute_step(left, begin_s, begin_s + self.most_step_s)
             free_s += beside_s
-            if not jobs:
-                break
-        return self._later(elapsed_s, added, free_s, [(due, seconds) for due, seconds, _ in jobs], 0.0)
+        return self._later(elapsed_s, added, free_s, sorted((due, seconds) for due, seconds, _ in left), 0.0)
 
     def _later(
         self, elapsed_s: float, added: Sequence[Added], free_s: float, prompts: list[tuple[float, float]], age_s: float
@@ -113,26 +113,21 @@ class Load:
 def _compute_step(
     jobs: Sequence[tuple[float, float, float]], begin_s: float, end_s: float
 ) -> tuple[float, list[tuple[float, float, float]]]:
-    """Let a step begin with the prompts that are there, those that can be on time first, as many as end by end_s.
+    """Let a step begin with the prompts that are there, in their order, as many as end by end_s.
 
     Args:
-        jobs: (due, seconds, when it came), by due time.
-    Returns: when it ends, and what is left to later ones, by due time.
+        jobs: (due, seconds, when it came).
+    Returns: when it ends, and what is left to later ones, in the same order.
     """
-    parts: dict[int, float] = {}
-    now_s = begin_s
-    for is_late in (False, True):
-        for number, (due, seconds, placed_s) in enumerate(jobs):
-            if now_s >= end_s:
-                break
-            if placed_s <= begin_s and (due < begin_s + seconds) == is_late:
-                parts[number] = min(seconds, end_s - now_s)
-                now_s += parts[number]
-    left = [
-        (due, seconds - parts.get(number, 0.0), placed_s)
-        for number, (due, seconds, placed_s) in enumerate(jobs)
-        if number not in parts or seconds - parts[number] > ROUNDING_S
-    ]
+    now_s, left = begin_s, list[tuple[float, float, float]]()
+    for number, (due, seconds, placed_s) in enumerate(jobs):
+        if now_s >= end_s:
+            left += jobs[number:]
+            break
+        part_s = min(seconds, end_s - now_s) if placed_s <= begin_s else 0.0
+        now_s += part_s
+        if placed_s > begin_s or seconds - part_s > ROUNDING_S:
+            left.append((due, seconds - part_s, placed_s))
     return now_s, left
 
 
