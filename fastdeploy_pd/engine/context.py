@@ -81,7 +81,8 @@ class Runner(Protocol):
         A sequence's pending token is the one that the step launched before samples for the same request.
 
         Args:
-            on_layer: called by `poll`, or here already, with each layer's index when its K and V are in the pool.
+            on_layer: called by `poll`, or here already, with the index of a layer when its K and V, and those of all layers before it,
+                are in the pool: with rising ones, the last one's at the end.
         Raises: FastDeployPDError: none of them can go on, and nothing was launched.
         """
         ...

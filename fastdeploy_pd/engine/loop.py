@@ -244,7 +244,7 @@ class Engine:
             self._tick(now_s)
         report = self._end_oldest()
         has_launched = self._is_time(now_s) and self._launch(now_s)
-        if report is None:
+        if report is None and has_launched:  # on a CPU it is done
             report = self._end_oldest()
         self.has_moved = has_launched or report is not None or self.runner.can_advance
         if self.has_moved or not self._in_flight:  # a device that hangs is not alive

@@ -153,7 +153,7 @@ class PrefillSide:
     # the step
 
     def layer_hook(self, batch: Batch) -> Callable[[int], None] | None:
-        """What the runner calls after each layer of this batch: write the blocks that are complete in that layer.
+        """What the runner calls when layers of this batch are done: write the blocks that are complete in them.
 
         Returns: None if no sequence of the batch belongs to an order.
         """
@@ -174,11 +174,16 @@ class PrefillSide:
         if not writes:
             return None
 
-        def write_layer(layer: int) -> None:
-            for order, local, remote in writes:
-                order.transfer.write(order.grant_id, layer, local, remote)
+        num_written = 0  # layers
 
-        return write_layer
+        def write_layers(layer: int) -> None:
+            nonlocal num_written
+            first, num_written = num_written, layer + 1
+            for order, local, remote in writes:
+                for number in range(first, num_written):
+                    order.transfer.write(order.grant_id, number, local, remote)
+
+        return write_layers
 
     def on_scheduled(self, batch: Batch, now_s: float) -> None:
         """Stamp the orders whose computing begins with this batch."""

@@ -22,8 +22,8 @@ from fastdeploy_pd.cluster.registry import LEASE_S, HeartbeatThread, MemberRecor
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
-from fastdeploy_pd.engine.collection import uncollected
 from fastdeploy_pd.engine.elastic import ElasticThread
+from fastdeploy_pd.engine.interpreter import share_lock, uncollected
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
@@ -38,7 +38,6 @@ IDLE_WAIT_S = 0.02  #: nothing to compute and nothing on the wire
 ACTIVE_WAIT_S = 0.0002  #: a step in flight or a transfer may end at any moment
 RECORD_S = 0.1
 HUNG_STEP_S = 20.0  #: a step that takes longer stops the lease
-SWITCH_S = 0.0005  #: threads of transfers move K and V while this one computes; at Python's 5 ms each word of theirs waits for it
 DRAIN_S = 30.0  #: how long SIGTERM waits for requests to end
 
 
@@ -173,7 +172,7 @@ def announce(run_dir: Path, built: BuiltEngine, links: Links) -> None:
 
 def serve(config: InstanceConfig, run_dir: Path) -> None:
     """Build the engine, announce it, run it, leave."""
-    sys.setswitchinterval(SWITCH_S)
+    share_lock()
     secret = config.cluster.secret
     metrics = EngineMetrics(config.model.served_model_name[0], config.cluster.splitwise_role)
     with uncollected():

@@ -22,8 +22,8 @@ import msgspec
 
 from fastdeploy_pd.engine.build import attach_pool, build_backends, load_model, pool_layout
 from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channel, Happened, Refusal, Setup
-from fastdeploy_pd.engine.collection import uncollected
 from fastdeploy_pd.engine.context import Step
+from fastdeploy_pd.engine.interpreter import share_lock, uncollected
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import FastDeployPDError
@@ -149,9 +149,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's are for the whole group: rank 0 decides
         signal.signal(number, signal.SIG_IGN)
     threading.excepthook = end_by_fault
-    sys.setswitchinterval(
-        ACTIVE_WAIT_S
-    )  # the ends' threads, and the one that serves them, don't wait for the one that computes
+    share_lock()  # between the ends' threads, the one that serves them and the one that computes
     steps, orders = (Channel(socket.socket(fileno=int(number))) for number in sys.argv[1:3])
     setup = _SETUP.decode(orders.receive(TIMEOUT_S) or b"")
     configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")

@@ -34,6 +34,7 @@ LAYERS_AT_ONCE = 4
 MOST_KERNELS_AHEAD = 700  # queued and not ended: the device takes about a thousand, then queueing waits for it
 KERNELS_A_LAYER = 14  # about, ...
 KERNELS_A_WHOLE_PROMPT = 2  # ... and for each prompt of cuDNN's its attention and a copy
+LAYERS_HANDED_OVER = 8  # at once: each hand-over wakes threads, which take the GIL from the one that queues layers
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
@@ -55,14 +56,15 @@ class DeviceStep:
     advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one beside it
     is_queued: bool = True  #: wholly
     num_kernels: int = KERNELS_A_LAYER  #: of a layer, about
-    layers: deque[torch.cuda.Event] = field(default_factory=deque)  #: of layers that were not handed over yet
-    num_layers_done: int = 0
+    layers: deque[tuple[torch.cuda.Event, int]] = field(
+        default_factory=deque
+    )  #: not handed over yet: ends of these layers
     fault: FastDeployPDError | None = None  #: why none of it goes on; what was queued still runs
 
     def poll(self) -> bool:
         """Hand over layers that are done. Returns: whether all is."""
         self.advance()
-        while self.layers and self.layers[0].query():
+        while self.layers and self.layers[0][0].query():
             self._hand_over()
         is_done = self.is_queued and not self.layers and self.end.query()
         if is_done and self.fault is not None:
@@ -74,7 +76,7 @@ class DeviceStep:
         while not self.is_queued:
             self.advance()
         while self.layers:
-            self.layers[0].synchronize()
+            self.layers[0][0].synchronize()
             self._hand_over()
         self.end.synchronize()
         if self.fault is not None:
@@ -103,10 +105,9 @@ class DeviceStep:
         return StepOutput(token_id)
 
     def _hand_over(self) -> None:
-        self.layers.popleft()
+        _, layer = self.layers.popleft()
         if self.on_layer is not None:
-            self.on_layer(self.num_layers_done)
-        self.num_layers_done += 1
+            self.on_layer(layer)
 
 
 class DeviceRunner(ModelRunner):
@@ -303,18 +304,18 @@ class DeviceRunner(ModelRunner):
         return self._ops.prepare(inputs)
 
     def _layers(
-        self, prepared: CudaStep, num_rows: int, marks: deque[torch.cuda.Event] | None
+        self, prepared: CudaStep, num_rows: int, marks: deque[tuple[torch.cuda.Event, int]] | None
     ) -> Generator[None, None, torch.Tensor | None]:
         """Queue a layer each time. Returns: [num_rows, vocab_size] logits.
 
         Args:
-            marks: gets the event of each layer's K and V.
+            marks: gets events of layers' K and V: of every LAYERS_HANDED_OVER, and the last one's.
         """
 
         def queued(layer: int) -> None:
-            if marks is not None:
-                marks.append(torch.cuda.Event())
-                marks[-1].record()
+            if marks is not None and (not (layer + 1) % LAYERS_HANDED_OVER or layer + 1 == len(self.caches)):
+                marks.append((torch.cuda.Event(), layer))
+                marks[-1][0].record()
 
         x = self._ops.embedding(self.decoder.embedding, prepared)
         for index, cache in enumerate(self.caches):

@@ -212,7 +212,7 @@ class ModelRunner:
         """Compute a batch.
 
         Args:
-            on_layer: called with each layer's index as soon as its K and V are in the pool.
+            on_layer: see engine/context.py.
         Returns: one output a sequence, in the batch's order. What is wrong with one of them is its own error alone.
         """
         token_ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)

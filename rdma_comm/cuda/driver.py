@@ -26,7 +26,11 @@ ATTRIBUTE_DEVICE_ORDINAL, ATTRIBUTE_RANGE_START, ATTRIBUTE_RANGE_SIZE = 9, 11, 1
 HANDLE_TYPE_DMA_BUF_FD = 1
 NAMES = {"cuMemAlloc": "cuMemAlloc_v2", "cuMemFree": "cuMemFree_v2", "cuIpcOpenMemHandle": "cuIpcOpenMemHandle_v2",
          "cuMemcpyHtoDAsync": "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync": "cuMemcpyDtoHAsync_v2", "cuStreamDestroy": "cuStreamDestroy_v2",
-         "cuEventDestroy": "cuEventDestroy_v2", "cuMemsetD8Async": "cuMemsetD8Async"}  # fmt: skip
+         "cuEventDestroy": "cuEventDestroy_v2"}  # fmt: skip
+# They only queue something. To give the GIL up for so short a time makes each of them wait for the thread that computes, and that one for them.
+QUICK = frozenset(
+    ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemsetD8Async", "cuLaunchKernel", "cuEventRecord")
+)
 
 
 class CudaUnavailable(RdmaUnavailable):
@@ -64,6 +68,7 @@ class _Driver:
     def __init__(self) -> None:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
+            self._with_gil = ctypes.PyDLL("libcuda.so.1")
         except OSError as error:
             raise CudaUnavailable(f"the NVIDIA driver is not here ({error})") from error
         self._get_name = self._library.cuGetErrorName
@@ -73,8 +78,9 @@ class _Driver:
             raise CudaUnavailable(f"the NVIDIA driver finds no GPU: {error}") from error
 
     def status(self, name: str, *arguments: Any) -> int:
-        """Returns: what the call returned. The GIL is released meanwhile."""
-        return int(getattr(self._library, NAMES.get(name, name))(*arguments))
+        """Returns: what the call returned. The GIL is released meanwhile, unless it is a QUICK one."""
+        library = self._with_gil if name in QUICK else self._library
+        return int(getattr(library, NAMES.get(name, name))(*arguments))
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises: CudaError."""

@@ -109,12 +109,12 @@ class SimulatedStep:
         self.results: list[SimulatedOutput] = []
 
     def poll(self) -> bool:
-        """Hand over what is computed."""
+        """Hand over what is computed: one layer, or several at once."""
         self.runner.advance()
-        while self.num_handed < self.num_computed:
+        if self.num_handed < self.num_computed:
+            self.num_handed = self.num_computed
             if self.on_layer is not None:
-                self.on_layer(self.num_handed)
-            self.num_handed += 1
+                self.on_layer(self.num_handed - 1)
         return self.num_handed == NUM_LAYERS
 
     def outputs(self) -> list[SimulatedOutput]:

@@ -24,7 +24,7 @@ import uvloop
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine import policies
-from fastdeploy_pd.engine.collection import uncollected
+from fastdeploy_pd.engine.interpreter import uncollected
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
