@@ -130,7 +130,7 @@ def send_epochs(pipe: Connection, gpu: Gpu, layout: KVLayout, is_checked: bool, 
         for number, (local, remote) in enumerate(blocks):
             transfer.start(f"{seed}-{number}", 7, descriptor, remote)
             for layer in range(layout.num_layers):
-                transfer.write(f"{seed}-{number}", layer, local, remote)
+                transfer.write(f"{seed}-{number}", [layer], local, remote)
             transfer.finish(f"{seed}-{number}")
         pipe.send(wait_events(transfer, num_epochs))
     transfer.close()
@@ -184,7 +184,7 @@ def send_paced(pipe: Connection, gpu: Gpu, torch: Any, layout: KVLayout) -> None
             time.sleep(max(0.0, began_s + number * interval_s - time.perf_counter()))
             transfer.start(f"paced-{number}", 7, descriptor, ids)
             for layer in range(layout.num_layers):
-                transfer.write(f"paced-{number}", layer, ids[::-1], ids)
+                transfer.write(f"paced-{number}", [layer], ids[::-1], ids)
             transfer.finish(f"paced-{number}")
 
     load_s = PACED_EPOCHS * interval_s

@@ -73,7 +73,7 @@ class Source(_End):
         epoch, (local, remote) = str(job.seed), job.blocks()
         self.transfer.start(epoch, job.seed, self._descriptor, remote)
         for layer in range(NUM_LAYERS):
-            self.transfer.write(epoch, layer, local, remote)
+            self.transfer.write(epoch, [layer], local, remote)
         self.transfer.finish(epoch)
         event = wait(self.transfer)
         if not isinstance(event, EpochSent):

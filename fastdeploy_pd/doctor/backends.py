@@ -118,8 +118,7 @@ def check_backend(name: str, sysfs: Path, env: Mapping[str, str], secret: bytes 
 def begin_hand_over(source: Transfer, descriptor: dict[str, Any], epoch: str) -> None:
     """Send BLOCKS from `source` to the same blocks of the end with that descriptor."""
     source.start(epoch, NONCE, descriptor, BLOCKS)
-    for layer in range(LAYOUT.num_layers):
-        source.write(epoch, layer, BLOCKS, BLOCKS)
+    source.write(epoch, range(LAYOUT.num_layers), BLOCKS, BLOCKS)
     source.finish(epoch)
 
 

@@ -251,10 +251,12 @@ class RemoteEnd:
         """See base."""
         self._call("start", epoch, nonce, peer, remote_block_ids, parts)
 
-    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
-        """See base. To be called while this rank hands over the layer: the other waits for its own."""
-        arguments = [epoch, layer, local_block_ids, remote_block_ids]
-        self._worker.call(Call(self.name, "write", arguments, self._crew.handing_over, layer))
+    def write(
+        self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
+    ) -> None:
+        """See base. To be called while this rank hands over the layers: the other waits for its own."""
+        arguments = [epoch, list(layers), local_block_ids, remote_block_ids]
+        self._worker.call(Call(self.name, "write", arguments, self._crew.handing_over, layers[-1]))
 
     def finish(self, epoch: str) -> None:
         """See base."""

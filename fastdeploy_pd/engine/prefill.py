@@ -178,10 +178,9 @@ class PrefillSide:
 
         def write_layers(layer: int) -> None:
             nonlocal num_written
-            first, num_written = num_written, layer + 1
+            layers, num_written = range(num_written, layer + 1), layer + 1
             for order, local, remote in writes:
-                for number in range(first, num_written):
-                    order.transfer.write(order.grant_id, number, local, remote)
+                order.transfer.write(order.grant_id, layers, local, remote)
 
         return write_layers
 
@@ -339,8 +338,7 @@ class PrefillSide:
         self._pin(order, found)
         self._start(order)
         order.state = OrderState.SENDING
-        for layer in range(self.context.num_layers):
-            order.transfer.write(order.grant_id, layer, found, list(message.block_ids))
+        order.transfer.write(order.grant_id, range(self.context.num_layers), found, list(message.block_ids))
         order.transfer.finish(order.grant_id)
         return order
 

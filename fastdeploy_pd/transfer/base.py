@@ -5,7 +5,7 @@ backend's own threads (or in hardware), and its results are fetched with `poll`.
 
 decode  open_epoch(epoch, block_ids, nonce)   from now on writes of this epoch, and of no other, may land in these blocks
 prefill start(epoch, nonce, peer descriptor)  connects if need be; refusals arrive as EpochFailed
-prefill write(epoch, layer, local, remote)    any number of times; local blocks are pinned until EpochSent or EpochFailed
+prefill write(epoch, layers, local, remote)   any number of times; local blocks are pinned until EpochSent or EpochFailed
 prefill finish(epoch)                         -> EpochSent(digests): everything is written, no local block is read any more
 decode                                        -> EpochArrived(digests): recomputed over what has landed in the blocks
 decode  revoke(epoch)                         when it returns, no write of this epoch lands any more; blocks may be reused
@@ -102,8 +102,13 @@ class Transfer(Protocol):
         """
         ...
 
-    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
-        """Queue one layer of some blocks; the lists must not change afterwards. An epoch that has failed meanwhile is ignored."""
+    def write(
+        self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
+    ) -> None:
+        """Queue some layers, in rising order, of some blocks. An epoch that has failed meanwhile is ignored.
+
+        The lists must not change afterwards.
+        """
         ...
 
     def finish(self, epoch: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
@@ -40,6 +41,19 @@ class WriteFrame(msgspec.Struct, tag="w", array_like=True):
         if last is not None and self.has_blocks_of(last):
             return RepeatFrame(self.layers)
         return self
+
+    def cut(self, most_blocks: int, num_parts: int) -> Iterator[WriteFrame]:
+        """
+        Args:
+            most_blocks: of a frame, counted in each layer; num_parts: frames that layers are spread over if they are as many.
+        Yields: frames that write the same together, each with lists of its own: the sender joins what waits.
+        """
+        most_bytes = max(1, most_blocks) * ID_BYTES
+        at_once = max(1, min(most_bytes // max(1, len(self.remote)), -(-len(self.layers) // num_parts)))
+        for number in range(0, len(self.layers), at_once):
+            for first in range(0, len(self.remote), most_bytes):
+                layers, part = self.layers[number : number + at_once], slice(first, first + most_bytes)
+                yield WriteFrame(self.epoch, self.nonce, layers, self.remote[part], self.local[part], self.block_bytes)
 
     def pairs(self, num_source_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastdeploy_pd.core.layout import KVLayout
@@ -115,14 +116,17 @@ class LoopbackTransfer:
         """See base."""
         self._out[epoch] = _Outgoing(peer["address"], nonce, list(remote_block_ids), self._layout.cut(parts))
 
-    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
+    def write(
+        self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
+    ) -> None:
         """See base."""
         outgoing = self._out.get(epoch)
         if outgoing is None or outgoing.is_over:
             return
         outgoing.local_of.update(zip(remote_block_ids, local_block_ids, strict=True))
         pairs = list(zip(local_block_ids, remote_block_ids, strict=True))
-        outgoing.last_s = self._network.later(outgoing.last_s, lambda: self._deliver(epoch, layer, pairs))
+        for layer in layers:
+            outgoing.last_s = self._network.later(outgoing.last_s, partial(self._deliver, epoch, layer, pairs))
 
     def finish(self, epoch: str) -> None:
         """See base."""

@@ -108,7 +108,9 @@ class RankedTransfer:
             outgoing.shares[rank, name] = share
             self._ends[rank].start(name, nonce, target, share.target_ids(remote_block_ids), share.source_parts)
 
-    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
+    def write(
+        self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
+    ) -> None:
         """See base."""
         outgoing = self._out.get(epoch)
         if outgoing is None:
@@ -120,7 +122,7 @@ class RankedTransfer:
                 for key, share in outgoing.shares.items()
             }
         for (rank, name), (local, remote) in outgoing.cut.items():
-            self._ends[rank].write(name, layer, local, remote)
+            self._ends[rank].write(name, layers, local, remote)
 
     def finish(self, epoch: str) -> None:
         """See base."""

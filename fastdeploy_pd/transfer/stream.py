@@ -26,7 +26,7 @@ from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Tr
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
 from fastdeploy_pd.transfer.handshake import Handshake, decode, describe, difference, receive_frame, send_frame
-from fastdeploy_pd.transfer.layout import ID_BYTES, KVPool, pack_ids
+from fastdeploy_pd.transfer.layout import KVPool, pack_ids
 from fastdeploy_pd.transfer.outgoing import LEAST_BYTES_PER_S, Outgoing, Pace
 from rdma_comm.strangers import MAX_STRANGERS, Strangers, shut
 
@@ -212,27 +212,27 @@ class StreamTransfer:
                 epoch, nonce, connections, list(remote_block_ids), layout, start_s=self._clock.now_s()
             )
 
-    def write(self, epoch: str, layer: int, local_block_ids: Sequence[int], remote_block_ids: Sequence[int]) -> None:
+    def write(
+        self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
+    ) -> None:
         """See base."""
         with self._lock:
             outgoing = self._out.get(epoch)
             if outgoing is None or outgoing.is_over:
                 return
-            if layer == 0:  # the others repeat it
+            if layers[0] == 0:  # the others repeat it
                 outgoing.pairs.append((remote_block_ids, local_block_ids))
             size = outgoing.layout.block_bytes
-            outgoing.num_queued += len(local_block_ids) * size
-        step = ID_BYTES * max(1, self.piece_bytes // size)
+            outgoing.num_queued += len(layers) * len(local_block_ids) * size
         if outgoing.lists != (remote_block_ids, local_block_ids):
             outgoing.lists = remote_block_ids, local_block_ids
             try:
                 outgoing.packed = pack_ids(remote_block_ids), pack_ids(local_block_ids)
             except OverflowError as error:  # whoever ordered the blocks made them up
                 return self._fail_outgoing(epoch, f"no block ids: {error}")
-        remote, local = outgoing.packed
-        for first in range(0, len(local), step):
-            part = slice(first, first + step)
-            outgoing.peer.put(WriteFrame(epoch, outgoing.nonce, [layer], remote[part], local[part], size))
+        whole = WriteFrame(epoch, outgoing.nonce, list(layers), *outgoing.packed, size)
+        for frame in whole.cut(self.piece_bytes // size, self.num_connections):
+            outgoing.peer.put(frame)
 
     def finish(self, epoch: str) -> None:
         """See base."""

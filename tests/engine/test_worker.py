@@ -81,7 +81,7 @@ def test_blocks_leave_when_this_rank_has_computed_them(pair: tuple[Rank, Rank]) 
     assert target.hear() == Answer(None)
     source.call("start", "e", 7, target.transfer.descriptor(), [4, 5])
     for layer in range(3):  # all of it is ordered before anything is computed here
-        source.call("write", "e", layer, [1, 2], [4, 5], step=2, layer=layer)
+        source.call("write", "e", [layer], [1, 2], [4, 5], step=2, layer=layer)
     source.call("finish", "e")
     source.call("reaches", target.transfer.descriptor(), is_asked=True)
     assert source.hear() == Answer("")  # is not kept waiting
@@ -108,7 +108,7 @@ def test_what_was_late_is_done_at_once(pair: tuple[Rank, Rank]) -> None:
     source.ends.on_layer(5, 2)
     source.call("start", "e", 7, target.transfer.descriptor(), [4])
     for layer in range(3):
-        source.call("write", "e", layer, [1], [4], step=5, layer=layer)
+        source.call("write", "e", [layer], [1], [4], step=5, layer=layer)
     source.call("finish", "e")
     arrived = target.hear()
     assert isinstance(arrived, Happened) and arrived.event().num_bytes == 3 * LAYOUT.block_bytes
@@ -118,11 +118,11 @@ def test_a_revocation_is_answered_when_nothing_lands_any_more(pair: tuple[Rank, 
     source, target = pair
     target.call("open_epoch", "e", [4], 7, is_asked=True)
     assert target.hear() == Answer(None)
-    target.call("write", "other", 0, [1], [1], step=9)  # waits for a layer: a revocation does not
+    target.call("write", "other", [0], [1], [1], step=9)  # waits for a layer: a revocation does not
     target.call("revoke", "e", is_asked=True)
     assert target.hear() == Answer(None)
     source.call("start", "e", 7, target.transfer.descriptor(), [4])
-    source.call("write", "e", 0, [1], [4])
+    source.call("write", "e", [0], [1], [4])
     source.call("cancel", "e")
     failed = source.hear()
     assert isinstance(failed, Happened) and isinstance(failed.event(), EpochFailed) and not target.pool.array.any()

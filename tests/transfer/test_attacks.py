@@ -52,7 +52,7 @@ def hand_over(source: StreamTransfer, target: StreamTransfer, epoch: str, pause_
     target.open_epoch(epoch, [1, 2], 5)
     source.start(epoch, 5, target.descriptor(), [1, 2])
     for layer in range(LAYOUT.num_layers):
-        source.write(epoch, layer, [3, 4], [1, 2])
+        source.write(epoch, [layer], [3, 4], [1, 2])
         time.sleep(pause_s)
     source.finish(epoch)
     found = [until(source.poll), until(target.poll)]
@@ -199,7 +199,7 @@ def test_a_machine_without_threads_for_now_fails_the_epoch_and_no_more(ends: End
         ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
     finally:
         threading.stack_size(before)
-    ends.source.write("e", 0, [1, 2], [1, 2])
+    ends.source.write("e", [0], [1, 2], [1, 2])
     ends.source.finish("e")
     (event,) = until(ends.source.poll)
     assert isinstance(event, EpochFailed) and "thread" in event.reason
@@ -219,7 +219,7 @@ def test_checksums_that_cannot_be_computed_leave_no_deaf_connection(
         ends.target.open_epoch("e", [1, 2], 5)
         ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
         for layer in range(LAYOUT.num_layers):
-            ends.source.write("e", layer, [3, 4], [1, 2])
+            ends.source.write("e", [layer], [3, 4], [1, 2])
         ends.source.finish("e")
         (event,) = until(ends.source.poll)
         assert isinstance(event, EpochFailed) and "could not be computed" in event.reason
@@ -235,7 +235,7 @@ def test_the_end_of_a_peer_with_two_connections_is_told_once() -> None:
     target.open_epoch("e", [1, 2], 5)
     source.start("e", 5, target.descriptor(), [1, 2])
     for layer in range(2):
-        source.write("e", layer, [1, 2], [1, 2])
+        source.write("e", [layer], [1, 2], [1, 2])
     until(lambda: target._book.find("e").num_bytes == 4 * SIZE)
     source.close()
     events = until(target.poll)
@@ -273,7 +273,7 @@ def test_who_calls_is_told_by_the_kernel() -> None:
 def test_a_peer_speaks_for_its_own_epochs_only(ends: Ends) -> None:
     ends.target.open_epoch("e", [1, 2], 5)
     ends.source.start("e", 5, ends.target.descriptor(), [1, 2])
-    ends.source.write("e", 0, [1, 2], [1, 2])
+    ends.source.write("e", [0], [1, 2], [1, 2])
     other = ends.source._out["e"].peer.__class__(ends.source, ends.target.descriptor(), 1)
     ends.source.on_notice(other, Notice("e", 0, "refused"))
     ends.source.on_notice(other, Notice("e", 1 << 40, ""))
@@ -306,7 +306,7 @@ def test_a_receiver_that_never_acknowledges_has_failed(monkeypatch: pytest.Monke
     target._notify = lambda *_: None
     target.open_epoch("e", [1], 5)
     source.start("e", 5, target.descriptor(), [1])
-    source.write("e", 0, [1], [1])
+    source.write("e", [0], [1], [1])
     (event,) = until(source.poll)
     assert isinstance(event, EpochFailed) and "has taken nothing for 0.3 s" in event.reason
     for end in (source, target):
@@ -372,7 +372,7 @@ def test_revoking_does_not_wait_for_checksums(monkeypatch: pytest.MonkeyPatch) -
     target.open_epoch("e", [1], 5)
     source.start("e", 5, target.descriptor(), [1])
     for layer in range(LAYOUT.num_layers):
-        source.write("e", layer, [1], [1])
+        source.write("e", [layer], [1], [1])
     source.finish("e")
     assert is_computing.wait(5)
     revoking = threading.Thread(target=target.revoke, args=("e",))
@@ -435,7 +435,7 @@ class Dripping:
         self.target.open_epoch("e", ids, 5)
         self.source.start("e", 5, self.target.descriptor(), ids)
         for layer in range(3):
-            self.source.write("e", layer, ids, ids)
+            self.source.write("e", [layer], ids, ids)
         self.source.finish("e")
 
     def close(self) -> None:

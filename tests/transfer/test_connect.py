@@ -33,7 +33,7 @@ def connect_once(target: Transfer, pool: KVPool, backend: str, number: int) -> f
     began_s = time.perf_counter()
     source.start(epoch, number, target.descriptor(), [1])
     for layer in range(LAYOUT.num_layers):
-        source.write(epoch, layer, [2], [1])
+        source.write(epoch, [layer], [2], [1])
     source.finish(epoch)
     while not (events := target.poll()):
         assert time.perf_counter() - began_s < 5

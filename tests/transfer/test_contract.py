@@ -61,10 +61,10 @@ class Pair:
         self, epoch: str, local: list[int], remote: list[int], nonce: int = 5, peer: Transfer | None = None
     ) -> None:
         self.source.start(epoch, nonce, (peer or self.target).descriptor(), remote)
-        for layer in range(LAYOUT.num_layers):
-            half = len(local) // 2
-            self.source.write(epoch, layer, local[:half], remote[:half])
-            self.source.write(epoch, layer, local[half:], remote[half:])
+        half = len(local) // 2
+        for layers in (range(1), range(1, LAYOUT.num_layers)):
+            self.source.write(epoch, layers, local[:half], remote[:half])
+            self.source.write(epoch, layers, local[half:], remote[half:])
         self.source.finish(epoch)
 
 
@@ -186,10 +186,10 @@ def test_no_byte_lands_after_revoke(pair: Pair) -> None:
 def test_cancel(pair: Pair) -> None:
     pair.target.open_epoch("e", [1, 2], 5)
     pair.source.start("e", 5, pair.target.descriptor(), [1, 2])
-    pair.source.write("e", 0, [1, 2], [1, 2])
+    pair.source.write("e", [0], [1, 2], [1, 2])
     pair.source.cancel("e")
     assert isinstance(pair.events(pair.source)[0], EpochFailed)
-    pair.source.write("e", 1, [1, 2], [1, 2])
+    pair.source.write("e", [1], [1, 2], [1, 2])
     pair.source.finish("e")
     pair.source.cancel("e")
     pair.target.revoke("e")
@@ -201,10 +201,10 @@ def test_cancel(pair: Pair) -> None:
 def test_a_peer_that_dies_fails_its_epochs_and_comes_back(pair: Pair) -> None:
     pair.target.open_epoch("e", [1, 2], 5)
     pair.source.start("e", 5, pair.target.descriptor(), [1, 2])
-    pair.source.write("e", 0, [1, 2], [1, 2])
+    pair.source.write("e", [0], [1, 2], [1, 2])
     time.sleep(0.1)
     pair.target.close()
-    pair.source.write("e", 1, [1, 2], [1, 2])
+    pair.source.write("e", [1], [1, 2], [1, 2])
     assert isinstance(pair.events(pair.source)[0], EpochFailed)
     again = pair.make(pair.target_pool)
     again.open_epoch("f", [1, 2], 5)
@@ -215,7 +215,7 @@ def test_a_peer_that_dies_fails_its_epochs_and_comes_back(pair: Pair) -> None:
 def test_a_sender_that_dies_fails_its_epochs(pair: Pair) -> None:
     pair.target.open_epoch("e", [1, 2], 5)
     pair.source.start("e", 5, pair.target.descriptor(), [1, 2])
-    pair.source.write("e", 0, [1, 2], [1, 2])
+    pair.source.write("e", [0], [1, 2], [1, 2])
     if pair.network is not None:
         pair.network.run_until(1.0)
     # A sender that dies before its first byte is nobody the target ever heard of: the cluster's beats end that one.
@@ -332,7 +332,7 @@ def test_a_stalled_peer_delays_no_other() -> None:
         pair = Pair(lambda: None, None, source, target, new_pool(), new_pool())
         nowhere = {**target.descriptor(), "port": deaf.getsockname()[1]}
         source.start("stuck", 5, nowhere, [1])
-        source.write("stuck", 0, [1], [1])
+        source.write("stuck", [0], [1], [1])
         target.open_epoch("e", [1], 5)
         pair.send("e", [1], [1])
         assert isinstance(pair.events(target, timeout_s=1.0)[0], EpochArrived)
@@ -350,7 +350,7 @@ def test_pools_beyond_four_gibibytes() -> None:
         target.open_epoch(backend, [69_998], 1)
         source.start(backend, 1, target.descriptor(), [69_998])
         for layer in range(2):
-            source.write(backend, layer, [69_999], [69_998])
+            source.write(backend, [layer], [69_999], [69_998])
         source.finish(backend)
         pair = Pair(lambda: None, None, source, target, *pools)
         assert isinstance(pair.events(target)[0], EpochArrived)
@@ -398,7 +398,7 @@ def test_ranks_that_are_not_equally_many_move_each_byte_once(pair: Pair, num_sou
         target.open_epoch(epoch, there, 5, share.target_parts)
         source.start(epoch, 5, target.descriptor(), there, share.source_parts)
         for layer in range(LAYOUT.num_layers):
-            source.write(epoch, layer, here, there)
+            source.write(epoch, [layer], here, there)
         source.finish(epoch)
         (arrived,), (sent,) = pair.events(target), pair.events(source)
         assert isinstance(arrived, EpochArrived) and isinstance(sent, EpochSent)
@@ -416,7 +416,7 @@ def test_parts_of_another_size_are_refused(pair: Pair) -> None:
     pair.target.open_epoch("e", [4, 5], 5, 2)
     pair.source.start("e", 5, pair.target.descriptor(), [4, 5])
     for layer in range(LAYOUT.num_layers):
-        pair.source.write("e", layer, [1, 2], [4, 5])
+        pair.source.write("e", [layer], [1, 2], [4, 5])
     pair.source.finish("e")
     (ended,) = pair.events(pair.source)  # with tcp it may all be on its way before it is refused
     assert isinstance(ended, EpochSent) or "2048 bytes, not of 1024" in getattr(ended, "reason", "")

@@ -102,7 +102,7 @@ def test_metadata_from_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
         ends[1].open_epoch("e", [1], 5)
         ends[0].start("e", 5, ends[1].descriptor(), [1])
         for layer in range(2):
-            ends[0].write("e", layer, [2], [1])
+            ends[0].write("e", [layer], [2], [1])
         ends[0].finish("e")
         assert isinstance(events(ends[1])[0], EpochArrived)
         assert pools[1].block(1, 1) == pools[0].block(1, 2)

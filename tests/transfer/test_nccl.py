@@ -41,7 +41,7 @@ def test_blocks_larger_than_a_staging_buffer() -> None:
     ends[1].open_epoch("e", [1, 3, 4], 5)
     ends[0].start("e", 5, ends[1].descriptor(), [1, 3, 4])
     for layer in range(2):
-        ends[0].write("e", layer, [0, 5, 2], [1, 3, 4])
+        ends[0].write("e", [layer], [0, 5, 2], [1, 3, 4])
     ends[0].finish("e")
     (arrived,), (sent,) = events(ends[1]), events(ends[0])
     assert isinstance(arrived, EpochArrived) and isinstance(sent, EpochSent)

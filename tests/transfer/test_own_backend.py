@@ -31,7 +31,7 @@ def test_it_is_found_by_its_entry_point_and_leaves_no_files(installed_example: P
     for epoch in ("e", "refused"):
         ends[0].start(epoch, 5, ends[1].descriptor(), [1, 2])
         for layer in range(2):
-            ends[0].write(epoch, layer, [3, 4], [1, 2])
+            ends[0].write(epoch, [layer], [3, 4], [1, 2])
         ends[0].finish(epoch)
         events(ends[0])
     assert isinstance(events(ends[1])[0], EpochArrived)

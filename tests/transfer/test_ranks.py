@@ -76,7 +76,7 @@ def send(source: Instance, target: Instance, epoch: str = "e", nonce: int = 5) -
     source.transfer.start(epoch, nonce, target.transfer.descriptor(), REMOTE)
     for first, stop in ((0, 2), (2, 5)):  # two chunks of a prompt
         for layer in range(3):
-            source.transfer.write(epoch, layer, LOCAL[first:stop], REMOTE[first:stop])
+            source.transfer.write(epoch, [layer], LOCAL[first:stop], REMOTE[first:stop])
     source.transfer.finish(epoch)
 
 
@@ -145,7 +145,7 @@ def test_cancel_and_the_sender_s_death_are_told_once(num_sources: int, num_targe
             epoch = f"e{number}"
             target.transfer.open_epoch(epoch, REMOTE, 5)
             source.transfer.start(epoch, 5, target.transfer.descriptor(), REMOTE)
-            source.transfer.write(epoch, 0, LOCAL, REMOTE)
+            source.transfer.write(epoch, [0], LOCAL, REMOTE)
             time.sleep(0.1)
             if end == "cancel":
                 source.transfer.cancel(epoch)
@@ -165,7 +165,7 @@ def test_cancel_and_the_sender_s_death_are_told_once(num_sources: int, num_targe
 def test_block_ids_that_nobody_has_fail_the_epoch(num_sources: int, num_targets: int) -> None:
     with instances(Instance("tcp", num_sources, some_data()), Instance("tcp", num_targets)) as (source, target):
         source.transfer.start("e", 5, target.transfer.descriptor(), [2**40])
-        source.transfer.write("e", 0, [1], [2**40])
+        source.transfer.write("e", [0], [1], [2**40])
         (failed,) = source.events()
         assert isinstance(failed, EpochFailed) and "no block ids" in failed.reason
 

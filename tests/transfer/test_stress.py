@@ -83,10 +83,10 @@ class Stress:
         if (epoch.fate == 0 or (epoch.is_cancelled and rng.random() < 0.2)) and not epoch.is_revoked:
             self.revoke(epoch)
         if epoch.layer < LAYOUT.num_layers:
-            cut = rng.randint(0, len(epoch.local))
+            cut, stop = rng.randint(0, len(epoch.local)), rng.randint(epoch.layer + 1, LAYOUT.num_layers)
             for part in (slice(0, cut), slice(cut, None)):
-                self.source.write(epoch.name, epoch.layer, epoch.local[part], epoch.remote[part])
-            epoch.layer += 1
+                self.source.write(epoch.name, range(epoch.layer, stop), epoch.local[part], epoch.remote[part])
+            epoch.layer = stop
         elif not epoch.is_finished:
             epoch.is_finished = True
             self.source.finish(epoch.name)
@@ -176,8 +176,7 @@ def test_ends_that_close_in_the_middle(backend: str) -> None:
         epoch, which = f"e{number}", rng.randrange(2)
         target.open_epoch(epoch, blocks, number)
         source.start(epoch, number, target.descriptor(), blocks)
-        for layer in range(LAYOUT.num_layers):
-            source.write(epoch, layer, blocks, blocks)
+        source.write(epoch, range(LAYOUT.num_layers), blocks, blocks)
         source.finish(epoch)
         time.sleep(rng.uniform(0, 0.02))
         began_s = time.monotonic()

@@ -56,8 +56,7 @@ def peer_process(backend: str, pipe: Connection) -> None:
 
 def send(transfer: Any, epoch: str, peer: dict[str, Any]) -> None:
     transfer.start(epoch, 5, peer, BLOCKS)
-    for layer in range(LAYOUT.num_layers):
-        transfer.write(epoch, layer, BLOCKS, BLOCKS)
+    transfer.write(epoch, range(LAYOUT.num_layers), BLOCKS, BLOCKS)
     transfer.finish(epoch)
 
 
