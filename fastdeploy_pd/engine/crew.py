@@ -193,7 +193,7 @@ class Crew:
     def announce(self, data: bytes, on_layer: OnLayer | None) -> OnLayer | None:
         """Have the others compute a step (model/parallel.py).
 
-        Returns: what to call with a layer instead of on_layer: writes that are ordered in it wait for the same layer of each rank.
+        Returns: what to call instead of on_layer: writes of layers that are ordered in it wait for each rank's own.
         """
         self._step += 1
         step = self._step

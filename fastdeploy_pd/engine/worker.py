@@ -47,12 +47,15 @@ class Ends:
         self._transfers, self._orders = transfers, orders
         self._lock = threading.Lock()  # a transfer is called by one thread at a time
         self._held: deque[Call] = deque()  # calls that wait for a layer, and what came after them
-        self._reached = (0, 0)  # step and layer that are in the pool
+        self._reached = (
+            0,
+            sys.maxsize,
+        )  # step and layer that are in the pool; before the first step nothing is waited for
         self._steps: deque[Step] = deque()  # that may finish a layer at any moment
         self._active: set[tuple[str, str]] = set()  # (backend, epoch) that may have an event at any moment
 
     def on_layer(self, step: int, layer: int) -> None:
-        """A layer's K and V are in the pool: write what waited for it."""
+        """K and V of the step's layers up to this one are in the pool: write what waited for them."""
         with self._lock:
             self._reached = step, layer
             while self._held and (self._held[0].step, self._held[0].layer) <= self._reached:

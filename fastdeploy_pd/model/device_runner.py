@@ -34,7 +34,9 @@ LAYERS_AT_ONCE = 4
 MOST_KERNELS_AHEAD = 700  # queued and not ended: the device takes about a thousand, then queueing waits for it
 KERNELS_A_LAYER = 14  # about, ...
 KERNELS_A_WHOLE_PROMPT = 2  # ... and for each prompt of cuDNN's its attention and a copy
-LAYERS_HANDED_OVER = 8  # at once: each hand-over wakes threads, which take the GIL from the one that queues layers
+# At most, at once: each hand-over wakes threads, which take the GIL from the one that queues layers. The last ones go by fewer: what is
+# left when a prompt is computed, its first decode step waits for.
+LAYERS_HANDED_OVER = 8
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
@@ -56,9 +58,8 @@ class DeviceStep:
     advance: Callable[[], None] = lambda: None  #: queues some of what is not queued yet, of this step or one beside it
     is_queued: bool = True  #: wholly
     num_kernels: int = KERNELS_A_LAYER  #: of a layer, about
-    layers: deque[tuple[torch.cuda.Event, int]] = field(
-        default_factory=deque
-    )  #: not handed over yet: ends of these layers
+    #: of layers that were not handed over yet: (event, last one of a group)
+    layers: deque[tuple[torch.cuda.Event, int]] = field(default_factory=deque)
     fault: FastDeployPDError | None = None  #: why none of it goes on; what was queued still runs
 
     def poll(self) -> bool:
@@ -309,11 +310,11 @@ class DeviceRunner(ModelRunner):
         """Queue a layer each time. Returns: [num_rows, vocab_size] logits.
 
         Args:
-            marks: gets events of layers' K and V: of every LAYERS_HANDED_OVER, and the last one's.
+            marks: gets events of K and V, of the last layer of each group.
         """
 
         def queued(layer: int) -> None:
-            if marks is not None and (not (layer + 1) % LAYERS_HANDED_OVER or layer + 1 == len(self.caches)):
+            if marks is not None and ends_group(layer, len(self.caches)):
                 marks.append((torch.cuda.Event(), layer))
                 marks[-1][0].record()
 
@@ -408,3 +409,9 @@ class DeviceRunner(ModelRunner):
                 kept[index] = torch.empty(rows.shape, dtype=torch.float32, pin_memory=True)
                 kept[index].copy_(rows, non_blocking=True)
         return kept
+
+
+def ends_group(layer: int, num_layers: int) -> bool:
+    """Whether a layer is the last one of those that are handed over together."""
+    num_left = num_layers - layer - 1
+    return not (layer + 1) % LAYERS_HANDED_OVER or num_left in (0, 1, 2, 4)

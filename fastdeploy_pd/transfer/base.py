@@ -105,7 +105,7 @@ class Transfer(Protocol):
     def write(
         self, epoch: str, layers: Sequence[int], local_block_ids: Sequence[int], remote_block_ids: Sequence[int]
     ) -> None:
-        """Queue some layers, in rising order, of some blocks. An epoch that has failed meanwhile is ignored.
+        """Queue one or more layers, in rising order, of some blocks. An epoch that has failed meanwhile is ignored.
 
         The lists must not change afterwards.
         """

@@ -1,7 +1,7 @@
 """What `tcp` and `shm` share: listening, connections to peers, queues of writes, epochs, threads. They differ in how bytes travel.
 
 Threads: one that accepts, one a connection that receives, two a connection that sends (one writes, one hears refusals). They spend
-their time in system calls and copies, without the GIL. One peer's threads never wait for another's.
+nearly all their time in system calls and copies, without the GIL. One peer's threads never wait for another's.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ class PeerConnections:
                 following = frames.get_nowait()
             except queue.Empty:
                 return None
+            if following is None:
+                frames.put(None)
             if not isinstance(following, WriteFrame) or not following.has_blocks_of(frame):
-                if following is None:
-                    frames.put(None)
+                return following
+            if frame.num_blocks + following.num_blocks > most:
                 return following
             frame.layers += following.layers
         return None

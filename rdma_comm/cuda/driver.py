@@ -27,7 +27,8 @@ HANDLE_TYPE_DMA_BUF_FD = 1
 NAMES = {"cuMemAlloc": "cuMemAlloc_v2", "cuMemFree": "cuMemFree_v2", "cuIpcOpenMemHandle": "cuIpcOpenMemHandle_v2",
          "cuMemcpyHtoDAsync": "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync": "cuMemcpyDtoHAsync_v2", "cuStreamDestroy": "cuStreamDestroy_v2",
          "cuEventDestroy": "cuEventDestroy_v2"}  # fmt: skip
-# They only queue something. To give the GIL up for so short a time makes each of them wait for the thread that computes, and that one for them.
+# They queue something, and wait only where the device's queue is full. To give the GIL up for so short a time makes each of them wait for the
+# thread that computes, and that one for them.
 QUICK = frozenset(
     ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemsetD8Async", "cuLaunchKernel", "cuEventRecord")
 )
@@ -71,6 +72,7 @@ class _Driver:
             self._with_gil = ctypes.PyDLL("libcuda.so.1")
         except OSError as error:
             raise CudaUnavailable(f"the NVIDIA driver is not here ({error})") from error
+        self.quick = QUICK
         self._get_name = self._library.cuGetErrorName
         try:
             self.call("cuInit", c_uint(0))
@@ -78,8 +80,8 @@ class _Driver:
             raise CudaUnavailable(f"the NVIDIA driver finds no GPU: {error}") from error
 
     def status(self, name: str, *arguments: Any) -> int:
-        """Returns: what the call returned. The GIL is released meanwhile, unless it is a QUICK one."""
-        library = self._with_gil if name in QUICK else self._library
+        """Returns: what the call returned. The GIL is released meanwhile, unless it is a QUICK one; see `release_gil`."""
+        library = self._with_gil if name in self.quick else self._library
         return int(getattr(library, NAMES.get(name, name))(*arguments))
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -103,6 +105,13 @@ class _Driver:
 def driver() -> _Driver:
     """Returns: the driver. Raises: CudaUnavailable: there is none, or it has no GPU."""
     return _Driver()
+
+
+def release_gil() -> None:
+    """From now on every call of this process releases the GIL: where ranks' kernels wait for each other, a full queue waits for another
+    process, which may wait for an answer of a thread of this one. Raises: CudaUnavailable.
+    """
+    driver().quick = frozenset()
 
 
 def num_gpus() -> int:

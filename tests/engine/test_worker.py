@@ -114,6 +114,18 @@ def test_what_was_late_is_done_at_once(pair: tuple[Rank, Rank]) -> None:
     assert isinstance(arrived, Happened) and arrived.event().num_bytes == 3 * LAYOUT.block_bytes
 
 
+def test_cached_blocks_leave_before_anything_was_computed_for_others(pair: tuple[Rank, Rank]) -> None:
+    source, target = pair
+    target.call("open_epoch", "e", [4], 7, is_asked=True)
+    assert target.hear() == Answer(None)
+    source.pool.array[:] = 9
+    source.call("start", "e", 7, target.transfer.descriptor(), [4])
+    source.call("write", "e", [0, 1, 2], [1], [4], layer=2)
+    source.call("finish", "e")
+    arrived = target.hear()
+    assert isinstance(arrived, Happened) and arrived.event().num_bytes == 3 * LAYOUT.block_bytes
+
+
 def test_a_revocation_is_answered_when_nothing_lands_any_more(pair: tuple[Rank, Rank]) -> None:
     source, target = pair
     target.call("open_epoch", "e", [4], 7, is_asked=True)

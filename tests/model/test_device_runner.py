@@ -239,6 +239,17 @@ def test_a_capture_that_lacks_memory_leaves_what_steps_in_flight_need(monkeypatc
     assert not fails and found == tokens
 
 
+def test_layers_are_handed_over_in_groups(runner: ModelRunner) -> None:
+    from fastdeploy_pd.model.device_runner import ends_group
+
+    request, handed = new_request([1, 2, 3, 4]), list[int]()
+    request.local.samples_on_device = True
+    batch = Batch([ScheduledSequence(request, 0, request.num_tokens)], 64)
+    runner.launch(batch, handed.append).outputs()
+    num_layers = runner.config.num_layers
+    assert handed == [n for n in range(num_layers) if ends_group(n, num_layers)]
+
+
 def test_it_says_when_the_next_step_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdeploy_pd.model import device_runner
 

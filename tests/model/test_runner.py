@@ -278,3 +278,15 @@ def test_default_num_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert default_num_threads() >= 1
+
+
+def test_the_last_layers_are_handed_over_by_fewer() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from fastdeploy_pd.model.device_runner import ends_group
+
+    assert [n for n in range(32) if ends_group(n, 32)] == [7, 15, 23, 27, 29, 30, 31]
+    for num_layers in range(1, 130):
+        ends = [-1, *(n for n in range(num_layers) if ends_group(n, num_layers))]
+        sizes = np.diff(ends)
+        assert ends[-1] == num_layers - 1 and sizes.max() <= 8 and sizes[-1] == 1

@@ -1,11 +1,17 @@
 """How a write becomes frames."""
 
 import random
+import threading
+from typing import Any
 
 import pytest
 
+from fastdeploy_pd.core.layout import KVLayout
+from fastdeploy_pd.transfer.base import EpochArrived, EpochSent
 from fastdeploy_pd.transfer.frames import WriteFrame
-from fastdeploy_pd.transfer.layout import pack_ids, unpack_ids
+from fastdeploy_pd.transfer.layout import KVPool, pack_ids, unpack_ids
+from fastdeploy_pd.transfer.select import build
+from tests.transfer.test_ipc import events
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -35,3 +41,31 @@ def test_few_frames_where_there_is_room() -> None:
     whole = WriteFrame("e", 7, list(range(8)), pack_ids(range(32)), pack_ids(range(32)), 64)
     assert [frame.layers for frame in whole.cut(1000, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [frame.layers for frame in whole.cut(100, 1)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 10, 11])
+@pytest.mark.parametrize("backend", ["shm", "tcp"])
+def test_what_waits_is_joined_to_frames_that_are_taken(
+    backend: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = KVLayout(32, 12, 8, 16, 128, "bfloat16")  # 64 KiB a block and layer
+    source, target = (build(backend, pool=KVPool(layout), layout=layout, fingerprint="m") for _ in range(2))
+    are_queued, dial = threading.Event(), source.dial
+
+    def dial_late(descriptor: dict[str, Any]) -> Any:
+        assert are_queued.wait(10)
+        return dial(descriptor)
+
+    monkeypatch.setattr(source, "dial", dial_late)
+    ids = list(range(num_blocks))
+    target.open_epoch("e", ids, 5)
+    source.start("e", 5, target.descriptor(), ids)
+    for first in range(0, 32, 8):
+        source.write("e", range(first, first + 8), ids, ids)
+    source.finish("e")
+    are_queued.set()
+    (arrived,), (sent,) = events(target), events(source)
+    assert isinstance(sent, EpochSent) and isinstance(arrived, EpochArrived), (sent, arrived)
+    assert sent.digests == arrived.digests
+    for end in (source, target):
+        end.close()

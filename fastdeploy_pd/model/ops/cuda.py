@@ -25,6 +25,7 @@ from fastdeploy_pd.model.ops.base import DecodeGroup, PromptSpan, StepInputs
 from fastdeploy_pd.model.ops.sums import SmallSums
 from fastdeploy_pd.model.ops.torch import TorchOps, indexable
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
+from rdma_comm.cuda.driver import release_gil
 from rdma_comm.errors import RdmaError
 
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
@@ -79,6 +80,7 @@ class CudaOps(TorchOps):
     def join(self, path: Path, rank: int, num_ranks: int) -> None:
         """See TorchOps."""
         super().join(path, rank, num_ranks)
+        release_gil()
         small_sums = None
         try:
             small_sums = SmallSums(self._store, rank, num_ranks, self.dtype, self.device)
