@@ -47,10 +47,8 @@ class Ends:
         self._transfers, self._orders = transfers, orders
         self._lock = threading.Lock()  # a transfer is called by one thread at a time
         self._held: deque[Call] = deque()  # calls that wait for a layer, and what came after them
-        self._reached = (
-            0,
-            sys.maxsize,
-        )  # step and layer that are in the pool; before the first step nothing is waited for
+        # Step and layer that are in the pool; what is sent before the first step waits for nothing.
+        self._reached = (0, sys.maxsize)
         self._steps: deque[Step] = deque()  # that may finish a layer at any moment
         self._active: set[tuple[str, str]] = set()  # (backend, epoch) that may have an event at any moment
 

@@ -100,27 +100,17 @@ def test_blocks_leave_when_this_rank_has_computed_them(pair: tuple[Rank, Rank]) 
     assert np.array_equal(target.pool.array.reshape(3, 8, -1)[:, 4:6], blocks[:, 1:3])
 
 
-def test_what_was_late_is_done_at_once(pair: tuple[Rank, Rank]) -> None:
+@pytest.mark.parametrize("step", [5, 0])  # the latest that was computed for others; none, and blocks that are cached
+def test_what_needs_not_wait_is_done_at_once(pair: tuple[Rank, Rank], step: int) -> None:
     source, target = pair
     target.call("open_epoch", "e", [4], 7, is_asked=True)
     assert target.hear() == Answer(None)
     source.pool.array[:] = 9
-    source.ends.on_layer(5, 2)
+    if step:
+        source.ends.on_layer(step, 2)
     source.call("start", "e", 7, target.transfer.descriptor(), [4])
     for layer in range(3):
-        source.call("write", "e", [layer], [1], [4], step=5, layer=layer)
-    source.call("finish", "e")
-    arrived = target.hear()
-    assert isinstance(arrived, Happened) and arrived.event().num_bytes == 3 * LAYOUT.block_bytes
-
-
-def test_cached_blocks_leave_before_anything_was_computed_for_others(pair: tuple[Rank, Rank]) -> None:
-    source, target = pair
-    target.call("open_epoch", "e", [4], 7, is_asked=True)
-    assert target.hear() == Answer(None)
-    source.pool.array[:] = 9
-    source.call("start", "e", 7, target.transfer.descriptor(), [4])
-    source.call("write", "e", [0, 1, 2], [1], [4], layer=2)
+        source.call("write", "e", [layer], [1], [4], step=step, layer=layer)
     source.call("finish", "e")
     arrived = target.hear()
     assert isinstance(arrived, Happened) and arrived.event().num_bytes == 3 * LAYOUT.block_bytes
