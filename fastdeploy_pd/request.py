@@ -16,6 +16,7 @@ from fastdeploy_pd.errors import IllegalTransition, InvalidRequest
 
 MAX_ATTEMPT = 10_000  # of a request; a front end gives up long before
 MAX_SLO_S = 1e6  # eleven days
+MAX_TOKEN_ID = 2**32 - 1  # tokens are hashed, and sent to frameworks, as 32 bits
 
 
 class Phase(enum.Enum):

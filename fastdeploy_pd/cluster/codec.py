@@ -7,8 +7,9 @@ import typing
 import msgspec
 
 from fastdeploy_pd.cluster import messages
-from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, Message
+from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION, HandOver, Message, Tokens
 from fastdeploy_pd.errors import ProtocolError
+from fastdeploy_pd.request import MAX_TOKEN_ID
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -47,6 +48,16 @@ def decode(data: bytes) -> Message:
     if decoder is None:
         raise ProtocolError(f"unknown message type {envelope.name[:64]!r}")
     try:
-        return decoder.decode(envelope.body)
+        message = decoder.decode(envelope.body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a broken {envelope.name}: {error}") from error
+    _check_tokens(message)
+    return message
+
+
+def _check_tokens(message: Message) -> None:
+    """Raises: ProtocolError: a token id is out of range. request.py's classes know nothing of msgspec, which could say so."""
+    chunks = message.chunks if isinstance(message, Tokens) else (message.chunk,) if isinstance(message, HandOver) else ()
+    for chunk in chunks:
+        if chunk is not None and chunk.token_ids and not 0 <= min(chunk.token_ids) <= max(chunk.token_ids) <= MAX_TOKEN_ID:
+            raise ProtocolError(f"token ids {chunk.token_ids[:8]}; each must be from 0 to {MAX_TOKEN_ID}")

@@ -17,6 +17,7 @@ from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
 PROTOCOL_VERSION = 6
 RoleName = Literal["prefill", "decode", "mixed"]
+BlockId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class PrefillOrder:
     nonce: int  #: seed of the checksums, 63 bits; differs for every grant
     request: dict[str, Any]
     first_block: int  #: index in the block table of the first block wanted (earlier ones are in decode's prefix cache)
-    block_ids: tuple[int, ...]  #: decode's blocks for table positions first_block, first_block + 1, ...
+    block_ids: tuple[BlockId, ...]  #: decode's blocks for table positions first_block, first_block + 1, ...
     decode_id: str
     transfers: dict[str, dict[str, Any]]  #: decode's transfer descriptors by backend name
     holder: Peer | None = (
@@ -139,7 +140,7 @@ class FetchOrder:
     grant_id: Annotated[str, msgspec.Meta(pattern="^[^@]*$")]
     nonce: int
     block_hashes: tuple[bytes, ...]  #: of consecutive blocks of a prompt
-    block_ids: tuple[int, ...]  #: decode's blocks for them
+    block_ids: tuple[BlockId, ...]  #: decode's blocks for them
     decode_id: str
     transfers: dict[str, dict[str, Any]]
 

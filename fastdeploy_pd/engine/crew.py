@@ -23,8 +23,9 @@ import msgspec
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channel, Happened, Refusal, Setup
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.model.ops.environment import no_gpu
 from fastdeploy_pd.transfer.base import TransferEvent
-from rdma_comm.cuda.driver import num_gpus
+from rdma_comm.cuda.driver import CudaUnavailable, num_gpus
 
 log = logging.getLogger("fastdeploy_pd.engine")
 
@@ -278,16 +279,25 @@ class RemoteEnd:
         self._worker.call(Call(self.name, method, list(arguments), is_asked=is_asked))
 
 
+def visible_gpus(device: str) -> list[str]:
+    """Returns: what CUDA_VISIBLE_DEVICES calls the GPUs that this process sees. Raises: ConfigError: there is none; says why."""
+    try:
+        count = num_gpus()
+    except CudaUnavailable as error:
+        raise no_gpu(device, error) from error
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+
+
 def _environment(config: InstanceConfig, rank: int) -> dict[str, str]:
     """A worker's: rank 0 computes on the first GPU that it sees, and each rank sees its own first."""
     env = dict(os.environ)
     if config.model.device != "cpu":
-        names = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if names == [""]:
-            names = [str(number) for number in range(num_gpus())]
+        names = visible_gpus(config.model.device)
         if len(names) < config.model.tensor_parallel_size:
             raise ConfigError(
-                f"--tensor-parallel-size is {config.model.tensor_parallel_size}; there are {len(names)} GPUs for it ({','.join(names)})"
+                f"--tensor-parallel-size is {config.model.tensor_parallel_size}; GPUs that this process sees: {len(names)} "
+                f"({','.join(names)}); see CUDA_VISIBLE_DEVICES"
             )
         env["CUDA_VISIBLE_DEVICES"] = ",".join([*names[rank:], *names[:rank]])
     return env

@@ -7,13 +7,14 @@ import os
 import signal
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PARENT_PID = "FD_PARENT_PID"  # in the environment of a child: who started it
 
 
-def die_with_parent(parent_pid: int | None = None) -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Have the kernel send SIGKILL to this process when its parent ends. Linux only; elsewhere it does nothing.
 
     Args:
-        parent_pid: who the parent should be; if it died before this call, the process ends at once.
+        parent_pid: if that is not the parent, which died before this call, the process ends at once.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -21,5 +22,5 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     except (OSError, AttributeError):
         return
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent_pid is not None and os.getppid() != parent_pid:
+    if os.getppid() != parent_pid:
         os._exit(1)

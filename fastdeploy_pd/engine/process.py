@@ -1,7 +1,8 @@
 """The engine's process: owns sockets, signals and the lease; feeds the `Engine` machine and sends what it wants sent.
 
 Started by the API server as `python -m fastdeploy_pd.engine.process FLAGS` with the instance's own flags and, in the environment,
-the instance's run directory (FD_RUN_DIR) and HTTP address (FD_HTTP_ADDRESS). When it is ready it writes `engine.json` there.
+the instance's run directory (FD_RUN_DIR), its HTTP address (FD_HTTP_ADDRESS) and who started it (FD_PARENT_PID). When it is ready it
+writes `engine.json` there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
 from fastdeploy_pd.engine.elastic import ElasticThread
 from fastdeploy_pd.engine.interpreter import share_lock, uncollected
-from fastdeploy_pd.engine.lifetime import die_with_parent
+from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.engine.profile import load_predictor
@@ -212,7 +213,7 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
 
 def main() -> int:
     """Returns: the process's exit status."""
-    die_with_parent()
+    die_with_parent(int(os.environ[PARENT_PID]))
     run_dir = Path(os.environ["FD_RUN_DIR"])
     enable_multiprocess(run_dir / "metrics")
     try:

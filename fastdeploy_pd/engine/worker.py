@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -160,7 +161,8 @@ def main() -> int:
         threading.Thread(target=serve_ends, args=(ends,), name="ends", daemon=True).start()
         follow(runner, ends, steps)
     except FastDeployPDError as error:
-        orders.send(msgspec.msgpack.encode(Refusal(error.message)))
+        with suppress(OSError):  # rank 0 may have refused the same, and left
+            orders.send(msgspec.msgpack.encode(Refusal(error.message)))
         return 2
     except (EOFError, ConnectionError) as error:
         log.info("rank 0 is gone (%s)", error)

@@ -135,6 +135,7 @@ class DeviceRunner(ModelRunner):
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         self._num_kernels_ahead = 0  # the sum of these
         self._chores: deque[Chore] = deque()
+        self._computes_rows = True  #: ahead of time; False once that has failed here: other ranks go on, and tell of more
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -181,7 +182,7 @@ class DeviceRunner(ModelRunner):
                 self._compile(chore.count)
             case "capture":
                 self._graphs.capture(chore.count)
-            case "rows":
+            case "rows" if self._computes_rows:
                 try:
                     self._compute_rows(chore.count)
                 except RuntimeError as error:  # memory lacks, or cuDNN has no plan: each rank for itself
@@ -189,6 +190,7 @@ class DeviceRunner(ModelRunner):
 
     def _do_without(self, error: RuntimeError) -> None:
         self._chores.clear()
+        self._computes_rows = False
         _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
 
     def _compile(self, most_sequences: int) -> None:

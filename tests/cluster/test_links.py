@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from fastdeploy_pd.cluster.codec import decode, encode
 from fastdeploy_pd.cluster.link_auth import key_pair
 from fastdeploy_pd.cluster.links import AsyncLinks, Item, Links, PeerLost, PeerUp
-from fastdeploy_pd.cluster.messages import Abort, Beat, HandOver, Message, Peer, PrefillOrder, Reserve, Tokens
+from fastdeploy_pd.cluster.messages import Abort, Beat, FetchOrder, HandOver, Message, Peer, PrefillOrder, Reserve, Tokens
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError, ProtocolError
@@ -76,6 +77,22 @@ def test_messages_survive_the_wire(message: Message) -> None:
 def test_no_grant_has_the_name_of_a_rank_s_part_of_another() -> None:
     with pytest.raises(ProtocolError, match="grant_id"):
         decode(encode(PrefillOrder("g@2.0.0", 1, Request("r", [1]).to_wire(), 0, (1,), "d", {})))
+
+
+@pytest.mark.parametrize("block_id", [-1, 2**31, 2**62])
+def test_blocks_that_no_pool_has_are_refused(block_id: int) -> None:
+    order = PrefillOrder("g", 1, Request("r", [1]).to_wire(), 0, (1, block_id), "d", {})
+    for message in (order, FetchOrder("g", 1, (b"h", b"i"), (1, block_id), "d", {})):
+        with pytest.raises(ProtocolError, match="block_ids"):
+            decode(encode(message))
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**32, 2**63])
+def test_tokens_that_no_model_has_are_refused(token_id: int) -> None:
+    chunk = replace(CHUNK, token_ids=(5, token_id))
+    for message in (Tokens((CHUNK, chunk)), HandOver("g", chunk, (1,), 12, "tcp")):
+        with pytest.raises(ProtocolError, match=f"{token_id}.*0 to 4294967295"):
+            decode(encode(message))
 
 
 @given(st.binary(max_size=200))

@@ -45,6 +45,16 @@ def test_a_hand_over_with_other_than_one_token(num_tokens: int) -> None:
     assert changed and cluster.clients["r"].tokens == expected_tokens([7] * 9, 5) and cluster.is_quiet()
 
 
+@pytest.mark.parametrize("token_id", [-1, 2**32, 2**63])
+def test_a_hand_over_with_a_token_that_no_model_has(token_id: int) -> None:
+    """It would be hashed with its block, much later."""
+    cluster = SimulatedCluster(1, [Role.PREFILL, Role.DECODE], Faults(until_s=0), options=EngineOptions())
+    changed = change_first(cluster, lambda m: replace(m, chunk=replace(m.chunk, token_ids=(token_id,))))
+    cluster.submit("r", [7] * 9, 40, 0.5)
+    cluster.run(60)
+    assert changed and cluster.clients["r"].tokens == expected_tokens([7] * 9, 40) and cluster.is_quiet()
+
+
 def test_a_hand_over_of_less_than_no_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     cluster = SimulatedCluster(1, [Role.PREFILL, Role.DECODE], Faults(until_s=0), options=EngineOptions())

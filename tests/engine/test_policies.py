@@ -16,6 +16,7 @@ from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.multiplexing import Multiplexing
 from fastdeploy_pd.core.placement import Candidate, Placement
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
+from fastdeploy_pd.engine.lifetime import PARENT_PID
 from fastdeploy_pd.engine.policies import check, placement_policy, prefill_policy
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.request import Phase, Request, Slo
@@ -151,6 +152,7 @@ def test_where_a_placement_fails_requests_are_placed_all_the_same(
 def test_what_ends_an_engine_is_in_its_log(tmp_path: Path) -> None:
     (tmp_path / "run" / "engine.json.part").mkdir(parents=True)  # it cannot announce itself
     environment = {**os.environ, "FD_RUN_DIR": str(tmp_path / "run"), "FD_LOG_DIR": str(tmp_path / "log")}
+    environment[PARENT_PID] = str(os.getpid())
     flags = ["--model", "demo", "--scheduler-name", "local", "--num-gpu-blocks-override", "64"]
     command = [sys.executable, "-m", "fastdeploy_pd.engine.process", *flags]
     assert subprocess.run(command, env=environment, timeout=100, check=False).returncode == 1

@@ -64,6 +64,13 @@ def test_what_a_drain_cannot_wait_for_ends_in_an_error(signals: list[int], monke
     assert DRAIN_S - worker.LAST_WORDS_S <= seconds < DRAIN_S + 5
 
 
+def test_an_end_at_once_leaves_nobody_without_a_word() -> None:
+    answer, seconds = asyncio.run(answer_while_stopping([signal.SIGINT]))
+    assert answer is not None and answer.status_code == 503, "it was cut off"
+    assert answer.json()["error"]["code"] == "draining"
+    assert seconds < 2 * worker.LAST_WORDS_S
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGTERM] * 2, [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]])
 def test_a_second_signal_hurries(signals: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "DRAIN_S", 20.0)

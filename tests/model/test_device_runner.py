@@ -189,6 +189,25 @@ def test_what_is_prepared_while_idle_waits_for_nothing_and_changes_nothing(monke
     assert [taken(request, launch(runner, request)) for _ in range(3)] == tokens
 
 
+def test_a_rank_that_lacks_memory_for_preparation_says_so_once(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first rank goes on and tells it of more."""
+    import torch
+
+    from fastdeploy_pd.model.parallel import Chore
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(runner, "_compute_rows", fail)
+    for num_rows in (512, 256):
+        runner._do(Chore("rows", num_rows))
+    assert [r.message for r in caplog.records] == [
+        "what is not prepared yet comes when it is needed: Tried to allocate 9 GiB"
+    ]
+
+
 def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may be of kernels that are not loaded yet; to load one waits for the device."""
     import torch

@@ -25,7 +25,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.interpreter import uncollected
-from fastdeploy_pd.engine.lifetime import die_with_parent
+from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
 from fastdeploy_pd.launch.ports import bind_tcp, check_free, check_own
@@ -37,6 +37,7 @@ ENGINE_START_TIMEOUT_S = 300.0
 MAX_ENGINE_RESTARTS = 5
 RESTART_PAUSE_S = 0.5
 STOP_GRACE_S = 35.0  #: a draining engine has 30 s
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class EngineSupervisor:
@@ -46,6 +47,7 @@ class EngineSupervisor:
         self._argv = argv
         self._run_dir = run_dir
         self._env = {**os.environ, "FD_RUN_DIR": str(run_dir), "FD_HTTP_ADDRESS": http_address}
+        self._env[PARENT_PID] = str(os.getpid())
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopping = False
         self._num_restarts = 0
@@ -191,6 +193,18 @@ def announce(config: InstanceConfig, address: str, facts: dict[str, object]) -> 
         part.replace(path)
 
 
+def end_on_signals() -> None:
+    """A signal before serving, or after it, ends the process at once: what it has started ends, and its files go."""
+
+    def on_signal(_number: int, _frame: object) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+
+
 def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
     check_ports(config)
@@ -220,6 +234,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
             announce(config, address, facts)
             is_gentle, status = wait_for_workers(workers)
     finally:
+        end_on_signals()  # uvloop has taken its own away
         for worker in workers:
             worker.terminate()
         supervisor.stop(is_gentle)
@@ -237,6 +252,7 @@ def start_workers(
         env = {
             **os.environ,
             "FD_RUN_DIR": str(run_dir),
+            PARENT_PID: str(os.getpid()),
             "FD_API_WORKER": str(index),
             "FD_HTTP_FD": str(http_socket.fileno()),
         }
@@ -254,7 +270,7 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> tuple[bool, int]
         received.append(number)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, on_signal)
     while not stop.wait(0.2):
         if any(worker.poll() is not None for worker in workers):
@@ -286,15 +302,18 @@ def configure_logging(config: InstanceConfig) -> None:
 def main(argv: list[str] | None = None, program: str = "api_server") -> int:
     """Returns: exit status: 0 after a stop, 2 when the configuration is refused."""
     argv = sys.argv[1:] if argv is None else argv
+    is_worker = "FD_API_WORKER" in os.environ
+    if is_worker:
+        die_with_parent(int(os.environ[PARENT_PID]))
     try:
         config = InstanceConfig.from_args(argv, dict(os.environ), program)
         configure_logging(config)
-        if "FD_API_WORKER" in os.environ:
-            die_with_parent()
+        if is_worker:
             return run_worker(config, Path(os.environ["FD_RUN_DIR"]))
         policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
         for name in config.cache.cache_transfer_protocol:  # an instance alone would never look for them
             find_transfer(name)
+        end_on_signals()
         run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
         try:
             return run_instance(config, argv, run_dir)

@@ -266,7 +266,8 @@ async def _serve_http(
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
 ) -> bool:
-    """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended. Returns: whether it was SIGTERM.
+    """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended; after SIGINT, until each has its last
+    words. Returns: whether it was SIGTERM.
 
     SIGUSR1 is our own SIGTERM, of an engine that has drained: a SIGTERM that follows is the first one, and not in a hurry.
     """
@@ -291,15 +292,22 @@ async def _serve_http(
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
     is_gentle = received[:1] in ([signal.SIGTERM], [signal.SIGUSR1])
+
+    def force() -> None:
+        for server in servers:
+            server.force_exit = True
+        for task in running[len(servers) :]:
+            task.cancel()
+
     for server in servers:
         server.should_exit = True
-        server.force_exit = not is_gentle
     if is_gentle:
         log.info("draining")
         on_drain()
-    if is_gentle and consumer is not None:
-        running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
-    giving_up = asyncio.create_task(_give_up(client, consumer))
+        if consumer is not None:
+            running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
+    giving_up = asyncio.create_task(_give_up(client, consumer, DRAIN_S - LAST_WORDS_S if is_gentle else 0.0))
+    forcing = None if is_gentle else loop.call_later(LAST_WORDS_S, force)
     ended = asyncio.create_task(_all_ended(running))
     while not ended.done():
         stop.clear()
@@ -310,23 +318,22 @@ async def _serve_http(
             signal.SIGTERM,
         ]:  # a second signal: who sends it doesn't want to wait
             is_gentle = False
-            for server in servers:
-                server.force_exit = True
-            for task in running[len(servers) :]:
-                task.cancel()
+            force()
         hurried.cancel()
+    if forcing is not None:
+        forcing.cancel()
     stopping.cancel()
     giving_up.cancel()
     return is_gentle
 
 
-async def _give_up(client: ClusterClient, consumer: QueueConsumer | None) -> None:
-    """When a drain has lasted, end what still runs with an error; what came through Redis is left for another front end."""
-    await asyncio.sleep(DRAIN_S - LAST_WORDS_S)
+async def _give_up(client: ClusterClient, consumer: QueueConsumer | None, after_s: float) -> None:
+    """Let answers end for so long, then end each with an error; what came through Redis is left for another front end."""
+    await asyncio.sleep(after_s)
     if consumer is not None:
         await consumer.stop()
-    text = f"This instance was told to end, and the answer was not whole within {DRAIN_S - LAST_WORDS_S:g} s."
-    client.give_up(NoCapacity(text, code="draining"))
+    patience = f", and the answer was not whole within {after_s:g} s" if after_s else " at once"
+    client.give_up(NoCapacity(f"This instance was told to end{patience}.", code="draining"))
 
 
 async def _all_ended(tasks: list[asyncio.Task[None]]) -> None:

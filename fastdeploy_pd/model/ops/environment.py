@@ -10,7 +10,17 @@ import os
 import warnings
 from pathlib import Path
 
+from fastdeploy_pd.errors import ConfigError
+
 CPU_INFO = Path("/proc/cpuinfo")
+
+
+def no_gpu(device: str, reason: Exception) -> ConfigError:
+    """Returns: what to say where --device asks for a GPU and the driver has none."""
+    return ConfigError(
+        f"--device is {device!r}; torch cannot use one here: there is no NVIDIA driver or GPU: {reason}; "
+        "see nvidia-smi and CUDA_VISIBLE_DEVICES, or give --device cpu"
+    )
 
 
 def default_num_threads(num_ranks: int = 1) -> int:

@@ -21,6 +21,7 @@ from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
+from fastdeploy_pd.model.ops.environment import no_gpu
 from rdma_comm.cuda.driver import CudaUnavailable, driver
 
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -262,10 +263,7 @@ def find_device(name: str) -> torch.device:
         try:
             driver()  # first: without one no other torch helps
         except CudaUnavailable as error:
-            raise ConfigError(
-                f"--device is {name!r}; torch cannot use one here: there is no NVIDIA driver or GPU: {error}; "
-                "see nvidia-smi and CUDA_VISIBLE_DEVICES, or give --device cpu"
-            ) from error
+            raise no_gpu(name, error) from error
         reason = (
             f"this torch ({torch.__version__}) was built without CUDA: "
             "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
