@@ -269,13 +269,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.join:
         return join(args.join, args.json)
     reference = read_reference(args.reference) if args.reference else None
+    if args.device != "cpu":
+        need_gpus(f"--device {args.device} with --gpus {','.join(args.gpus[:2])}", 2, args.gpus[:2])
     vocab_size, most = model_facts(args.model)
     args.max_model_len = args.max_model_len or min(8192, most)
     if any(name.startswith("ours") for name in args.layouts):
         check_instances(instance_flags(args), TOPIC, ("mixed",))
     requests = load(args.requests, args.max_model_len, args.scale)
-    if args.device != "cpu":
-        need_gpus(f"--device {args.device} with --gpus {','.join(args.gpus[:2])}", 2, args.gpus[:2])
     results: dict[str, Any] = {
         "model": args.model.name,
         **{n: getattr(args, n) for n in ("device", "scale", "max_model_len", "max_num_batched_tokens", "flags")},

@@ -23,6 +23,7 @@ from fastdeploy_pd.flags import (
     PORT,
     Help,
     Parser,
+    api_key,
     block_size,
     directory,
     integer,
@@ -182,6 +183,10 @@ class InstanceConfig:
         if args.scheduler_name == "local" and args.elastic != "off":
             raise ConfigError(
                 f"--elastic {args.elastic} needs --scheduler-name splitwise: with `local` an instance is alone, so it must be mixed"
+            )
+        if args.swap_space and (args.tensor_parallel_size > 1 or not args.enable_prefix_caching):
+            raise ConfigError(
+                f"--swap-space is {args.swap_space:g} GiB; with several ranks or --no-enable-prefix-caching it must be 0"
             )
         return cls(
             *(
@@ -436,7 +441,7 @@ def _add_server_flags(add: Callable[..., Any]) -> None:
     add("--host", default="127.0.0.1", help="address of the HTTP port")
     add("--port", type=PORT, help="HTTP port (default: a free one)")
     add("--metrics-port", type=PORT, help="a second port for /metrics alone")
-    add("--api-key", action="append", help="key that clients must send; may be given several times")
+    add("--api-key", type=api_key, action="append", help="key that clients must send; may be given several times")
     add("--workers", type=integer(1, 64), default=1, help="API processes")
     add("--ready-file", help="file to write addresses to when the instance is ready")
     add("--data-parallel-size", type=integer(1), help="only 1 in this version")

@@ -30,6 +30,13 @@ def did_you_mean(word: str, parser: argparse.ArgumentParser) -> str:
     return f"; did you mean --{near[0]}?" if near else ""
 
 
+class ExactParser(argparse.ArgumentParser):
+    """Takes no flag for the beginning of another one; nor do its subcommands."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of printing usage and exiting."""
 
@@ -60,6 +67,14 @@ def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], Any]:
 
 
 PORT = integer(1, 65535)
+
+
+def api_key(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; it must be a key of at least one character (to ask for none, leave the flag out)"
+        )
+    return text
 
 
 def ports(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,11 @@ from fastdeploy_pd.errors import ConfigError
             ["--tensor-parallel-size", "2", "--cache-queue-port", "7000", "--pd-comm-port", "7001"],
             "--pd-comm-port and --cache-queue-port are both 7001; each needs a port of its own",
         ),
+        (["--api-key", ""], "--api-key: '' is not allowed; it must be a key of at least one character"),
+        (
+            ["--tensor-parallel-size", "2", "--swap-space", "1"],
+            "--swap-space is 1 GiB; with several ranks or --no-enable-prefix-caching it must be 0",
+        ),
     ],
 )
 def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:
@@ -52,6 +58,27 @@ def test_a_transfer_that_is_not_there_is_refused_by_whoever_would_use_it_or_not(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     text = "error: --cache-transfer-protocol names 'foo'; there are ipc, mooncake, nccl, rdma, shm, tcp"
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(text), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "text"),
+    [
+        (["--ready-file", "/nope/ready"], {}, "--ready-file is '/nope/ready', which is in no directory that exists; "),
+        (["--ready-file", "/tmp"], {}, "--ready-file is '/tmp', which is a directory; it must be a file's path"),
+        ([], {"FD_LOG_DIR": "/dev/null"}, "FD_LOG_DIR is '/dev/null', where no log can be written: File exists"),
+        (
+            ["--device", "cuda", "--ops", "torch", "--tensor-parallel-size", "2"],
+            {"CUDA_VISIBLE_DEVICES": "-1"},
+            "--device is 'cuda'; torch cannot use one here: there is no NVIDIA driver or GPU: ",
+        ),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) and v else "",
+)
+def test_an_instance_that_cannot_be_ends_with_one_line(flags: list[str], env: dict[str, str], text: str) -> None:
+    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", "--model", "demo", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {text}"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", ["--bogus", "--enable-expert-parallel", "--quantization", "--x"])
@@ -73,6 +100,11 @@ def test_nothing_far_is_suggested(flag: str) -> None:
             "fastdeploy-pd simulate: error: unrecognized arguments: --slo-tpot-sm 9; did you mean --slo-tpot-ms?\n",
         ),
         (["role", "x", "--redis-ulr=y"], "arguments: --redis-ulr=y; did you mean --redis-url?\n"),
+        (["up", "--prefil", "2"], "unrecognized arguments: --prefil;"),
+        (
+            ["drain", "x", "--timeout-s", "nan"],
+            "argument --timeout-s: 'nan' is not allowed; it must be seconds from 0 to 86400",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,13 @@ def decode(data: bytes) -> Message:
 
 def _check_tokens(message: Message) -> None:
     """Raises: ProtocolError: a token id is out of range. request.py's classes know nothing of msgspec, which could say so."""
-    chunks = message.chunks if isinstance(message, Tokens) else (message.chunk,) if isinstance(message, HandOver) else ()
+    chunks = (
+        message.chunks if isinstance(message, Tokens) else (message.chunk,) if isinstance(message, HandOver) else ()
+    )
     for chunk in chunks:
-        if chunk is not None and chunk.token_ids and not 0 <= min(chunk.token_ids) <= max(chunk.token_ids) <= MAX_TOKEN_ID:
+        if (
+            chunk is not None
+            and chunk.token_ids
+            and not 0 <= min(chunk.token_ids) <= max(chunk.token_ids) <= MAX_TOKEN_ID
+        ):
             raise ProtocolError(f"token ids {chunk.token_ids[:8]}; each must be from 0 to {MAX_TOKEN_ID}")

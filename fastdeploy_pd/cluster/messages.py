@@ -16,6 +16,7 @@ from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
 PROTOCOL_VERSION = 6
+MAX_DRAIN_S = 86_400.0
 RoleName = Literal["prefill", "decode", "mixed"]
 BlockId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 

@@ -113,7 +113,12 @@ def coordinator_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+    except redis.exceptions.NoPermissionError as error:
+        raise ConfigError(
+            f"Redis does not let this user do what an instance does ({str(error).rstrip('.')}); check --scheduler-topic and the "
+            "user's rights to its keys and channels (docs/redis_keys.md)"
+        ) from error
+    except redis.AuthenticationError as error:
         raise ConfigError(
             f"Redis refuses us ({str(error).rstrip('.')}); check --scheduler-username and the password "
             "(FD_SCHEDULER_PASSWORD or --scheduler-password)"

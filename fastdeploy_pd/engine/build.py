@@ -253,8 +253,6 @@ def host_tier(config: InstanceConfig, pool: Pool) -> HostTier:
     """Returns: the host memory of --swap-space. Raises: ConfigError: it cannot be had, or holds no block; says the numbers."""
     num_bytes, free = int(config.cache.swap_space * 2**30), free_memory_bytes()
     given = f"--swap-space is {config.cache.swap_space:g} GiB"
-    if config.model.tensor_parallel_size > 1 or not config.cache.enable_prefix_caching:
-        raise ConfigError(f"{given}; with several ranks or --no-enable-prefix-caching it must be 0")
     if num_bytes > free:
         raise ConfigError(f"{given}; only {free / 2**30:.2f} GiB are free")
     try:

@@ -177,7 +177,7 @@ class FrontEnd:
         there = [v.instance for v in self._views.values() if not v.is_lost and not v.is_draining]
         refused = [f"{i} is there, but {v.why_refused}" for i, v in self._views.items() if v.is_lost and v.why_refused]
         if not any(i.can_decode for i in there):
-            missing = "there is no decode or mixed instance (yet), so requests wait for one"
+            missing = "there is no decode or mixed instance (yet), for which requests wait"
         elif not any(i.can_prefill for i in there):
             missing = "there is no prefill or mixed instance (yet), so decode instances compute prompts themselves"
         else:
@@ -461,8 +461,9 @@ class FrontEnd:
         since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
         tracked.unplaced_since_s = since_s
         if now_s - since_s >= self.options.placement_timeout_s:
-            why = self.lack() or "the placement policy chose none"
-            self._fail(tracked, NoCapacity(f"No decode or mixed instance is alive in this topic: {why}."), now_s)
+            why = self.lack() or "the placement policy chose no instance"
+            text = f"The request was placed nowhere for {self.options.placement_timeout_s:g} s: {why}."
+            self._fail(tracked, NoCapacity(text), now_s)
 
     def _tick_request(self, tracked: Tracked, now_s: float) -> None:
         options, request = self.options, tracked.request

@@ -10,7 +10,7 @@ from fastdeploy_pd.config import ROLES
 from fastdeploy_pd.engine.policies import placement_policy, prefill_policy
 from fastdeploy_pd.entrypoints import operate, sim_plots
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
-from fastdeploy_pd.flags import did_you_mean
+from fastdeploy_pd.flags import ExactParser, did_you_mean
 from fastdeploy_pd.sim import calibrate, plan
 from fastdeploy_pd.sim.main import Policies
 from fastdeploy_pd.sim.main import add_flags as add_simulate_flags
@@ -19,7 +19,7 @@ from fastdeploy_pd.sim.main import run as simulate
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns: the parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = ExactParser(
         prog="fastdeploy-pd", description="A serving cluster with prefill and decode on separate instances."
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_simulator(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_simulator(commands: argparse._SubParsersAction[ExactParser]) -> None:
     add_simulate_flags(
         commands.add_parser(
             "simulate",

@@ -15,8 +15,10 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastdeploy_pd.cluster.messages import MAX_DRAIN_S
 from fastdeploy_pd.config import ROLES
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError, LinkLost, NoCapacity
+from fastdeploy_pd.flags import number
 
 if TYPE_CHECKING:
     from fastdeploy_pd.cluster.registry import MemberRecord
@@ -43,7 +45,11 @@ def add_commands(commands: Any) -> None:
         description="Shows what is left until the instance is gone. See docs/elastic_roles.md.",
     )
     _add_instance(drain)
-    drain.add_argument("--timeout-s", type=float, help="seconds after which it ends all the same (default 30)")
+    drain.add_argument(
+        "--timeout-s",
+        type=number(float, 0, MAX_DRAIN_S, f"seconds from 0 to {MAX_DRAIN_S:g}"),
+        help="seconds after which it ends all the same (default 30)",
+    )
 
 
 def _add_instance(parser: argparse.ArgumentParser) -> None:

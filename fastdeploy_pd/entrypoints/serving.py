@@ -13,7 +13,7 @@ from typing import Any
 from fastdeploy_pd.entrypoints.detokenizer import Detokenizer, StopMatcher, make_detokenizer
 from fastdeploy_pd.entrypoints.openai.limits import MAX_SEQUENCES
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody, GenerationBody
-from fastdeploy_pd.entrypoints.tokenizer import AnyTokenizer, NoTokenizer
+from fastdeploy_pd.entrypoints.tokenizer import WITHOUT, AnyTokenizer, NoTokenizer
 from fastdeploy_pd.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from fastdeploy_pd.model.checkpoint import ModelConfig, read_json
 from fastdeploy_pd.model.weights import model_directory
@@ -106,7 +106,7 @@ class Serving:
             )
         if body.stop and not self.has_text:
             raise InvalidRequest(
-                "this server was started with --skip-tokenizer-init and sees no stop strings; use 'stop_token_ids'",
+                f"this server {WITHOUT} and sees no stop strings; use 'stop_token_ids'",
                 param="stop",
             )
         prompts = self._prompts(body)

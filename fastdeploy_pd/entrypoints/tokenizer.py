@@ -175,13 +175,17 @@ class Tokenizer:
         return ids
 
 
+#: a server that is one, in refusals
+WITHOUT = "has no tokenizer (--skip-tokenizer-init, or --load-format dummy of a directory without tokenizer.json)"
+
+
 class NoTokenizer:
     """In a `Tokenizer`'s place with --skip-tokenizer-init: token ids come in and go out, and every text is empty."""
 
     def encode(self, text: str) -> list[int]:
         """Raises: InvalidRequest: always."""
         raise InvalidRequest(
-            "this server was started with --skip-tokenizer-init and has no tokenizer: give 'prompt' as token ids",
+            f"this server {WITHOUT}: give 'prompt' as token ids",
             param="prompt",
         )
 
@@ -190,7 +194,7 @@ class NoTokenizer:
     ) -> list[int]:
         """Raises: InvalidRequest: always."""
         raise InvalidRequest(
-            "this server was started with --skip-tokenizer-init and cannot chat: post token ids to /v1/completions",
+            f"this server {WITHOUT} and cannot chat: post token ids to /v1/completions",
             param="messages",
         )
 

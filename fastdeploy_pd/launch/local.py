@@ -18,6 +18,7 @@ from pathlib import Path
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.engine.lifetime import die_with_parent
+from fastdeploy_pd.engine.process_log import no_log
 from fastdeploy_pd.errors import ConfigError
 
 START_TIMEOUT_S = 180.0
@@ -108,9 +109,7 @@ class LocalCluster:
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"FD_LOG_DIR is {self._given_log_dir!r}, where no log can be written: {error.strerror}"
-            ) from error
+            raise no_log(self._given_log_dir, error) from error
         self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-cluster-"))
         self.instances: list[LocalInstance] = []
         self._clock = WallClock()

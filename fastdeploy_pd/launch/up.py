@@ -117,24 +117,25 @@ def check_room(num_instances: int, config: InstanceConfig) -> None:
         )
 
 
-def ask(instance: LocalInstance, model: str, prompt: str, key: str) -> dict[str, object]:
-    """Send a chat request, print the answer as it comes.
+def question(model: str, prompt: str | None) -> tuple[str, dict[str, object]]:
+    """Returns: path and body of a request that streams: a chat; without a prompt, token ids for a model that has no tokenizer."""
+    if prompt is None:
+        return "/v1/completions", {"model": model, "prompt": [1] * 16, "max_tokens": 16, "stream": True}
+    return "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True}
+
+
+def ask(instance: LocalInstance, model: str, prompt: str | None, key: str) -> dict[str, object]:
+    """Send a request, print the answer as it comes.
 
     Args:
-        key: an API key; "" if the instance asks for none.
+        prompt: see `question`; key: an API key; "" if the instance asks for none.
     Returns: the report that comes with the last event: prefill, decode, ttft_s, tpot_s, kv_bytes.
     Raises: FastDeployPDError: it is not answered; says why.
     """
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": 200,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_timings": True,
-    }
-    url = instance.http_url + "/v1/chat/completions"
+    path, body = question(model, prompt)
+    body = {"max_tokens": 200, **body, "temperature": 0, "return_timings": True}
+    body["stream_options"] = {"include_usage": True}
+    url = instance.http_url + path
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     try:
         report = _print_stream(urllib.request.Request(url, json.dumps(body).encode(), headers))
@@ -165,7 +166,9 @@ def _print_stream(request: urllib.request.Request) -> dict[str, object]:
                 raise FastDeployPDError(f"the first answer broke off: {event['error'].get('message')}")
             report = event.get("fastdeploy_pd", report)
             for choice in event["choices"]:
-                say(choice["delta"].get("content", ""), end="")
+                say(choice["delta"].get("content", "") if "delta" in choice else choice["text"], end="")
+            if event.get("usage") and event["object"] == "text_completion":
+                say(f"{event['usage']['completion_tokens']} tokens", end="")
     return report
 
 
@@ -225,11 +228,12 @@ def serve(
         f"ready after {clock.now_s() - start_s:.1f} s: " + ", ".join(f"{i.role} {i.http_url}" for i in instances) + "\n"
     )
     name, keys = config.model.served_model_name[0], config.server.api_keys
-    say(f"  you: {args.prompt}\n  {name}: ", end="")
-    show_report(ask(instances[0], name, args.prompt, keys[0] if keys else ""))
+    prompt = None if config.model.skip_tokenizer_init else args.prompt
+    say(f"  you: {prompt or 'token ids, as there is no tokenizer'}\n  {name}: ", end="")
+    show_report(ask(instances[0], name, prompt, keys[0] if keys else ""))
     if args.once:
         return 0
-    show_next(instances[0], name, bool(keys))
+    show_next(instances[0], question(name, prompt and "Tell me a story about a fox"), bool(keys))
     say(
         f"Its role (or drain): fastdeploy-pd role {instances[0].instance_id} --redis-url {without_password(url)} "
         f"--scheduler-topic {args.scheduler_topic}\n"
@@ -253,14 +257,12 @@ def without_password(url: str) -> str:
     return parts._replace(netloc=f"{user}@{place}" if user else place, query=query).geturl().removesuffix("/0")
 
 
-def show_next(instance: LocalInstance, name: str, needs_key: bool) -> None:
+def show_next(instance: LocalInstance, example: tuple[str, dict[str, object]], needs_key: bool) -> None:
     """Print how to go on."""
-    body = json.dumps(
-        {"model": name, "messages": [{"role": "user", "content": "Tell me a story about a fox"}], "stream": True}
-    )
+    path, body = example[0], json.dumps(example[1])
     say("\nAsk for more (any instance answers; Ctrl-C ends everything):\n")
     key = "-H 'authorization: Bearer KEY' " if needs_key else ""
-    say(f"  curl -N {instance.http_url}/v1/chat/completions -H 'content-type: application/json' {key}-d '{body}'\n")
+    say(f"  curl -N {instance.http_url}{path} -H 'content-type: application/json' {key}-d '{body}'\n")
     say(f"or from Python: openai.OpenAI(base_url='{instance.http_url}/v1', api_key='{'KEY' if key else 'none'}')\n")
 
 

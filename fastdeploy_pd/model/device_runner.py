@@ -40,6 +40,7 @@ LAYERS_HANDED_OVER = 8
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
+CAPTURE_BYTES = 1 << 29  # more than a graph takes; of several ranks, one that fails in the middle of it ends them all
 LONGEST_PREPARED = 8192  # tokens of prompts in a step; what is first met with more costs 10 to 200 ms then
 
 _log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class DeviceRunner(ModelRunner):
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         self._num_kernels_ahead = 0  # the sum of these
         self._chores: deque[Chore] = deque()
-        self._computes_rows = True  #: ahead of time; False once that has failed here: other ranks go on, and tell of more
+        self._computes_rows = True  #: ahead of time, until it fails; other ranks go on, and tell of more
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -146,7 +147,13 @@ class DeviceRunner(ModelRunner):
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
 
     def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
-        """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences."""
+        """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences. Raises: FastDeployPDError: memory lacks."""
+        try:
+            self._warm_up(pool, can_decode, most_tokens)
+        except torch.OutOfMemoryError as error:
+            raise self._lacks_memory(error) from error
+
+    def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
         self._see_to(Chore("compile", EAGER_SIZES))
@@ -163,12 +170,19 @@ class DeviceRunner(ModelRunner):
         """See engine/context.py: graphs for more sequences, and what cuBLAS and cuDNN load and plan for each number of tokens."""
         if not self._chores:
             return False
+        chore = self._chores.popleft()
+        if self.rank.count > 1 and chore.what == "capture" and self._free_bytes() < CAPTURE_BYTES:
+            self._do_without(f"{self._free_bytes() >> 20} MiB of GPU memory are free")
+            return True
         try:
-            self._see_to(self._chores.popleft())
+            self._see_to(chore)
         except torch.OutOfMemoryError as error:
             self._out_of_memory(error)  # of a graph, with sums of ranks
-            self._do_without(error)
+            self._do_without(str(error))
         return True
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._ops.device)[0]
 
     def _see_to(self, chore: Chore) -> None:
         """Do a chore on all ranks."""
@@ -186,12 +200,12 @@ class DeviceRunner(ModelRunner):
                 try:
                     self._compute_rows(chore.count)
                 except RuntimeError as error:  # memory lacks, or cuDNN has no plan: each rank for itself
-                    self._do_without(error)
+                    self._do_without(str(error))
 
-    def _do_without(self, error: RuntimeError) -> None:
+    def _do_without(self, why: str) -> None:
         self._chores.clear()
         self._computes_rows = False
-        _log.warning("what is not prepared yet comes when it is needed: %s", str(error).splitlines()[0])
+        _log.warning("what is not prepared yet comes when it is needed: %s", why.splitlines()[0])
 
     def _compile(self, most_sequences: int) -> None:
         """Have the kernels of decode steps of up to so many, and of prompts, compiled."""
@@ -375,6 +389,9 @@ class DeviceRunner(ModelRunner):
         """Returns: what to say. Raises: the error, where other ranks compute the step: their sums would meet those of the next one."""
         if self.rank.count > 1:
             raise error
+        return self._lacks_memory(error)
+
+    def _lacks_memory(self, error: torch.OutOfMemoryError) -> FastDeployPDError:
         free, total = torch.cuda.mem_get_info(self._ops.device)
         torch.cuda.empty_cache()
         return FastDeployPDError(

@@ -156,7 +156,9 @@ class Checkpoint(Mapping[str, RawTensor]):
             return weight_map
         if (self.directory / SINGLE_FILE).exists():
             return {}
-        raise ModelLoadError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise ModelLoadError(
+            f"--model is {str(self.directory)!r}, which has neither {SINGLE_FILE} nor {INDEX_FILE} (for random weights, --load-format dummy)"
+        )
 
     def _map_file(self, path: Path) -> None:
         try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -28,6 +31,15 @@ async def answers(urls: list[str]) -> list[list[int]]:
         some = [complete(client, urls[n % len(urls)], p, model="tiny") for n, p in enumerate(prompts[:-1])]
         streamed = await stream_tokens(client, urls[0], prompts[-1], model="tiny", max_tokens=12)
         return [*await asyncio.gather(*some), streamed[0]]
+
+
+def test_up_asks_a_model_without_a_tokenizer_with_token_ids(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--once", "--model", str(tmp_path), "--"]
+    flags = ["--load-format", "dummy", "--num-gpu-blocks-override", "120"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"you: token ids.*: \d+ tokens\n\n  TTFT \d+ ms .*KV moved: [1-9]", done.stdout, re.DOTALL)
 
 
 def test_a_pair_answers_what_one_instance_does(redis_server: EmbeddedRedis, tmp_path: Path) -> None:

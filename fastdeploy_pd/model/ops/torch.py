@@ -20,8 +20,8 @@ from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.base import AttentionPlan, DecodeGroup, PromptSpan, head_rows, signed_tables, tile_rows
 from fastdeploy_pd.model.ops.composed import ComposedOps, to_float32
-from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 from fastdeploy_pd.model.ops.environment import no_gpu
+from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 from rdma_comm.cuda.driver import CudaUnavailable, driver
 
 COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
