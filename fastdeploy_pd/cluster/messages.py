@@ -17,6 +17,7 @@ from fastdeploy_pd.request import MAX_ATTEMPT, TokenChunk
 
 PROTOCOL_VERSION = 6
 MAX_DRAIN_S = 86_400.0
+MAX_STEP_S = 86_400.0  # a sender whose steps take longer counts as lost
 RoleName = Literal["prefill", "decode", "mixed"]
 BlockId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
@@ -237,7 +238,7 @@ class Beat:
 
     counter: int
     outstanding_tokens: int = 0
-    longest_step_s: float = 0.0
+    longest_step_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_STEP_S)] = 0.0
     is_draining: bool = False
     load: Load | None = None  #: of an instance that knows what its steps take; says it, too
     role: RoleName | None = None  #: of an engine, as it is now: the member record may come later

@@ -128,7 +128,7 @@ class Grants:
             return
         if grant.hand_over is None:
             num_tokens = 0 if message.chunk is None else len(message.chunk.token_ids)
-            if num_tokens != (0 if grant.is_fetch else 1):
+            if num_tokens != (0 if grant.is_fetch else 1) or message.backend not in self.context.transfers:
                 other = Failure("a hand-over of another kind than was ordered", "prefill_failed")
                 self._fail(grant, other, now_s)
                 return

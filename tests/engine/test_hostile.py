@@ -55,6 +55,19 @@ def test_a_hand_over_with_a_token_that_no_model_has(token_id: int) -> None:
     assert changed and cluster.clients["r"].tokens == expected_tokens([7] * 9, 40) and cluster.is_quiet()
 
 
+def test_a_hand_over_by_what_nobody_offered() -> None:
+    """Metrics have a series for each backend."""
+    cluster = SimulatedCluster(1, [Role.PREFILL, Role.DECODE], Faults(until_s=0), options=EngineOptions())
+    backends = []
+    for node in cluster.nodes.values():
+        node.engine.context.observer.handover = lambda *told: backends.append(told[-1])  # type: ignore[method-assign]
+    changed = change_first(cluster, lambda m: replace(m, backend="what is this"))
+    cluster.submit("r", [7] * 9, 5, 0.5)
+    cluster.run(60)
+    assert changed and cluster.clients["r"].tokens == expected_tokens([7] * 9, 5) and cluster.is_quiet()
+    assert "what is this" not in backends
+
+
 def test_a_hand_over_of_less_than_no_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     cluster = SimulatedCluster(1, [Role.PREFILL, Role.DECODE], Faults(until_s=0), options=EngineOptions())
