@@ -208,6 +208,30 @@ def test_a_rank_that_lacks_memory_for_preparation_says_so_once(
     ]
 
 
+def test_ranks_prepare_no_graph_that_may_lack_memory(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of it the others would wait for this one's sums."""
+    from fastdeploy_pd.model.parallel import Chore
+
+    def announce(*_: Any) -> None:
+        raise AssertionError("the other ranks are told")
+
+    runner.rank, runner.announce = Rank(0, 2), announce  # type: ignore[assignment]
+    monkeypatch.setattr(runner, "_free_bytes", lambda: 0)
+    runner._chores.append(Chore("capture", 80))
+    assert runner.prepare_more() and not runner.prepare_more()
+
+
+def test_memory_that_lacks_at_the_start_is_a_sentence(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(runner._graphs, "capture", fail)
+    with pytest.raises(FastDeployPDError, match=r"--gpu-memory-utilization.*Tried to allocate 9 GiB"):
+        runner.warm_up(BlockPool(64, 64), True, 512)
+
+
 def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may be of kernels that are not loaded yet; to load one waits for the device."""
     import torch
