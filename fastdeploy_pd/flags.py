@@ -70,9 +70,9 @@ PORT = integer(1, 65535)
 
 
 def api_key(text: str) -> str:
-    if not text.strip():
+    if not text or text != text.strip():  # no client could send it
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; it must be a key of at least one character (to ask for none, leave the flag out)"
+            f"{text!r} is not allowed; it must be at least one character, without spaces around (to ask for none, leave the flag out)"
         )
     return text
 

@@ -38,7 +38,7 @@ from fastdeploy_pd.errors import ConfigError
             ["--tensor-parallel-size", "2", "--cache-queue-port", "7000", "--pd-comm-port", "7001"],
             "--pd-comm-port and --cache-queue-port are both 7001; each needs a port of its own",
         ),
-        (["--api-key", ""], "--api-key: '' is not allowed; it must be a key of at least one character"),
+        (["--api-key", ""], "--api-key: '' is not allowed; it must be at least one character, without spaces around"),
         (
             ["--tensor-parallel-size", "2", "--swap-space", "1"],
             "--swap-space is 1 GiB; with several ranks or --no-enable-prefix-caching it must be 0",

@@ -61,9 +61,6 @@ def _check_tokens(message: Message) -> None:
         message.chunks if isinstance(message, Tokens) else (message.chunk,) if isinstance(message, HandOver) else ()
     )
     for chunk in chunks:
-        if (
-            chunk is not None
-            and chunk.token_ids
-            and not 0 <= min(chunk.token_ids) <= max(chunk.token_ids) <= MAX_TOKEN_ID
-        ):
-            raise ProtocolError(f"token ids {chunk.token_ids[:8]}; each must be from 0 to {MAX_TOKEN_ID}")
+        for extreme in (min(chunk.token_ids), max(chunk.token_ids)) if chunk is not None and chunk.token_ids else ():
+            if not 0 <= extreme <= MAX_TOKEN_ID:
+                raise ProtocolError(f"token id {extreme}; it must be from 0 to {MAX_TOKEN_ID}")

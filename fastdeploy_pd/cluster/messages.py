@@ -212,7 +212,7 @@ class Command:
 
     command_id: str
     role: RoleName | None = None
-    drain_s: float | None = (
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DRAIN_S)] | None = (
         None  #: leave the topic and end when nothing is served any more, at most so many seconds later
     )
 
@@ -237,7 +237,7 @@ class Beat:
     """A sign of life: `counter` moves when the sender's main loop does. Dead = unchanged for too long on the observer's clock."""
 
     counter: int
-    outstanding_tokens: int = 0
+    outstanding_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     longest_step_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_STEP_S)] = 0.0
     is_draining: bool = False
     load: Load | None = None  #: of an instance that knows what its steps take; says it, too

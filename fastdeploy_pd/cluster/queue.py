@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import redis
@@ -150,12 +151,20 @@ class RedisQueue:
 
     def reclaim(self, consumer: str, count: int) -> list[Claimed]:
         """See RequestQueue."""
-        reply: Any = self._in_group(
-            lambda: self._connection.run(
-                lambda c: c.xautoclaim(self._keys.requests, GROUP, consumer, self._lease_ms, "0-0", count=count)
-            )
+        found: list[Claimed] = []
+        start: Any = "0-0"
+        while len(found) < count:  # Redis looks at a part of what is claimed each time: others' live claims come first
+            reply: Any = self._in_group(partial(self._reclaim_from, start, consumer, count - len(found)))
+            found += self._claimed(reply[1])
+            start = reply[0]
+            if start in (b"0-0", "0-0"):
+                break
+        return found
+
+    def _reclaim_from(self, start: Any, consumer: str, count: int) -> Any:
+        return self._connection.run(
+            lambda c: c.xautoclaim(self._keys.requests, GROUP, consumer, self._lease_ms, start, count=count)
         )
-        return self._claimed(reply[1]) if reply else []
 
     def append(
         self, consumer: str, claimed: Claimed, chunks: Sequence[tuple[int, bytes]], is_end: bool = False

@@ -116,7 +116,7 @@ def coordinator_errors() -> Iterator[None]:
     except redis.exceptions.NoPermissionError as error:
         raise ConfigError(
             f"Redis does not let this user do what an instance does ({str(error).rstrip('.')}); check --scheduler-topic and the "
-            "user's rights to its keys and channels (docs/redis_keys.md)"
+            "user's rights to commands, keys and channels (docs/redis_keys.md)"
         ) from error
     except redis.AuthenticationError as error:
         raise ConfigError(

@@ -25,7 +25,7 @@ from fastdeploy_pd.engine.channel import TIMEOUT_S, Answer, Attach, Call, Channe
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.model.ops.environment import no_gpu
 from fastdeploy_pd.transfer.base import TransferEvent
-from rdma_comm.cuda.driver import CudaUnavailable, num_gpus
+from rdma_comm.cuda.driver import CudaError, CudaUnavailable, num_gpus
 
 log = logging.getLogger("fastdeploy_pd.engine")
 
@@ -161,7 +161,7 @@ class Crew:
     def __init__(self, config: InstanceConfig) -> None:
         """Start them; they load the model while this process does."""
         count = config.model.tensor_parallel_size
-        self._directory = tempfile.TemporaryDirectory(prefix="fastdeploy-pd-ranks-")
+        self._directory = tempfile.TemporaryDirectory(prefix="fastdeploy-pd-ranks-", dir=os.environ.get("FD_RUN_DIR"))
         self.group = Path(self._directory.name) / "group"
         self.workers = [
             Worker(Setup(rank, count, config, str(self.group)), _environment(config, rank)) for rank in range(1, count)
@@ -283,7 +283,7 @@ def visible_gpus(device: str) -> list[str]:
     """Returns: what CUDA_VISIBLE_DEVICES calls the GPUs that this process sees. Raises: ConfigError: there is none; says why."""
     try:
         count = num_gpus()
-    except CudaUnavailable as error:
+    except (CudaUnavailable, CudaError) as error:
         raise no_gpu(device, error) from error
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return given.split(",")[:count] if given else [str(number) for number in range(count)]

@@ -175,14 +175,16 @@ class FrontEnd:
     def lack(self) -> str:
         """Returns: which part nobody in the topic plays, and who is there but cannot be reached; empty: nothing is missing."""
         there = [v.instance for v in self._views.values() if not v.is_lost and not v.is_draining]
-        refused = [f"{i} is there, but {v.why_refused}" for i, v in self._views.items() if v.is_lost and v.why_refused]
         if not any(i.can_decode for i in there):
-            missing = "there is no decode or mixed instance (yet), for which requests wait"
+            missing = "there is no decode or mixed instance (yet), so requests wait for one"
         elif not any(i.can_prefill for i in there):
             missing = "there is no prefill or mixed instance (yet), so decode instances compute prompts themselves"
         else:
             return ""
-        return "; ".join([missing, *refused])
+        return "; ".join([missing, *self._refused()])
+
+    def _refused(self) -> list[str]:
+        return [f"{i} is there, but {v.why_refused}" for i, v in self._views.items() if v.is_lost and v.why_refused]
 
     def live_instances(self) -> list[Instance]:
         """Returns: members that are reachable."""
@@ -461,7 +463,12 @@ class FrontEnd:
         since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
         tracked.unplaced_since_s = since_s
         if now_s - since_s >= self.options.placement_timeout_s:
-            why = self.lack() or "the placement policy chose no instance"
+            why = (
+                "the placement policy chose none"
+                if self.is_serving_possible()
+                else "no decode or mixed instance is there"
+            )
+            why = "; ".join([why, *self._refused()])
             text = f"The request was placed nowhere for {self.options.placement_timeout_s:g} s: {why}."
             self._fail(tracked, NoCapacity(text), now_s)
 

@@ -2,7 +2,7 @@
 
 Started by the API server as `python -m fastdeploy_pd.engine.process FLAGS` with the instance's own flags and, in the environment,
 the instance's run directory (FD_RUN_DIR), its HTTP address (FD_HTTP_ADDRESS) and who started it (FD_PARENT_PID). When it is ready it
-writes `engine.json` there.
+writes `engine.json` there, and `engine.draining` when it has begun to drain: no other one is started in its place.
 """
 
 from __future__ import annotations
@@ -194,8 +194,15 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
         heartbeat = HeartbeatThread(
             RedisRegistry(redis_options(config.cluster), max(LEASE_S, config.cluster.peer_timeout / 5)), shell.record
         )
-        shell.on_change = heartbeat.wake
         heartbeat.start()
+
+    def on_change() -> None:
+        if built.engine.is_draining:
+            (run_dir / "engine.draining").touch()
+        if heartbeat is not None:
+            heartbeat.wake()
+
+    shell.on_change = on_change
     announce(run_dir, built, links)
     publisher = start_publisher(config, built)
     log.info("%s serves %s with %d KV blocks", built.instance_id, config.model.model, built.layout.num_blocks)
@@ -214,6 +221,9 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
 def main() -> int:
     """Returns: the process's exit status."""
     die_with_parent(int(os.environ[PARENT_PID]))
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's is for the whole group: until we serve, the API process decides
     run_dir = Path(os.environ["FD_RUN_DIR"])
     enable_multiprocess(run_dir / "metrics")
     try:

@@ -154,8 +154,8 @@ def main() -> int:
     share_lock()  # between the ends' threads, the one that serves them and the one that computes
     steps, orders = (Channel(socket.socket(fileno=int(number))) for number in sys.argv[1:3])
     setup = _SETUP.decode(orders.receive(TIMEOUT_S) or b"")
-    configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")
     try:
+        configure_process_log(setup.config.server.log_dir, f"rank-{setup.rank}")
         with uncollected():
             runner, ends = prepare(setup, orders)
         threading.Thread(target=serve_ends, args=(ends,), name="ends", daemon=True).start()

@@ -106,8 +106,9 @@ class QueueConsumer:
             await asyncio.sleep(RENEW_S)
             try:
                 await asyncio.to_thread(self._queue.renew, self._consumer, list(self._active))
-                if not self._is_draining:
-                    for claimed in await asyncio.to_thread(self._queue.reclaim, self._consumer, 16):
+                room = MAX_CLAIMED - len(self._active)
+                if not self._is_draining and room > 0 and (await self._client.health()).is_ready:
+                    for claimed in await asyncio.to_thread(self._queue.reclaim, self._consumer, min(room, 16)):
                         self._begin(claimed)
                 by_request = {c.request_id: t for c, t in self._active.values()}
                 for request_id in await asyncio.to_thread(self._queue.cancelled, list(by_request)):
@@ -126,7 +127,7 @@ class QueueConsumer:
     async def _serve(self, claimed: Claimed) -> None:
         num_known = 0
         try:
-            known = await self._with_retries(self._queue.read, claimed.request_id, "0", 0.001)
+            known = await self._known(claimed.request_id)
             if not known:
                 log.info("request %s has expired before it was claimed: it is dropped", claimed.request_id)
                 await self._with_retries(self._queue.discard, claimed)
@@ -147,6 +148,15 @@ class QueueConsumer:
         except FastDeployPDError as error:
             if not isinstance(error, CoordinatorLost):
                 await self._end(claimed, num_known, error_record(error), "error")
+
+    async def _known(self, request_id: str) -> list[OutputEntry]:
+        """Returns: all that a request's output stream has: one read gives a part of a long one."""
+        known: list[OutputEntry] = []
+        after = "0"
+        while page := await self._with_retries(self._queue.read, request_id, after, 0.001):
+            known += page
+            after = page[-1].entry_id
+        return known
 
     def _choice(self, claimed: Claimed, delivered: list[int]) -> Choice:
         try:

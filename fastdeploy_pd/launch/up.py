@@ -229,11 +229,11 @@ def serve(
     )
     name, keys = config.model.served_model_name[0], config.server.api_keys
     prompt = None if config.model.skip_tokenizer_init else args.prompt
-    say(f"  you: {prompt or 'token ids, as there is no tokenizer'}\n  {name}: ", end="")
+    say(f"  you: {'token ids, as there is no tokenizer' if prompt is None else prompt}\n  {name}: ", end="")
     show_report(ask(instances[0], name, prompt, keys[0] if keys else ""))
     if args.once:
         return 0
-    show_next(instances[0], question(name, prompt and "Tell me a story about a fox"), bool(keys))
+    show_next(instances[0], question(name, None if prompt is None else "Tell me a story about a fox"), bool(keys))
     say(
         f"Its role (or drain): fastdeploy-pd role {instances[0].instance_id} --redis-url {without_password(url)} "
         f"--scheduler-topic {args.scheduler_topic}\n"

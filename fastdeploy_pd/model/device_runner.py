@@ -40,7 +40,8 @@ LAYERS_HANDED_OVER = 8
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
-CAPTURE_BYTES = 1 << 29  # more than a graph takes; of several ranks, one that fails in the middle of it ends them all
+# More than a graph takes, of what is free on rank 0, whose logits need most: a rank that fails in the middle of it ends them all.
+CAPTURE_BYTES = 1 << 29
 LONGEST_PREPARED = 8192  # tokens of prompts in a step; what is first met with more costs 10 to 200 ms then
 
 _log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class DeviceRunner(ModelRunner):
         try:
             self._warm_up(pool, can_decode, most_tokens)
         except torch.OutOfMemoryError as error:
-            raise self._lacks_memory(error) from error
+            raise self._lacks_memory(error, "while the first steps were prepared") from error
 
     def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
@@ -389,13 +390,13 @@ class DeviceRunner(ModelRunner):
         """Returns: what to say. Raises: the error, where other ranks compute the step: their sums would meet those of the next one."""
         if self.rank.count > 1:
             raise error
-        return self._lacks_memory(error)
+        return self._lacks_memory(error, "in a step")
 
-    def _lacks_memory(self, error: torch.OutOfMemoryError) -> FastDeployPDError:
+    def _lacks_memory(self, error: torch.OutOfMemoryError, when: str) -> FastDeployPDError:
         free, total = torch.cuda.mem_get_info(self._ops.device)
         torch.cuda.empty_cache()
         return FastDeployPDError(
-            f"out of GPU memory ({free >> 20} of {total >> 20} MiB are free) in a step: lower --gpu-memory-utilization or "
+            f"out of GPU memory ({free >> 20} of {total >> 20} MiB are free) {when}: lower --gpu-memory-utilization or "
             f"--max-num-batched-tokens ({str(error).splitlines()[0]})",
             code="out_of_memory",
         )

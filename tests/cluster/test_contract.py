@@ -123,6 +123,18 @@ def test_a_request_is_claimed_once_and_answered_in_order(queue: RequestQueue) ->
     assert queue.reclaim("front-2", 10) == []
 
 
+def test_lapsed_claims_are_found_behind_many_live_ones(redis_server: EmbeddedRedis) -> None:
+    queue = RedisQueue(options(redis_server), claim_lease_s=LEASE_S)
+    for number in range(330):
+        queue.submit(f"r-{number}", b"body")
+    live = [c.entry_id for c in queue.claim("front-1", 300, 0.01)]
+    assert len(live) == 300 and len(queue.claim("front-2", 100, 0.01)) == 30
+    time.sleep(LEASE_S * 1.5)
+    queue.renew("front-1", live)
+    found = [len(queue.reclaim("front-1", 16)) for _ in range(3)]
+    assert found == [16, 14, 0]
+
+
 def test_a_dead_owner_loses_its_claim_and_can_write_no_more(queue: RequestQueue) -> None:
     queue.submit("r-1", b"body")
     first = queue.claim("front-1", 10, 0.01)[0]

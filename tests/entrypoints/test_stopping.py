@@ -18,6 +18,7 @@ from fastdeploy_pd.engine.client import ClusterClient
 from fastdeploy_pd.engine.frontend import FrontEnd
 from fastdeploy_pd.entrypoints.openai import worker
 from fastdeploy_pd.entrypoints.openai.app import create_app
+from fastdeploy_pd.entrypoints.openai.signals import Signals
 from tests.entrypoints.stub_engine import MODEL, default_options, demo_tokenizer
 
 DRAIN_S = 3.0
@@ -32,7 +33,9 @@ async def answer_while_stopping(signals: list[int]) -> tuple[httpx.Response | No
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready = asyncio.Event()
         serving = asyncio.create_task(
-            worker._serve_http(app, (listener, None), client, None, ready.set, lambda: None)  # what main runs
+            worker._serve_http(
+                app, (listener, None), client, None, Signals(), ready.set, lambda: None
+            )  # what main runs
         )
         await ready.wait()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"

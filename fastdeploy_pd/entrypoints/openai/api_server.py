@@ -27,6 +27,7 @@ from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.interpreter import uncollected
 from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent
 from fastdeploy_pd.engine.process_log import configure_process_log
+from fastdeploy_pd.entrypoints.openai.signals import Signals
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
 from fastdeploy_pd.launch.ports import bind_tcp, check_free, check_own
 from fastdeploy_pd.transfer.select import find as find_transfer
@@ -37,7 +38,8 @@ ENGINE_START_TIMEOUT_S = 300.0
 MAX_ENGINE_RESTARTS = 5
 RESTART_PAUSE_S = 0.5
 STOP_GRACE_S = 35.0  #: a draining engine has 30 s
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SECONDS = 2.0  #: one that is told to end at once
+POLL_S = 0.02
 
 
 class EngineSupervisor:
@@ -49,67 +51,83 @@ class EngineSupervisor:
         self._env = {**os.environ, "FD_RUN_DIR": str(run_dir), "FD_HTTP_ADDRESS": http_address}
         self._env[PARENT_PID] = str(os.getpid())
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_stopping = False
+        self._is_stopping = threading.Event()
+        self._lock = threading.Lock()  # no engine starts once it is stopping
         self._num_restarts = 0
+        self._has_been_ready = False
         self._clock = WallClock()
 
     def start(self) -> None:
         """Start the engine; `wait_ready` comes next."""
         self._spawn()
 
-    def wait_ready(self) -> dict[str, object]:
+    def wait_ready(self, signals: Signals) -> dict[str, object] | None:
         """Wait for the engine that was started, and watch it from then on.
 
-        Returns: what it announces: instance_id, links_address, max_model_len, ...
+        Returns: what it announces: instance_id, links_address, max_model_len, ...; None if a signal comes first.
         Raises: ConfigError: it refused its configuration or died.
         """
         deadline_s = self._clock.now_s() + ENGINE_START_TIMEOUT_S
         ready = self._run_dir / "engine.json"
         while not ready.exists():
+            if signals.received:
+                return None
             process = self._process
             if process is None or process.poll() is not None or self._clock.now_s() > deadline_s:
                 raise ConfigError(self._why_not())
-            threading.Event().wait(0.02)
+            threading.Event().wait(POLL_S)
         threading.Thread(target=self._watch, name="engine-supervisor", daemon=True).start()
+        self._has_been_ready = True
         facts: dict[str, object] = json.loads(ready.read_text())
         return facts
 
     def drain(self) -> None:
         """Let the engine take nothing new and end when what it serves has ended."""
-        self._is_stopping = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        with self._lock:
+            self._is_stopping.set()
+            if self._process is not None and self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
 
-    def stop(self, is_gentle: bool) -> None:
-        """End the engine: SIGTERM lets it drain, SIGINT does not; SIGKILL follows when it takes too long."""
-        self._is_stopping = True
+    def start_no_more(self) -> None:
+        """Start no engine in the place of one that ends."""
+        with self._lock:
+            self._is_stopping.set()
+
+    def stop(self, is_gentle: bool, signals: Signals) -> None:
+        """End the engine: SIGTERM lets it drain, SIGINT does not; SIGKILL follows when it takes too long, and when a signal hurries."""
+        self.start_no_more()
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             return
-        process.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
-        try:
-            process.wait(STOP_GRACE_S if is_gentle else 2.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        deadline_s = self._clock.now_s()
+        if self._has_been_ready:  # else it serves nobody yet
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
+            deadline_s += STOP_GRACE_S if is_gentle else STOP_SECONDS
+        while process.poll() is None and self._clock.now_s() < deadline_s and not (is_gentle and signals.is_hurried):
+            threading.Event().wait(POLL_S)
+        process.kill()  # nothing, if it has ended
+        process.wait()
 
     def _spawn(self) -> None:
         for name in ("engine.json", "engine.error"):
             (self._run_dir / name).unlink(missing_ok=True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fastdeploy_pd.engine.process", *self._argv], env=self._env, stdin=subprocess.DEVNULL
-        )
+        command = [sys.executable, "-m", "fastdeploy_pd.engine.process", *self._argv]
+        with self._lock:
+            if not self._is_stopping.is_set():
+                self._process = subprocess.Popen(command, env=self._env, stdin=subprocess.DEVNULL)
 
     def _watch(self) -> None:
-        while not self._is_stopping:
+        while not self._is_stopping.is_set():
             process = self._process
             if process is None:
                 return
             status = process.wait()
-            if self._is_stopping:
+            if self._is_stopping.is_set():
                 return
-            if status == 0:
-                log.info("the engine has drained; stopping the instance")
+            if status == 0 or (self._run_dir / "engine.draining").exists():
+                what = "drained" if status == 0 else f"ended with status {status} while it drained"
+                log.info("the engine has %s; stopping the instance", what)
                 os.kill(os.getpid(), signal.SIGUSR1)  # as SIGTERM, but the operator's own may still come
                 return
             self._num_restarts += 1
@@ -118,7 +136,7 @@ class EngineSupervisor:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             log.error("the engine ended with status %s; starting it again", status)
-            threading.Event().wait(RESTART_PAUSE_S * self._num_restarts)
+            self._is_stopping.wait(RESTART_PAUSE_S * self._num_restarts)
             self._spawn()
 
     def _why_not(self) -> str:
@@ -150,13 +168,13 @@ def check_ports(config: InstanceConfig) -> None:
 
 def check_ready_file(path: str | None) -> None:
     """Raises: ConfigError: --ready-file cannot be written; says why."""
-    if path is None:
+    if not path:
         return
     directory = Path(path).absolute().parent
     why = (
         "is a directory" if Path(path).is_dir() else "is in no directory that exists" if not directory.is_dir() else ""
     )
-    if not why and not os.access(directory, os.W_OK):
+    if not why and not os.access(directory, os.W_OK | os.X_OK):
         why = "is in a directory that this user cannot write to"
     if why:
         raise ConfigError(f"--ready-file is {path!r}, which {why}; it must be a file's path")
@@ -207,19 +225,7 @@ def announce(config: InstanceConfig, address: str, facts: dict[str, object]) -> 
         part.replace(path)
 
 
-def end_on_signals() -> None:
-    """A signal before serving, or after it, ends the process at once: what it has started ends, and its files go."""
-
-    def on_signal(_number: int, _frame: object) -> None:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(0)
-
-    for number in SIGNALS:
-        signal.signal(number, on_signal)
-
-
-def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
+def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path, signals: Signals) -> int:
     """Serve until a signal comes. Returns: the process's exit status."""
     check_ready_file(config.server.ready_file)
     check_ports(config)
@@ -231,30 +237,33 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path) -> int:
     address = http_address(config, http_socket)
     supervisor = EngineSupervisor(argv, run_dir, address)
     workers: list[subprocess.Popen[bytes]] = []
-    is_gentle, status = True, 0
+    is_gentle, status = False, 0
     try:
         supervisor.start()
         with uncollected():  # takes a second, beside the engine's start
             from fastdeploy_pd.entrypoints.openai.worker import serve_api
-        facts = supervisor.wait_ready()
+        facts = supervisor.wait_ready(signals)
+        if facts is None:
+            return 0
         if config.server.workers == 1:
             ready = lambda: announce(config, address, facts)  # noqa: E731
             # Alone, the engine has to serve what its own API has accepted; in a topic others take what comes from now on.
             drain = supervisor.drain if config.cluster.scheduler_name != "local" else lambda: None
-            is_gentle = uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, ready, drain))
+            sockets = http_socket, metrics_socket
+            is_gentle = uvloop.run(serve_api(config, run_dir, facts, sockets, signals, ready, drain))
         else:
             if metrics_socket is not None:
                 metrics_socket.close()  # the first worker binds it
             workers = start_workers(config, argv, run_dir, http_socket)
             announce(config, address, facts)
-            is_gentle, status = wait_for_workers(workers)
+            is_gentle, status = wait_for_workers(workers, signals)
     finally:
-        end_on_signals()  # uvloop has taken its own away
+        signals.install()
+        supervisor.start_no_more()
         for worker in workers:
-            worker.terminate()
-        supervisor.stop(is_gentle)
-        for worker in workers:
-            worker.wait()
+            worker.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
+        supervisor.stop(is_gentle, signals)
+        see_out(workers, signals)
     return status
 
 
@@ -276,25 +285,28 @@ def start_workers(
     return processes
 
 
-def wait_for_workers(workers: list[subprocess.Popen[bytes]]) -> tuple[bool, int]:
+def wait_for_workers(workers: list[subprocess.Popen[bytes]], signals: Signals) -> tuple[bool, int]:
     """Wait for a signal or for a worker's end. Returns: whether the stop is gentle (SIGTERM), and the exit status."""
-    stop = threading.Event()
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        received.append(number)
-        stop.set()
-
-    for number in SIGNALS:
-        signal.signal(number, on_signal)
-    while not stop.wait(0.2):
+    while not signals.received:
         if any(worker.poll() is not None for worker in workers):
             log.error("an API process ended; stopping the instance")
             return True, 1
-    return received[0] != signal.SIGINT, 0
+        threading.Event().wait(POLL_S)
+    return signals.is_gentle, 0
 
 
-def run_worker(config: InstanceConfig, run_dir: Path) -> int:
+def see_out(workers: list[subprocess.Popen[bytes]], signals: Signals) -> None:
+    """Wait until workers that were told to end have ended; a signal that hurries goes on to them, once."""
+    is_told = False
+    while any(worker.poll() is None for worker in workers):
+        if signals.is_hurried and not is_told:
+            is_told = True
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+        threading.Event().wait(POLL_S)
+
+
+def run_worker(config: InstanceConfig, run_dir: Path, signals: Signals) -> int:
     """One of several API processes."""
     with uncollected():
         from fastdeploy_pd.entrypoints.openai.worker import serve_api
@@ -304,7 +316,8 @@ def run_worker(config: InstanceConfig, run_dir: Path) -> int:
     if config.server.metrics_port and os.environ["FD_API_WORKER"] == "0":
         metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
     facts = json.loads((run_dir / "engine.json").read_text())
-    uvloop.run(serve_api(config, run_dir, facts, http_socket, metrics_socket, lambda: None, lambda: None))
+    sockets = http_socket, metrics_socket
+    uvloop.run(serve_api(config, run_dir, facts, sockets, signals, lambda: None, lambda: None))
     return 0
 
 
@@ -317,21 +330,20 @@ def configure_logging(config: InstanceConfig) -> None:
 def main(argv: list[str] | None = None, program: str = "api_server") -> int:
     """Returns: exit status: 0 after a stop, 2 when the configuration is refused."""
     argv = sys.argv[1:] if argv is None else argv
-    is_worker = "FD_API_WORKER" in os.environ
-    if is_worker:
+    if is_worker := "FD_API_WORKER" in os.environ:
         die_with_parent(int(os.environ[PARENT_PID]))
     try:
         config = InstanceConfig.from_args(argv, dict(os.environ), program)
         configure_logging(config)
         if is_worker:
-            return run_worker(config, Path(os.environ["FD_RUN_DIR"]))
+            return run_worker(config, Path(os.environ["FD_RUN_DIR"]), Signals())
         policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
         for name in config.cache.cache_transfer_protocol:  # an instance alone would never look for them
             find_transfer(name)
-        end_on_signals()
+        signals = Signals()
         run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
         try:
-            return run_instance(config, argv, run_dir)
+            return run_instance(config, argv, run_dir, signals)
         finally:
             shutil.rmtree(run_dir, ignore_errors=True)
     except FastDeployPDError as error:

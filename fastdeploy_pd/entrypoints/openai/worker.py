@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import random
-import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from fastdeploy_pd.engine.policies import placement_policy
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
+from fastdeploy_pd.entrypoints.openai.signals import SIGNALS, Signals
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
 from fastdeploy_pd.entrypoints.tokenizer import NoTokenizer, Tokenizer
@@ -41,6 +41,7 @@ log = logging.getLogger("fastdeploy_pd.api")
 
 LOCAL_POLL_S = 0.25
 DRAIN_S = 30.0  # how long SIGTERM waits for answers to end
+GIVE_UP_EVERY_S = 0.05
 LAST_WORDS_S = 1.0  # before that, for answers that have not: an error, rather than an end in the middle
 
 
@@ -201,15 +202,15 @@ async def serve_api(
     config: InstanceConfig,
     run_dir: Path,
     facts: dict[str, object],
-    http_socket: socket.socket,
-    metrics_socket: socket.socket | None,
+    sockets: tuple[socket.socket, socket.socket | None],
+    signals: Signals,
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
 ) -> bool:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        facts: what the engine announced.
+        facts: what the engine announced; sockets: of the API, and of metrics alone.
         on_ready: called when the port answers.
         on_drain: called when SIGTERM came, before the answers that are under way have ended.
     Returns: whether the stop was gentle (SIGTERM): running requests may end.
@@ -249,13 +250,13 @@ async def serve_api(
     membership.start()
     if consumer is not None:
         consumer.start()
-    is_gentle = await _serve_http(app, (http_socket, metrics_socket), client, consumer, on_ready, on_drain)
+    await _serve_http(app, sockets, client, consumer, signals, on_ready, on_drain)
     if consumer is not None:
         await consumer.stop()
     await membership.stop()
     await client.stop()
     links.close()
-    return is_gentle
+    return signals.is_gentle and not signals.is_hurried
 
 
 async def _serve_http(
@@ -263,24 +264,24 @@ async def _serve_http(
     sockets: tuple[socket.socket, socket.socket | None],
     client: ClusterClient,
     consumer: QueueConsumer | None,
+    signals: Signals,
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
-) -> bool:
+) -> None:
     """Answer on both ports until a signal comes; after SIGTERM, until every answer has ended; after SIGINT, until each has its last
-    words. Returns: whether it was SIGTERM.
-
-    SIGUSR1 is our own SIGTERM, of an engine that has drained: a SIGTERM that follows is the first one, and not in a hurry.
+    words.
     """
     stop = asyncio.Event()
-    received: list[int] = []
 
     def on_signal(number: int) -> None:
-        received.append(number)
+        signals.received.append(number)
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
+    if signals.received:
+        stop.set()
     servers = [uvicorn_server(app)]
     running = [asyncio.create_task(servers[0].serve(sockets=[sockets[0]]))]
     if sockets[1] is not None:
@@ -291,26 +292,25 @@ async def _serve_http(
     on_ready()
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
-    is_gentle = await _end(servers, running, stop, received, client, consumer, on_drain)
+    await _end(servers, running, stop, signals, client, consumer, on_drain)
     stopping.cancel()
-    return is_gentle
 
 
 async def _end(
     servers: list[uvicorn.Server],
     running: list[asyncio.Task[None]],
     stop: asyncio.Event,
-    received: list[int],
+    signals: Signals,
     client: ClusterClient,
     consumer: QueueConsumer | None,
     on_drain: Callable[[], None],
-) -> bool:
+) -> None:
     """See `_serve_http`.
 
     Args:
-        running: the servers' tasks, and what else is waited for; stop: set with each signal, which goes to `received`.
+        running: the servers' tasks, and what else is waited for; stop: set with each signal.
     """
-    is_gentle = received[:1] in ([signal.SIGTERM], [signal.SIGUSR1])
+    is_gentle = signals.is_gentle
 
     def force() -> None:
         for server in servers:
@@ -329,20 +329,15 @@ async def _end(
     forcing = None if is_gentle else asyncio.get_running_loop().call_later(LAST_WORDS_S, force)
     ended = asyncio.create_task(_all_ended(running))
     while not ended.done():
-        stop.clear()
-        hurried = asyncio.create_task(stop.wait())
-        await asyncio.wait([ended, hurried], return_when=asyncio.FIRST_COMPLETED)
-        if hurried.done() and received != [
-            signal.SIGUSR1,
-            signal.SIGTERM,
-        ]:  # a second signal: who sends it doesn't want to wait
-            is_gentle = False
+        if forcing is None and signals.is_hurried:
             force()
-        hurried.cancel()
+        stop.clear()
+        another = asyncio.create_task(stop.wait())
+        await asyncio.wait([ended, another], return_when=asyncio.FIRST_COMPLETED)
+        another.cancel()
     if forcing is not None:
         forcing.cancel()
     giving_up.cancel()
-    return is_gentle
 
 
 async def _give_up(client: ClusterClient, consumer: QueueConsumer | None, after_s: float) -> None:
@@ -351,7 +346,10 @@ async def _give_up(client: ClusterClient, consumer: QueueConsumer | None, after_
     if consumer is not None:
         await consumer.stop()
     patience = f", and the answer was not whole within {after_s:g} s" if after_s else " at once"
-    client.give_up(NoCapacity(f"This instance was told to end{patience}.", code="draining"))
+    error = NoCapacity(f"This instance was told to end{patience}.", code="draining")
+    while True:  # a server that ends accepts some requests more
+        client.give_up(error)
+        await asyncio.sleep(GIVE_UP_EVERY_S)
 
 
 async def _all_ended(tasks: list[asyncio.Task[None]]) -> None:

@@ -1,0 +1,27 @@
+"""What a front end makes of a request that another one has begun to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from unittest.mock import Mock
+
+import msgspec
+
+from fastdeploy_pd.cluster.queue import RedisQueue
+from fastdeploy_pd.cluster.redis_connection import RedisOptions
+from fastdeploy_pd.entrypoints.queue_consumer import OutputChunk, QueueConsumer, _tokens
+from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+
+
+def test_all_of_a_long_output_is_known(redis_server: EmbeddedRedis) -> None:
+    """What it does not know it would generate again, and append behind what is there."""
+    options = RedisOptions.from_url(redis_server.url, topic=uuid.uuid4().hex)
+    queue = RedisQueue(options)
+    queue.submit("r", b"body")
+    (claimed,) = queue.claim("front-1", 1, 0.01)
+    chunks = [(n, msgspec.msgpack.encode(OutputChunk(n, [n], "", None))) for n in range(2500)]
+    chunks.append((2500, msgspec.msgpack.encode(OutputChunk(2500, [2500, 2501], "", None))))
+    assert queue.append("front-1", claimed, chunks)
+    consumer = QueueConsumer(options, Mock(), Mock(), "front-2")
+    assert _tokens(asyncio.run(consumer._known("r"))) == list(range(2502))
