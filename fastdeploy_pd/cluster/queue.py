@@ -22,6 +22,7 @@ from fastdeploy_pd.errors import CoordinatorLost, InvalidRequest, QueueFull
 CLAIM_LEASE_S = 5.0
 MAX_QUEUED = 10_000
 MAX_PAYLOAD_BYTES = 8 * 2**20
+MAX_ENTRIES = 1000  # of an output stream, that one read gives
 
 GROUP_TRIES = 3
 
@@ -81,7 +82,7 @@ class RequestQueue(Protocol):
         ...
 
     def read(self, request_id: str, after: str, block_s: float) -> list[OutputEntry]:
-        """Returns: output after an entry id ("0" is the beginning), after waiting at most block_s for the first."""
+        """Returns: output after an entry id ("0" is the beginning), at most MAX_ENTRIES, after waiting at most block_s for the first."""
         ...
 
     def exists(self, request_id: str) -> bool:
@@ -184,7 +185,7 @@ class RedisQueue:
         """See RequestQueue."""
         key = self._keys.out(request_id)
         block_ms = min(int(block_s * 1000), int(BLOCKING_TIMEOUT_S * 500)) or None
-        reply: Any = self._blocking.run(lambda c: c.xread({key: after}, count=1000, block=block_ms))
+        reply: Any = self._blocking.run(lambda c: c.xread({key: after}, count=MAX_ENTRIES, block=block_ms))
         return [OutputEntry(i.decode(), f.get(b"payload", b"")) for _, entries in reply or () for i, f in entries]
 
     def exists(self, request_id: str) -> bool:

@@ -181,7 +181,7 @@ class Engine:
 
     def drain(self, timeout_s: float) -> None:
         """Take nothing new; `is_drained` when what is served has ended, and to be stopped at `stop_at_s` at the latest."""
-        self.is_draining, self.stop_at_s = True, self.clock.now_s() + timeout_s
+        self.is_draining, self.stop_at_s = True, min(self.stop_at_s, self.clock.now_s() + timeout_s)
         self._next_tick_s = self._next_beat_s = 0.0
 
     # out

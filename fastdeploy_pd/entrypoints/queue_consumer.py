@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, Claimed, OutputEntry, RedisQueue
+from fastdeploy_pd.cluster.queue import CLAIM_LEASE_S, MAX_ENTRIES, Claimed, OutputEntry, RedisQueue
 from fastdeploy_pd.cluster.redis_connection import Outage, RedisOptions
 from fastdeploy_pd.engine.client_api import EngineClient
 from fastdeploy_pd.entrypoints.openai.protocol import ChatBody, CompletionBody
@@ -152,11 +152,11 @@ class QueueConsumer:
     async def _known(self, request_id: str) -> list[OutputEntry]:
         """Returns: all that a request's output stream has: one read gives a part of a long one."""
         known: list[OutputEntry] = []
-        after = "0"
-        while page := await self._with_retries(self._queue.read, request_id, after, 0.001):
+        while True:
+            page = await self._with_retries(self._queue.read, request_id, known[-1].entry_id if known else "0", 0.0)
             known += page
-            after = page[-1].entry_id
-        return known
+            if len(page) < MAX_ENTRIES:
+                return known
 
     def _choice(self, claimed: Claimed, delivered: list[int]) -> Choice:
         try:

@@ -55,6 +55,7 @@ class EngineSupervisor:
         self._lock = threading.Lock()  # no engine starts once it is stopping
         self._num_restarts = 0
         self._has_been_ready = False
+        self.has_given_up = False  #: engines have ended too often
         self._clock = WallClock()
 
     def start(self) -> None:
@@ -69,7 +70,7 @@ class EngineSupervisor:
         """
         deadline_s = self._clock.now_s() + ENGINE_START_TIMEOUT_S
         ready = self._run_dir / "engine.json"
-        while not ready.exists():
+        while (facts := _facts(ready)) is None:
             if signals.received:
                 return None
             process = self._process
@@ -78,7 +79,6 @@ class EngineSupervisor:
             threading.Event().wait(POLL_S)
         threading.Thread(target=self._watch, name="engine-supervisor", daemon=True).start()
         self._has_been_ready = True
-        facts: dict[str, object] = json.loads(ready.read_text())
         return facts
 
     def drain(self) -> None:
@@ -133,7 +133,8 @@ class EngineSupervisor:
             self._num_restarts += 1
             if self._num_restarts > MAX_ENGINE_RESTARTS:
                 log.error("the engine ended %d times; giving up", self._num_restarts)
-                os.kill(os.getpid(), signal.SIGTERM)
+                self.has_given_up = True
+                os.kill(os.getpid(), signal.SIGUSR1)
                 return
             log.error("the engine ended with status %s; starting it again", status)
             self._is_stopping.wait(RESTART_PAUSE_S * self._num_restarts)
@@ -147,6 +148,14 @@ class EngineSupervisor:
         if status is None:
             return f"the engine was not ready within {ENGINE_START_TIMEOUT_S:g} s"
         return f"the engine process ended with status {status} before it was ready; its log says why"
+
+
+def _facts(path: Path) -> dict[str, object] | None:
+    try:
+        facts: dict[str, object] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return facts
 
 
 def check_ports(config: InstanceConfig) -> None:
@@ -254,21 +263,21 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path, signals
         else:
             if metrics_socket is not None:
                 metrics_socket.close()  # the first worker binds it
-            workers = start_workers(config, argv, run_dir, http_socket)
+            workers = start_workers(config, argv, run_dir, http_socket, facts)
             announce(config, address, facts)
             is_gentle, status = wait_for_workers(workers, signals)
     finally:
         signals.install()
         supervisor.start_no_more()
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
+        for worker in workers:  # SIGUSR1, as they may have had the operator's SIGTERM, with all of the process group
+            worker.send_signal(signal.SIGUSR1 if is_gentle else signal.SIGINT)
         supervisor.stop(is_gentle, signals)
-        see_out(workers, signals)
-    return status
+        see_out(workers, is_gentle, signals)
+    return status or int(supervisor.has_given_up)
 
 
 def start_workers(
-    config: InstanceConfig, argv: list[str], run_dir: Path, http_socket: socket.socket
+    config: InstanceConfig, argv: list[str], run_dir: Path, http_socket: socket.socket, facts: dict[str, object]
 ) -> list[subprocess.Popen[bytes]]:
     """Start --workers API processes on one listening socket; the first serves --metrics-port."""
     processes = []
@@ -277,6 +286,7 @@ def start_workers(
             **os.environ,
             "FD_RUN_DIR": str(run_dir),
             PARENT_PID: str(os.getpid()),
+            "FD_ENGINE": json.dumps(facts),
             "FD_API_WORKER": str(index),
             "FD_HTTP_FD": str(http_socket.fileno()),
         }
@@ -290,20 +300,25 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]], signals: Signals) -
     while not signals.received:
         if any(worker.poll() is not None for worker in workers):
             log.error("an API process ended; stopping the instance")
+            signals.received.append(signal.SIGUSR1)  # ours: the operator's next one is the first
             return True, 1
         threading.Event().wait(POLL_S)
     return signals.is_gentle, 0
 
 
-def see_out(workers: list[subprocess.Popen[bytes]], signals: Signals) -> None:
-    """Wait until workers that were told to end have ended; a signal that hurries goes on to them, once."""
-    is_told = False
-    while any(worker.poll() is None for worker in workers):
-        if signals.is_hurried and not is_told:
-            is_told = True
+def see_out(workers: list[subprocess.Popen[bytes]], is_gentle: bool, signals: Signals) -> None:
+    """Wait until workers that were told to end have ended; a signal that hurries goes on to them. Who takes too long is killed."""
+    clock = WallClock()
+    deadline_s = clock.now_s() + (STOP_GRACE_S if is_gentle else STOP_SECONDS)
+    while any(worker.poll() is None for worker in workers) and clock.now_s() < deadline_s:
+        if is_gentle and signals.is_hurried:
+            is_gentle, deadline_s = False, clock.now_s() + STOP_SECONDS
             for worker in workers:
-                worker.send_signal(signal.SIGTERM)
+                worker.send_signal(signal.SIGINT)
         threading.Event().wait(POLL_S)
+    for worker in workers:
+        worker.kill()  # nothing, if it has ended
+        worker.wait()
 
 
 def run_worker(config: InstanceConfig, run_dir: Path, signals: Signals) -> int:
@@ -315,7 +330,7 @@ def run_worker(config: InstanceConfig, run_dir: Path, signals: Signals) -> int:
     metrics_socket = None
     if config.server.metrics_port and os.environ["FD_API_WORKER"] == "0":
         metrics_socket = bind_tcp(config.server.host, config.server.metrics_port, "--metrics-port")
-    facts = json.loads((run_dir / "engine.json").read_text())
+    facts = json.loads(os.environ["FD_ENGINE"])
     sockets = http_socket, metrics_socket
     uvloop.run(serve_api(config, run_dir, facts, sockets, signals, lambda: None, lambda: None))
     return 0
@@ -329,23 +344,23 @@ def configure_logging(config: InstanceConfig) -> None:
 
 def main(argv: list[str] | None = None, program: str = "api_server") -> int:
     """Returns: exit status: 0 after a stop, 2 when the configuration is refused."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, signals = sys.argv[1:] if argv is None else argv, Signals()
     if is_worker := "FD_API_WORKER" in os.environ:
         die_with_parent(int(os.environ[PARENT_PID]))
     try:
         config = InstanceConfig.from_args(argv, dict(os.environ), program)
         configure_logging(config)
         if is_worker:
-            return run_worker(config, Path(os.environ["FD_RUN_DIR"]), Signals())
+            return run_worker(config, Path(os.environ["FD_RUN_DIR"]), signals)
         policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
         for name in config.cache.cache_transfer_protocol:  # an instance alone would never look for them
             find_transfer(name)
-        signals = Signals()
         run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
         try:
             return run_instance(config, argv, run_dir, signals)
         finally:
             shutil.rmtree(run_dir, ignore_errors=True)
+            signals.ignore()
     except FastDeployPDError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 
-#: the last one is our own SIGTERM, of an engine that has drained: a SIGTERM that follows is the operator's first one
+#: the last one is our own SIGTERM, between processes of an instance: a SIGTERM that follows or went before is the operator's only one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -22,6 +22,11 @@ class Signals:
         """Remember what comes from now on; again after an event loop, which takes its own handlers away."""
         for number in SIGNALS:
             signal.signal(number, lambda number, _frame: self.received.append(number))
+
+    def ignore(self) -> None:
+        """All is done that they ask for."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     @property
     def is_gentle(self) -> bool:
