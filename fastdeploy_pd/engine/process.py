@@ -221,9 +221,8 @@ def serve(config: InstanceConfig, run_dir: Path) -> None:
 def main() -> int:
     """Returns: the process's exit status."""
     die_with_parent(int(os.environ[PARENT_PID]))
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's is for the whole group: until we serve, the API process decides
+    # A terminal's is for the whole group: until this process serves, the API process decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_dir = Path(os.environ["FD_RUN_DIR"])
     enable_multiprocess(run_dir / "metrics")
     try:

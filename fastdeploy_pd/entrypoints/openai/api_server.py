@@ -38,7 +38,7 @@ ENGINE_START_TIMEOUT_S = 300.0
 MAX_ENGINE_RESTARTS = 5
 RESTART_PAUSE_S = 0.5
 STOP_GRACE_S = 35.0  #: a draining engine has 30 s
-STOP_SECONDS = 2.0  #: one that is told to end at once
+STOP_AT_ONCE_S = 2.0  #: one that is told to end at once
 POLL_S = 0.02
 
 
@@ -103,7 +103,7 @@ class EngineSupervisor:
         if self._has_been_ready:  # else it serves nobody yet
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if is_gentle else signal.SIGINT)
-            deadline_s += STOP_GRACE_S if is_gentle else STOP_SECONDS
+            deadline_s += STOP_GRACE_S if is_gentle else STOP_AT_ONCE_S
         while process.poll() is None and self._clock.now_s() < deadline_s and not (is_gentle and signals.is_hurried):
             threading.Event().wait(POLL_S)
         process.kill()  # nothing, if it has ended
@@ -309,10 +309,10 @@ def wait_for_workers(workers: list[subprocess.Popen[bytes]], signals: Signals) -
 def see_out(workers: list[subprocess.Popen[bytes]], is_gentle: bool, signals: Signals) -> None:
     """Wait until workers that were told to end have ended; a signal that hurries goes on to them. Who takes too long is killed."""
     clock = WallClock()
-    deadline_s = clock.now_s() + (STOP_GRACE_S if is_gentle else STOP_SECONDS)
+    deadline_s = clock.now_s() + (STOP_GRACE_S if is_gentle else STOP_AT_ONCE_S)
     while any(worker.poll() is None for worker in workers) and clock.now_s() < deadline_s:
         if is_gentle and signals.is_hurried:
-            is_gentle, deadline_s = False, clock.now_s() + STOP_SECONDS
+            is_gentle, deadline_s = False, clock.now_s() + STOP_AT_ONCE_S
             for worker in workers:
                 worker.send_signal(signal.SIGINT)
         threading.Event().wait(POLL_S)
