@@ -233,7 +233,7 @@ def say(text: str) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns: the flags. Raises: ConfigError: one is wrong."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=model_directory, default=DEMO_MODEL, help="directory (default: demo, the demo model)")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights of a config.json")

@@ -58,7 +58,7 @@ def integers(text: str) -> list[int]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns: the flags."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--layouts", type=names_of(LAYOUTS), default=list(LAYOUTS), help=",".join(LAYOUTS))
     add("--placements", type=names_of(PLACEMENTS), default=["slo"], help=",".join(PLACEMENTS))

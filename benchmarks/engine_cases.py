@@ -61,7 +61,7 @@ Generate = Callable[[list[list[int]], int], Sequence[int]]
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Returns: the flags that every engine's benchmark has."""
-    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "directory, or `demo`; with dummy weights it needs only config.json"
     flags.add_argument("--model", type=model_directory, required=True, help=model_help)
     dtypes = ("float32", "bfloat16", "float16")

@@ -264,7 +264,6 @@ def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
     """Returns: the parser of an instance's flags; docs/configuration.md is held against it by a test."""
     parser = Parser(
         prog=program,
-        allow_abbrev=False,
         description="One instance of a fastdeploy-pd cluster.",
         formatter_class=Help,
     )

@@ -37,7 +37,7 @@ class ExactParser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **settings})
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ExactParser):
     """Raises ConfigError instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:

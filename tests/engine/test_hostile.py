@@ -55,12 +55,12 @@ def test_a_hand_over_with_a_token_that_no_model_has(token_id: int) -> None:
     assert changed and cluster.clients["r"].tokens == expected_tokens([7] * 9, 40) and cluster.is_quiet()
 
 
-def test_a_hand_over_by_what_nobody_offered() -> None:
+def test_a_hand_over_by_what_nobody_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics have a series for each backend."""
     cluster = SimulatedCluster(1, [Role.PREFILL, Role.DECODE], Faults(until_s=0), options=EngineOptions())
     backends = []
     for node in cluster.nodes.values():
-        node.engine.context.observer.handover = lambda *told: backends.append(told[-1])  # type: ignore[method-assign]
+        monkeypatch.setattr(node.engine.context.observer, "handover", lambda *told: backends.append(told[-1]))
     changed = change_first(cluster, lambda m: replace(m, backend="what is this"))
     cluster.submit("r", [7] * 9, 5, 0.5)
     cluster.run(60)

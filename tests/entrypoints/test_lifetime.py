@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -20,7 +19,9 @@ from fastdeploy_pd.entrypoints.openai import api_server
 from fastdeploy_pd.entrypoints.openai.api_server import EngineSupervisor
 from fastdeploy_pd.entrypoints.openai.signals import Signals
 from fastdeploy_pd.launch.local import LocalCluster
+from tests.transfer.test_attacks import until
 
+WAIT_S = 20.0
 SERVER = [sys.executable, "-m", "fastdeploy_pd.entrypoints.openai.api_server", "--model", "demo"]
 
 
@@ -89,6 +90,13 @@ def tell(process: subprocess.Popen[bytes], number: int | str) -> None:
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # the last one is sent by the process itself
 
 
+def remembered(*received: int) -> Signals:
+    """Of a process that hears no more of them."""
+    signals = Signals.__new__(Signals)
+    signals.received = list(received)
+    return signals
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
     ("numbers", "last_words"),
@@ -137,8 +145,7 @@ def test_signals_under_an_answer(numbers: list[int | str], last_words: str, work
     ],
 )
 def test_which_signals_hurry(received: list[int], is_gentle: bool, is_hurried: bool) -> None:
-    signals = Signals.__new__(Signals)
-    signals.received = received
+    signals = remembered(*received)
     assert (signals.is_gentle, signals.is_hurried) == (is_gentle, is_hurried)
 
 
@@ -172,22 +179,15 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[int])
     supervisor = Supervisor([], tmp_path, "")
     monkeypatch.setattr(sys, "executable", str(engine))
     supervisor.start()
-    until(lambda: (tmp_path / "engine.json").exists() and "{}" in (tmp_path / "engine.json").read_text())
-    supervisor.wait_ready(Mock(received=[]))
+    until(lambda: (tmp_path / "engine.json").exists() and "{}" in (tmp_path / "engine.json").read_text(), WAIT_S)
+    supervisor.wait_ready(remembered())
     yield supervisor
-    supervisor.stop(False, Mock(is_hurried=False))
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    supervisor.stop(False, remembered())
 
 
 def test_an_engine_that_dies_is_started_again(supervisor: Supervisor) -> None:
     supervisor.kill()
-    until(lambda: supervisor.num_starts() == 2)
+    until(lambda: supervisor.num_starts() == 2, WAIT_S)
 
 
 @pytest.mark.parametrize("is_stop", [False, True], ids=["drain", "stop"])
@@ -195,8 +195,8 @@ def test_no_engine_starts_for_an_instance_that_ends(
     is_stop: bool, supervisor: Supervisor, caplog: pytest.LogCaptureFixture
 ) -> None:
     supervisor.kill()
-    until(lambda: "starting it again" in caplog.text)
-    supervisor.stop(True, Mock(is_hurried=False)) if is_stop else supervisor.drain()
+    until(lambda: "starting it again" in caplog.text, WAIT_S)
+    supervisor.stop(True, remembered()) if is_stop else supervisor.drain()
     time.sleep(1.5)
     assert supervisor.num_starts() == 1
 
@@ -206,7 +206,7 @@ def test_a_drain_is_not_forgotten_with_the_engine_that_dies_of_it(
 ) -> None:
     (tmp_path / "engine.draining").touch()  # as an engine does
     supervisor.kill()
-    until(lambda: told == [USR1])
+    until(lambda: told == [USR1], WAIT_S)
     assert supervisor.num_starts() == 1 and not supervisor.has_given_up
 
 
@@ -216,5 +216,5 @@ def test_engines_that_end_too_often_are_no_drain(
     """Who started the instance should see that it failed."""
     monkeypatch.setattr(api_server, "MAX_ENGINE_RESTARTS", 0)
     supervisor.kill()
-    until(lambda: told == [USR1])
+    until(lambda: told == [USR1], WAIT_S)
     assert supervisor.has_given_up

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from unittest.mock import Mock
 
 import msgspec
 
-from fastdeploy_pd.cluster.queue import RedisQueue
+from fastdeploy_pd.cluster.queue import Claimed, RedisQueue
 from fastdeploy_pd.cluster.redis_connection import RedisOptions
-from fastdeploy_pd.entrypoints.queue_consumer import OutputChunk, QueueConsumer, _tokens
+from fastdeploy_pd.entrypoints.queue_consumer import OutputChunk, QueueConsumer
+from fastdeploy_pd.entrypoints.serving import Choice, Serving
+from fastdeploy_pd.errors import InvalidRequest
 from fastdeploy_pd.launch.embedded_redis import EmbeddedRedis
+from tests.entrypoints.stub_engine import StubEngine, default_options, demo_tokenizer
+
+
+class Consumer(QueueConsumer):
+    """Goes no further than to find out what was delivered."""
+
+    delivered: list[int]
+
+    def _choice(self, claimed: Claimed, delivered: list[int]) -> Choice:
+        self.delivered = delivered
+        raise InvalidRequest("that is all")
 
 
 def test_all_of_a_long_output_is_known(redis_server: EmbeddedRedis) -> None:
@@ -23,5 +35,8 @@ def test_all_of_a_long_output_is_known(redis_server: EmbeddedRedis) -> None:
     chunks = [(n, msgspec.msgpack.encode(OutputChunk(n, [n], "", None))) for n in range(2500)]
     chunks.append((2500, msgspec.msgpack.encode(OutputChunk(2500, [2500, 2501], "", None))))
     assert queue.append("front-1", claimed, chunks)
-    consumer = QueueConsumer(options, Mock(), Mock(), "front-2")
-    assert _tokens(asyncio.run(consumer._known("r"))) == list(range(2502))
+    consumer = Consumer(
+        options, StubEngine(lambda request, position: 7), Serving(demo_tokenizer(), default_options()), "front-2"
+    )
+    asyncio.run(consumer._serve(claimed))
+    assert consumer.delivered == list(range(2502))

@@ -215,7 +215,8 @@ def test_ranks_prepare_no_graph_that_may_lack_memory(runner: ModelRunner, monkey
     def announce(*_: Any) -> None:
         raise AssertionError("the other ranks are told")
 
-    runner.rank, runner.announce = Rank(0, 2), announce  # type: ignore[assignment]
+    runner.rank = Rank(0, 2)
+    monkeypatch.setattr(runner, "announce", announce)
     monkeypatch.setattr(runner, "_free_bytes", lambda: 0)
     runner._chores.append(Chore("capture", 80))
     assert runner.prepare_more() and not runner.prepare_more()

@@ -246,7 +246,7 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path, signals
     address = http_address(config, http_socket)
     supervisor = EngineSupervisor(argv, run_dir, address)
     workers: list[subprocess.Popen[bytes]] = []
-    is_gentle, status = False, 0
+    status = 0
     try:
         supervisor.start()
         with uncollected():  # takes a second, beside the engine's start
@@ -259,15 +259,16 @@ def run_instance(config: InstanceConfig, argv: list[str], run_dir: Path, signals
             # Alone, the engine has to serve what its own API has accepted; in a topic others take what comes from now on.
             drain = supervisor.drain if config.cluster.scheduler_name != "local" else lambda: None
             sockets = http_socket, metrics_socket
-            is_gentle = uvloop.run(serve_api(config, run_dir, facts, sockets, signals, ready, drain))
+            uvloop.run(serve_api(config, run_dir, facts, sockets, signals, ready, drain))
         else:
             if metrics_socket is not None:
                 metrics_socket.close()  # the first worker binds it
             workers = start_workers(config, argv, run_dir, http_socket, facts)
             announce(config, address, facts)
-            is_gentle, status = wait_for_workers(workers, signals)
+            status = wait_for_workers(workers, signals)
     finally:
         signals.install()
+        is_gentle = signals.is_gentle and not signals.is_hurried
         supervisor.start_no_more()
         for worker in workers:  # SIGUSR1, as they may have had the operator's SIGTERM, with all of the process group
             worker.send_signal(signal.SIGUSR1 if is_gentle else signal.SIGINT)
@@ -295,15 +296,15 @@ def start_workers(
     return processes
 
 
-def wait_for_workers(workers: list[subprocess.Popen[bytes]], signals: Signals) -> tuple[bool, int]:
-    """Wait for a signal or for a worker's end. Returns: whether the stop is gentle (SIGTERM), and the exit status."""
+def wait_for_workers(workers: list[subprocess.Popen[bytes]], signals: Signals) -> int:
+    """Wait for a signal, or for a worker's end, which counts as one of ours. Returns: the exit status."""
     while not signals.received:
         if any(worker.poll() is not None for worker in workers):
             log.error("an API process ended; stopping the instance")
-            signals.received.append(signal.SIGUSR1)  # ours: the operator's next one is the first
-            return True, 1
+            signals.received.append(signal.SIGUSR1)  # the operator's next one is the first
+            return 1
         threading.Event().wait(POLL_S)
-    return signals.is_gentle, 0
+    return 0
 
 
 def see_out(workers: list[subprocess.Popen[bytes]], is_gentle: bool, signals: Signals) -> None:

@@ -206,14 +206,13 @@ async def serve_api(
     signals: Signals,
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
-) -> bool:
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         facts: what the engine announced; sockets: of the API, and of metrics alone.
         on_ready: called when the port answers.
         on_drain: called when SIGTERM came, before the answers that are under way have ended.
-    Returns: whether the stop was gentle (SIGTERM): running requests may end.
     """
     enable_multiprocess(run_dir / "metrics")
     options = serving_options_from_directory(
@@ -256,7 +255,6 @@ async def serve_api(
     await membership.stop()
     await client.stop()
     links.close()
-    return signals.is_gentle and not signals.is_hurried
 
 
 async def _serve_http(

@@ -1,4 +1,5 @@
-"""What the numerical libraries read from the environment when they are loaded, and how many threads they use.
+"""What the numerical libraries read from the environment when they are loaded, how many threads they use, and what is said where they
+find no GPU.
 
 Several instances share a host. OpenMP's threads spin while they wait; once there are more of them than idle cores, a step takes
 20 times as long (measured: two spinning threads on two busy cores, 285 ms a decode step instead of 11).
