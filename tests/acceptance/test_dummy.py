@@ -35,8 +35,8 @@ async def answers(urls: list[str]) -> list[list[int]]:
 
 def test_up_asks_a_model_without_a_tokenizer_with_token_ids(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--once", "--model", str(tmp_path), "--"]
-    flags = ["--load-format", "dummy", "--num-gpu-blocks-override", "120"]
+    command = [sys.executable, "-m", "fastdeploy_pd.entrypoints.cli", "up", "--once", "--ops", "torch"]
+    flags = ["--model", str(tmp_path), "--", "--load-format", "dummy", "--num-gpu-blocks-override", "120"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert re.search(r"you: token ids.*: \d+ tokens\n\n  TTFT \d+ ms .*KV moved: [1-9]", done.stdout, re.DOTALL)
