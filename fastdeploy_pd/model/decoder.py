@@ -109,13 +109,22 @@ class Decoder:
         self, index: int, x: Tensor, step: Any, cache: Any, on_layer: Callable[[int], None] | None = None
     ) -> Tensor:
         """Queue a layer: [n, hidden] -> [n, hidden]; the memory of x may be reused."""
-        ops, layer, eps = self.ops, self.layers[index], self.config.rms_norm_eps
-        qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-        q = ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
+        q = self.run_projections(index, x, step, cache)
         if on_layer is not None:
             on_layer(index)
+        return self.run_rest(index, x, self.ops.attention(q, cache, step))
+
+    def run_projections(self, index: int, x: Tensor, step: Any, cache: Any) -> Tensor:
+        """Queue what comes before a layer's attention, and its K and V into the cache. Returns: what attention takes."""
+        layer, eps = self.layers[index], self.config.rms_norm_eps
+        qkv = self.ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+        return self.ops.rotate_and_store(qkv, layer.qk_norm, eps, cache, step)
+
+    def run_rest(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        """Queue what follows a layer's attention: the layer's x, [n, num_heads * head_dim] -> [n, hidden]; the memory of x may be reused."""
+        ops, layer, eps = self.ops, self.layers[index], self.config.rms_norm_eps
         residual = x if self.rank.is_first else None
-        x = ops.all_reduce(ops.linear_add(ops.attention(q, cache, step), layer.output, layer.output_bias, residual))
+        x = ops.all_reduce(ops.linear_add(attended, layer.output, layer.output_bias, residual))
         residual = x if self.rank.is_first else None
         hidden = ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up)
         return ops.all_reduce(ops.linear_add(hidden, layer.down, None, residual))

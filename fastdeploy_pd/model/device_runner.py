@@ -23,8 +23,9 @@ from fastdeploy_pd.model.device_sampler import Draw, can_draw
 from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
 from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
+from fastdeploy_pd.model.layer_graphs import LayerGraphs
 from fastdeploy_pd.model.ops.base import StepInputs
-from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_logits
+from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_rows
 from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
 from fastdeploy_pd.request import Request
@@ -33,6 +34,7 @@ from fastdeploy_pd.request import Request
 LAYERS_AT_ONCE = 4
 MOST_KERNELS_AHEAD = 700  # queued and not ended: the device takes about a thousand, then queueing waits for it
 KERNELS_A_LAYER = 14  # about, ...
+KERNELS_BESIDE_A_GRAPH = 6  # ... less where the rest is a graph, ...
 KERNELS_A_WHOLE_PROMPT = 2  # ... and for each prompt of cuDNN's its attention and a copy
 # At most, at once: each hand-over wakes threads, which take the GIL from the one that queues layers. The last ones go by fewer: what is
 # left when a prompt is computed, its first decode step waits for.
@@ -146,6 +148,7 @@ class DeviceRunner(ModelRunner):
         max_blocks = -(-self._max_model_len // layout.block_size)
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
+        self._layer_graphs = LayerGraphs(self.decoder, self.caches)
 
     def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences. Raises: FastDeployPDError: memory lacks."""
@@ -200,6 +203,7 @@ class DeviceRunner(ModelRunner):
             case "rows" if self._computes_rows:
                 try:
                     self._compute_rows(chore.count)
+                    self._layer_graphs.capture(chore.count)
                 except RuntimeError as error:  # memory lacks, or cuDNN has no plan: each rank for itself
                     self._do_without(str(error))
 
@@ -224,7 +228,7 @@ class DeviceRunner(ModelRunner):
         step = self._ops.step_for_nobody(num_rows)
         with self._ops.running(), self._ops.alone():
             x = self.decoder.run_layer(0, self._ops.embedding(self.decoder.embedding, step), step, self.caches[0])
-            if num_rows <= usual_logits(len(self._ops.sampled)) and self.rank.is_first:
+            if num_rows <= usual_rows(len(self._ops.sampled)) and self.rank.is_first:
                 self.decoder.run_head(x, step)
 
     def samples_on_device(self, request: Request) -> bool:
@@ -272,7 +276,9 @@ class DeviceRunner(ModelRunner):
         first = np.cumsum([0, *(len(wanted) for wanted in rows)])
         prepared = self._prepare(batch, token_ids, sources, [r for wanted in rows for r in wanted])
         step.is_queued, self._sample_of = False, sample_of
-        step.num_kernels = KERNELS_A_LAYER + KERNELS_A_WHOLE_PROMPT * len(prepared.whole)
+        has_graphs = self._layer_graphs.has(len(prepared.token_ids))
+        step.num_kernels = KERNELS_BESIDE_A_GRAPH if has_graphs else KERNELS_A_LAYER
+        step.num_kernels += KERNELS_A_WHOLE_PROMPT * len(prepared.whole)
         layers = step.layers if on_layer is not None else None
 
         def work() -> Iterator[None]:
@@ -335,10 +341,14 @@ class DeviceRunner(ModelRunner):
                 marks.append((torch.cuda.Event(), layer))
                 marks[-1][0].record()
 
-        x = self._ops.embedding(self.decoder.embedding, prepared)
-        for index, cache in enumerate(self.caches):
-            x = self.decoder.run_layer(index, x, prepared, cache, None if marks is None else queued)
-            yield
+        if self._layer_graphs.has(len(prepared.token_ids)):
+            for x in self._layer_graphs.run(prepared, queued):  # noqa: B007  # the last one is wanted
+                yield
+        else:
+            x = self._ops.embedding(self.decoder.embedding, prepared)
+            for index, cache in enumerate(self.caches):
+                x = self.decoder.run_layer(index, x, prepared, cache, queued)
+                yield
         return self.decoder.run_head(x, prepared) if num_rows else None
 
     @property

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fastdeploy_pd.model.kernels.choice import likeliest
 from fastdeploy_pd.model.ops.cuda import ALIGNMENT, NOWHERE, CudaOps, CudaStep
 
 FIELDS = ("token_ids", "sources", "positions", "slots", "lengths")
+T = TypeVar("T")
 NUM_STAGES = 3  # host buffers in turn: one is filled while the device may still copy from those of the steps in flight
 
 
@@ -40,6 +42,44 @@ class _Stage:
     counts: list[int]
 
 
+class Captures:
+    """Takes graphs that run one after the other, whatever the order: each may compute where another has what nobody needs any more."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()  # of all of them: what one has freed, another stream's could not use
+        self._num_taken = 0
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is queued inside is queued where graphs are captured; behind all before it, and before all after it."""
+        self._side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._side):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def take(self, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """Returns: a graph of what `compute` queues, which is not computed, and what it returns; the ranks' sums are not waited for.
+
+        It waits for no step in flight. torch.cuda.graph would, and give cached memory back, which waits again.
+        """
+        graph, is_whole = torch.cuda.CUDAGraph(), False
+        if not self._num_taken:  # a pool is gone when the only graph that used it is, such as one that failed
+            self._memory = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                result = compute()
+                is_whole = True
+            finally:
+                with nullcontext() if is_whole else suppress(RuntimeError):
+                    graph.capture_end()
+        self._num_taken += 1
+        return graph, result
+
+
 class DecodeGraphs:
     """Runs steps in which every sequence has one new token."""
 
@@ -55,8 +95,7 @@ class DecodeGraphs:
         self._sizes = graph_sizes(most)
         most, max_blocks = (-(-count // ALIGNMENT) * ALIGNMENT for count in (most, max_blocks))
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
-        self._memory = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream()  # of all captures: what one has freed, another stream's could not use
+        self._captures = Captures()
         self._device = torch.zeros(most * (len(FIELDS) + max_blocks), dtype=torch.int32, device=self._ops.device)
         fields = self._device[: most * len(FIELDS)].view(len(FIELDS), most)
         self._inputs = dict(zip(FIELDS, fields, strict=True))
@@ -149,38 +188,22 @@ class DecodeGraphs:
         )
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
-        """Queues behind steps in flight and waits for none. torch.cuda.graph would, and give cached memory back, which waits again."""
+        """Queues behind steps in flight and waits for none."""
         kept, sampled = self._device.clone(), self._ops.sampled.clone()
         try:
             # Once outside of the capture: kernels are compiled and handles made. It must not leave anything in the pool.
             self._inputs["slots"].fill_(NOWHERE)
             self._inputs["lengths"].zero_()
             step = self._step(size)
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
+            with self._captures.beside():
                 self._compute(step, size)
-                with suppress(torch.OutOfMemoryError):
-                    return self._captured(step, size)
-                torch.cuda.empty_cache()  # which is not done for a graph while that is captured
-                return self._captured(step, size)
+            with suppress(torch.OutOfMemoryError):
+                return self._captures.take(partial(self._compute, step, size))
+            torch.cuda.empty_cache()  # which is not done for a graph while that is captured
+            return self._captures.take(partial(self._compute, step, size))
         finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
-            torch.cuda.current_stream().wait_stream(self._side)
             self._device.copy_(kept)
             self._ops.sampled.copy_(sampled)
-
-    def _captured(self, step: CudaStep, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
-        """Returns: of what is queued on the present stream. Computes nothing; the ranks' sums are not waited for."""
-        graph, is_whole = torch.cuda.CUDAGraph(), False
-        if not self._graphs:  # a pool is gone when the only graph that used it is, such as one that failed
-            self._memory = torch.cuda.graph_pool_handle()
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-        try:
-            logits = self._compute(step, size)
-            is_whole = True
-        finally:
-            with nullcontext() if is_whole else suppress(RuntimeError):
-                graph.capture_end()
-        return graph, logits
 
     def _compute(self, step: CudaStep, size: int) -> torch.Tensor | None:
         logits = self._decoder.run(step, self._caches, size if self._decoder.rank.is_first else 0)

@@ -26,12 +26,12 @@ def runner() -> ModelRunner:
     return new_runner(max_num_seqs=4)
 
 
-def new_runner(max_num_seqs: int) -> ModelRunner:
+def new_runner(max_num_seqs: int, dtype: str = "float32", cache_dtype: str = "") -> ModelRunner:
     from fastdeploy_pd.transfer.device_pool import DevicePool
     from rdma_comm.cuda.driver import Gpu
 
-    runner = make_runner(DEMO_MODEL, "torch", "float32", 1, "cuda")
-    layout = runner.kv_layout(runner.config, 64, 64, "float32")
+    runner = make_runner(DEMO_MODEL, "torch", dtype, 1, "cuda")
+    layout = runner.kv_layout(runner.config, 64, 64, cache_dtype or dtype)
     runner.attach(DevicePool(layout, Gpu()), layout, max_num_seqs, 1024)
     return runner
 
@@ -71,11 +71,21 @@ def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: f
     assert len(set(wanted)) > 5
 
 
+def prepare(runner: ModelRunner) -> None:
+    """As an idle instance does."""
+    runner.warm_up(BlockPool(64, 64), True, 1024)
+    while runner.prepare_more():
+        pass
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_no_launch_waits_for_the_device(runner: ModelRunner, temperature: float) -> None:
+def test_no_launch_waits_for_the_device(runner: ModelRunner, temperature: float, is_prepared: bool) -> None:
     """Neither a prompt's nor one that begins a block: while a step of a large model runs, messages and transfers would wait too."""
     import torch
 
+    if is_prepared:
+        prepare(runner)
     first, second = (new_request(blocks, temperature=temperature) for blocks in ([1, 2, 3, 4], [9, 8, 7, 6]))
     for _ in range(3):  # graphs are captured
         taken(first, launch(runner, first))
@@ -246,6 +256,7 @@ def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytes
     while runner.prepare_more():
         pass
     prepared, rng = set(counts), np.random.default_rng(1)
+    runner._layer_graphs._pieces.clear()  # to see what they were made for
     counts.clear()
     for _ in range(30):
         requests = [Request(str(n), PROMPT[: rng.integers(2, 64)]) for n in range(rng.integers(1, 41))]
@@ -283,9 +294,12 @@ def test_a_capture_that_lacks_memory_leaves_what_steps_in_flight_need(monkeypatc
     assert not fails and found == tokens
 
 
-def test_layers_are_handed_over_in_groups(runner: ModelRunner) -> None:
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_layers_are_handed_over_in_groups(runner: ModelRunner, is_prepared: bool) -> None:
     from fastdeploy_pd.model.device_runner import ends_group
 
+    if is_prepared:
+        prepare(runner)
     request, handed = new_request([1, 2, 3, 4]), list[int]()
     request.local.samples_on_device = True
     batch = Batch([ScheduledSequence(request, 0, request.num_tokens)], 64)
@@ -328,3 +342,88 @@ def test_no_more_layers_are_queued_than_the_device_takes(monkeypatch: pytest.Mon
     runner._advance()
     assert not runner._ahead and runner._num_kernels_ahead == 0
     assert [taken(request, step), *(taken(request, launch(runner, request)) for _ in range(2))] == tokens
+
+
+def random_steps(seed: int, num_steps: int) -> list[list[tuple[int, int, int]]]:
+    """Steps of up to 6 sequences: (sequence, start, stop) each, of up to 1,000 tokens of prompts and single tokens behind them."""
+    rng, computed = np.random.default_rng(seed), [0] * 6
+    steps = []
+    for _ in range(num_steps):
+        step, room = [], int(rng.choice([12, 100, 600, 1000]))
+        for index in rng.permutation(6)[: rng.integers(1, 7)]:
+            most = min(room, 640 - computed[index])
+            if most < 1:
+                computed[index] = 0  # another one in its blocks
+                continue
+            count = 1 if computed[index] and rng.random() < 0.4 else int(rng.integers(min(2, most), most + 1))
+            step.append((int(index), computed[index], computed[index] + count))
+            computed[index] += count
+            room -= count
+        if step:
+            steps.append(step)
+    return steps
+
+
+def run_steps(runner: ModelRunner, steps: list[list[tuple[int, int, int]]]) -> tuple[list[list[int | None]], Any]:
+    """Returns: tokens of each step, and the pool. Each step is launched before the one ahead of it is read."""
+    prompt = [int(t) for t in np.random.default_rng(9).integers(2, 200, 646)]
+    tokens, ahead = [], []
+    for step in steps:
+        parts = []
+        for number, start, stop in step:
+            request = Request(f"r{number}", prompt[number : number + stop])  # so long that this part yields a token
+            request.local.block_table = list(range(10 * number, 10 * number + 10))
+            request.local.samples_on_device = True
+            parts.append(ScheduledSequence(request, start, stop))
+        ahead.append(runner.launch(Batch(parts, 64), lambda _: None))
+        if len(ahead) > 1:
+            tokens.append([output.token_id for output in ahead.pop(0).outputs()])
+    tokens += [[output.token_id for output in last.outputs()] for last in ahead]
+    return tokens, runner._ops._layers.clone()
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "float8_e4m3")])
+def test_graphs_compute_what_kernels_one_by_one_do(dtype: str, cache_dtype: str) -> None:
+    """Bit by bit: they are the same kernels."""
+    import torch
+
+    plain, graphs = (new_runner(8, dtype, cache_dtype) for _ in range(2))
+    prepare(graphs)
+    prepared = sorted(graphs._layer_graphs._pieces)
+    assert prepared == [*range(16, 513, 16), 640, 768, 896, 1024] and not plain._layer_graphs._pieces
+    num_graphs, has = [0], graphs._layer_graphs.has
+    graphs._layer_graphs.has = lambda count: (num_graphs.__setitem__(0, num_graphs[0] + has(count)), has(count))[1]
+    steps = random_steps(4, 60)
+    (wanted, wanted_pool), (got, pool) = (run_steps(runner, steps) for runner in (plain, graphs))
+    assert num_graphs[0] >= len(steps)
+    assert got == wanted and len({t for step in got for t in step}) > 5
+    assert torch.equal(pool.view(torch.uint8), wanted_pool.view(torch.uint8))
+
+
+def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    run_rest, calls = runner.decoder.run_rest, [0]
+
+    def fail(*arguments: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            calls[0] += 1
+            if calls[0] == 20:  # in the middle of some number of rows
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return run_rest(*arguments)
+
+    wanted = new_request([1, 2, 3, 4])
+    tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
+    monkeypatch.setattr(runner.decoder, "run_rest", fail)
+    from fastdeploy_pd.model.parallel import Chore
+
+    for num_rows in (1024, 896, 768, 640, 512, 256, 160):
+        runner._do(Chore("rows", num_rows))
+    assert [r.message for r in caplog.records] == [
+        "what is not prepared yet comes when it is needed: Tried to allocate 9 GiB"
+    ]
+    assert runner._layer_graphs.has(1024) and not runner._layer_graphs.has(160)
+    request = new_request([5, 6, 7, 8])
+    assert [taken(request, launch(runner, request)) for _ in range(3)] == tokens

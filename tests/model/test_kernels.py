@@ -54,7 +54,7 @@ def test_every_step_has_a_number_of_rows_that_is_prepared_for(most: int) -> None
     assert counts == sorted(set(counts), reverse=True) and len(counts) <= 32 + most // 128
     for num_rows in range(1, most + 1):
         usual = usual_rows(num_rows)
-        assert usual in counts or usual == num_rows <= linear.MOST_ROWS
+        assert usual in counts
         assert num_rows <= usual < 1.25 * num_rows + 16
 
 

@@ -95,6 +95,10 @@ class CudaOps(TorchOps):
             return x
         return super().all_reduce(x)
 
+    def adds_up_itself(self, count: int) -> bool:
+        """Returns: whether sums of so many elements, where there are any, are none of NCCL's."""
+        return self._ranks is None or (self._small_sums is not None and self._small_sums.has_room(count))
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nothing is added up inside: what ranks compute is for nobody, and one may fail where another does not."""
@@ -176,7 +180,7 @@ class CudaOps(TorchOps):
             "token_ids": _padded(inputs.token_ids, num_padding, 0),
             "positions": _padded(inputs.positions, num_padding, 0),
             "slots": _padded(plan.block_ids * self._layout.block_size + plan.offsets, num_padding, NOWHERE),
-            "logit_rows": _padded(inputs.logit_rows, usual_logits(num_logits) - num_logits, 0),
+            "logit_rows": _padded(inputs.logit_rows, usual_rows(num_logits) - num_logits, 0),
         }
         if inputs.sources is not None:
             fields["sources"] = _padded(inputs.sources, num_padding, NOWHERE)
@@ -255,18 +259,22 @@ class CudaOps(TorchOps):
         heads.rotate_and_store(qkv, norm, eps, step.positions, step.slots, self._rotation, cache)
         return qkv
 
-    def attention(self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep) -> torch.Tensor:
-        """See base. Whole prompts want `running`."""
+    def attention(
+        self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep, given: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See base. Whole prompts want `running`. With `given` the result is there."""
         head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
         num_heads = q.shape[1] // head_dim - 2 * num_kv_heads
-        out = torch.empty((len(q), num_heads * head_dim), dtype=q.dtype, device=self.device)
+        out = given
+        if out is None:
+            out = torch.empty((len(q), num_heads * head_dim), dtype=q.dtype, device=self.device)
         if step.tables is not None and step.single_rows is not None and step.lengths is not None:
             attention.decode(q, step.single_rows, cache, step.tables, step.lengths, out, step.splits)
         if step.tiles is not None and step.tile_tables is not None:
             attention.prompt(q, step.tiles, cache, step.tile_tables, out)
         for first, num_prompts, num_tokens in step.whole:
             attended = self._attend_whole(q, first, num_prompts, num_tokens)
-            if len(q) == num_prompts * num_tokens:
+            if given is None and len(q) == num_prompts * num_tokens:
                 return attended.reshape(out.shape)  # as it lies
             out[first : first + num_prompts * num_tokens].view(attended.shape).copy_(attended)
         if len(q) > step.num_rows:
@@ -299,12 +307,8 @@ def _padded_length(num_tokens: int) -> int:
 
 
 def usual_rows(num_rows: int) -> int:
-    """Returns: the next number that is prepared for: of others cuBLAS may take a kernel that is not loaded, which waits for the device."""
-    return num_rows if num_rows <= linear.MOST_ROWS else usual_logits(num_rows)
-
-
-def usual_logits(num_rows: int) -> int:
-    """Returns: the same of rows of logits."""
+    """Returns: the next number that is prepared for, of a step or of its logits: of others cuBLAS may take a kernel that is not
+    loaded, which waits for the device."""
     return _padded_length(num_rows) if num_rows > MANY_ROW_STEPS else -(-num_rows // ROW_STEP) * ROW_STEP
 
 

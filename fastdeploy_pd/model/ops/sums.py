@@ -37,9 +37,13 @@ class SmallSums:
         self._inboxes = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._counts = torch.zeros(pieces, dtype=torch.int32, device=device)
 
+    def has_room(self, count: int) -> bool:
+        """Returns: whether so many elements are few enough."""
+        return count <= self._capacity
+
     def add_up(self, x: torch.Tensor) -> bool:
         """Queue that x becomes the sum of all ranks' x. Returns: whether it is small enough; else nothing is queued."""
-        if x.numel() > self._capacity or x.dtype != self._dtype or not x.is_contiguous():
+        if not self.has_room(x.numel()) or x.dtype != self._dtype or not x.is_contiguous():
             return False
         sums.all_reduce(x, self._inboxes, self._counts, self._rank, self._capacity)
         return True
