@@ -63,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layouts", type=names_of(LAYOUTS), default=list(LAYOUTS), help=",".join(LAYOUTS))
     add("--placements", type=names_of(PLACEMENTS), default=["slo"], help=",".join(PLACEMENTS))
     add("--max-num-batched-tokens", type=integers, default=[2048, 8192], metavar="N,...", help="of a step")
+    add("--max-lone-prompt-tokens", type=integer(1), metavar="N", help="default: as an instance on a GPU has it")
     add("--rates", type=rates, default=[5, 8, 10, 12], help="req/s")
     add("--requests", type=integer(2, NUM_REQUESTS), default=NUM_REQUESTS, help="of the trace")
     add("--slo-ttft-x", type=number(float, 0.1, 1e6, "a number from 0.1 to 1e6"), default=5.0)
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for layout in args.layouts:
         for placement in args.placements:
             for num_tokens in args.max_num_batched_tokens:
-                setting = Setting(layout, placement, num_tokens, args.slo_ttft_x)
+                setting = Setting(layout, placement, num_tokens, args.max_lone_prompt_tokens, args.slo_ttft_x)
                 for rate in args.rates:
                     rows.append(row := measure(setting, requests, rate))
                     if len(rows) == 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from benchmarks.trace import TraceRequest, arrivals
 from fastdeploy_pd.clock import VirtualClock
 from fastdeploy_pd.cluster.messages import Message, Peer
+from fastdeploy_pd.config import lone_prompt_tokens
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
@@ -56,6 +57,7 @@ class Setting:
     layout: str
     placement: str = "slo"
     max_num_batched_tokens: int = 2048
+    max_lone_prompt_tokens: int | None = None  #: None: as an instance on a GPU has it
     slo_ttft_x: float = 5.0
     slo_tpot_s: float = 0.1
 
@@ -183,9 +185,15 @@ class Traffic:
     def _node(self, name: str, role: Role) -> Node:
         setting, numbers = self.setting, itertools.count()
         device, held = VirtualDevice(self.clock), HeldBlocks()
+        lone = setting.max_lone_prompt_tokens
         policy = "slack" if setting.placement == "slo" else "fcfs"
         options = SchedulerOptions(
-            MAX_NUM_SEQS, setting.max_num_batched_tokens, MAX_MODEL_LEN, prefill_policy=policy, guards_tpot=True
+            MAX_NUM_SEQS,
+            setting.max_num_batched_tokens,
+            MAX_MODEL_LEN,
+            prefill_policy=policy,
+            guards_tpot=True,
+            max_lone_prompt_tokens=lone_prompt_tokens(setting.max_num_batched_tokens) if lone is None else lone,
         )
         pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
         pool.listener = held

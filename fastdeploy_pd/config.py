@@ -40,6 +40,7 @@ MIN_SECRET_BYTES = 16
 MAX_RANKS = 64
 FP8_NAMES = ("fp8", "fp8_e4m3")  # as vLLM calls it
 FP8 = "float8_e4m3"
+LONE_PROMPT_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class SchedulingOptions:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_lone_prompt_tokens: int
     enable_chunked_prefill: bool
     prefill_policy: str
     fairness: str
@@ -269,6 +271,7 @@ def make_parser(program: str = "api_server") -> argparse.ArgumentParser:
     )
     _add_model_flags(parser.add_argument)
     _add_cache_flags(parser.add_argument)
+    _add_step_flags(parser.add_argument)
     _add_cluster_flags(parser.add_argument)
     _add_server_flags(parser.add_argument)
     _add_slo_flags(parser.add_argument)
@@ -361,12 +364,21 @@ def _add_cache_flags(add: Callable[..., Any]) -> None:
     add("--swap-space", type=gib, default=0.0, help="GiB for evicted KV blocks")
     add("--min-fetch-tokens", type=integer(0), default=256, help="shortest prefix fetched from a peer's cache; 0: none")
     add("--local-prefill-tokens", type=integer(0), default=64, help="most that decode computes after a cached prefix")
+
+
+def _add_step_flags(add: Callable[..., Any]) -> None:
     add("--max-num-seqs", type=integer(1, 512), default=8, help="most sequences in a step")
     add(
         "--max-num-batched-tokens",
         type=integer(1),
         default=2048,
         help="most tokens of prompts in a step; each running stream adds one",
+    )
+    add(
+        "--max-lone-prompt-tokens",
+        type=integer(1),
+        help="the same of a prompt while there is nothing else to compute (default: as --max-num-batched-tokens; "
+        f"on a GPU four times that, up to {LONE_PROMPT_TOKENS})",
     )
     add(
         "--enable-chunked-prefill",
@@ -474,6 +486,11 @@ def _add_slo_flags(add: Callable[..., Any]) -> None:
     add("--slo-tpot-ms", type=milliseconds, help="the same for each token after the first (default: none)")
 
 
+def lone_prompt_tokens(max_num_batched_tokens: int) -> int:
+    """Returns: --max-lone-prompt-tokens of an instance on a GPU that was not given it; who allows a step few tokens may lack memory."""
+    return max(max_num_batched_tokens, min(4 * max_num_batched_tokens, LONE_PROMPT_TOKENS))
+
+
 def _choose_by_device(args: argparse.Namespace) -> None:
     is_gpu = args.device != "cpu"
     args.ops = args.ops or ("torch" if is_gpu or args.tensor_parallel_size > 1 else "paddle")
@@ -481,6 +498,13 @@ def _choose_by_device(args: argparse.Namespace) -> None:
     args.cache_transfer_protocol = args.cache_transfer_protocol or (
         ("ipc", "rdma", "nccl") if is_gpu else ("shm", "tcp")
     )
+    least = args.max_num_batched_tokens
+    if args.max_lone_prompt_tokens is None:
+        args.max_lone_prompt_tokens = lone_prompt_tokens(least) if is_gpu else least
+    if args.max_lone_prompt_tokens < least:
+        raise ConfigError(
+            f"--max-lone-prompt-tokens is {args.max_lone_prompt_tokens}; it must be at least --max-num-batched-tokens ({least})"
+        )
     is_fp8 = args.kv_cache_dtype in FP8_NAMES
     if is_fp8 and args.ops != "torch":
         raise ConfigError(

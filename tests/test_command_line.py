@@ -43,12 +43,30 @@ from fastdeploy_pd.errors import ConfigError
             ["--tensor-parallel-size", "2", "--swap-space", "1"],
             "--swap-space is 1 GiB; with several ranks or --no-enable-prefix-caching it must be 0",
         ),
+        (
+            ["--max-lone-prompt-tokens", "100"],
+            "--max-lone-prompt-tokens is 100; it must be at least --max-num-batched-tokens (2048)",
+        ),
     ],
 )
 def test_an_instance_says_what_is_wrong(flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         InstanceConfig.from_args(flags, {})
     assert error.value.message.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ([], 2048),
+        (["--device", "cuda"], 8192),
+        (["--device", "cuda", "--max-num-batched-tokens", "512"], 2048),
+        (["--device", "cuda", "--max-num-batched-tokens", "16384"], 16384),
+        (["--max-lone-prompt-tokens", "5000"], 5000),
+    ],
+)
+def test_a_prompt_that_is_alone_gets_more_tokens_a_step_on_a_gpu(flags: list[str], most: int) -> None:
+    assert InstanceConfig.from_args(flags, {}).scheduling.max_lone_prompt_tokens == most
 
 
 @pytest.mark.parametrize("scheduler", ["local", "splitwise"])

@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
 requests come first, so a stream never waits for a new prompt's turn. The token budget goes to prompts, in order; streams' tokens, one
-each, come on top, so that prompts which fill the budget are not cut for a few streams beside them. When blocks run out, the youngest
+each, come on top, so that prompts which fill the budget are not cut for a few streams beside them. A prompt that is alone, with no
+stream and no other prompt, may have more: nobody waits for the step, and it is over sooner in one piece. When blocks run out, the youngest
 running request gives up its own and is computed again later (preemption by recompute); so do prompts whose first token is late in any
 case, where one that can be on time lacks blocks.
 
@@ -62,6 +63,7 @@ class SchedulerOptions:
     prefill_policy: str = "fcfs"  #: see `order`
     guards_tpot: bool = False  #: chunks are cut so that running streams keep their SLO, where the predictor is known
     fairness: str = "none"  #: see `fairness`
+    max_lone_prompt_tokens: int = 0  #: as max_num_batched_tokens, of a prompt that is alone; used if it is more
 
 
 def is_prompt(request: Request) -> bool:
@@ -254,6 +256,8 @@ class Scheduler:
         if not prompts:
             return []
         budget = self.options.max_num_batched_tokens
+        if len(prompts) == 1 and not streams.num:
+            budget = max(budget, self.options.max_lone_prompt_tokens)
         start_s = now_s + busy_s
         slack_s, stretch = self._leave_to_prompts(streams, start_s)
         ordered = prompts if self._policy is None else list(self._policy.order(prompts, start_s, stretch))
@@ -510,7 +514,7 @@ class Scheduler:
         num_left = request.num_tokens - request.local.num_computed_tokens
         if self.options.enable_chunked_prefill or num_left <= budget:
             return True
-        return budget == self.options.max_num_batched_tokens  # longer than any budget: it must be cut all the same
+        return budget >= self.options.max_num_batched_tokens  # longer than any budget: it must be cut all the same
 
     def _take_from_lost(self, request: Request, later: Iterable[Request], now_s: float) -> bool:
         """Free the blocks that a prompt lacks, if it can be on time, by preempting `later` ones that cannot, the last first.

@@ -223,6 +223,7 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
             config.scheduling.prefill_policy,
             guards_tpot=True,
             fairness=config.scheduling.fairness,
+            max_lone_prompt_tokens=config.scheduling.max_lone_prompt_tokens,
         ),
         runner.samples_on_device,
         partial(policies.prefill_policy, on_failure=observer.policy_failed),
@@ -245,7 +246,8 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         num_layers=layout.num_layers,
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
-    runner.warm_up(scheduler.pool, engine.role.can_decode, config.scheduling.max_num_batched_tokens)
+    most_tokens = runner.warm_up(scheduler.pool, engine.role.can_decode, config.scheduling.max_lone_prompt_tokens)
+    scheduler.options = replace(scheduler.options, max_lone_prompt_tokens=most_tokens)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
 
 

@@ -23,7 +23,7 @@ from fastdeploy_pd.model.device_sampler import Draw, can_draw
 from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
 from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
-from fastdeploy_pd.model.layer_graphs import LayerGraphs
+from fastdeploy_pd.model.layer_graphs import MOST_GRAPH_ROWS, LayerGraphs
 from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_rows
 from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
@@ -139,7 +139,8 @@ class DeviceRunner(ModelRunner):
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         self._num_kernels_ahead = 0  # the sum of these
         self._chores: deque[Chore] = deque()
-        self._computes_rows = True  #: ahead of time, until it fails; other ranks go on, and tell of more
+        #: ahead of time, until it fails; other ranks go on, and tell of more
+        self._computes_rows = self._captures_layers = True
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -150,14 +151,14 @@ class DeviceRunner(ModelRunner):
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
         self._layer_graphs = LayerGraphs(self.decoder, self.caches)
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences. Raises: FastDeployPDError: memory lacks."""
         try:
-            self._warm_up(pool, can_decode, most_tokens)
+            return self._warm_up(pool, can_decode, most_tokens)
         except torch.OutOfMemoryError as error:
             raise self._lacks_memory(error, "while the first steps were prepared") from error
 
-    def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
+    def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
         self._see_to(Chore("compile", EAGER_SIZES))
@@ -166,9 +167,29 @@ class DeviceRunner(ModelRunner):
         if can_decode:
             self._see_to(Chore("capture", EAGER_SIZES))
             self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > EAGER_SIZES]
+        most_tokens = self._with_room(most_tokens)
         most_rows = min(most_tokens, LONGEST_PREPARED) + len(self._ops.sampled)
         # The most rows first: what the others need fits where they lay.
-        self._chores += [Chore("rows", n) for n in row_counts(most_rows)]
+        counts = row_counts(most_rows)
+        self._chores += [Chore("rows", n) for n in counts]
+        self._chores += [Chore("layers", n) for n in counts if n <= MOST_GRAPH_ROWS]
+        return most_tokens
+
+    def _with_room(self, most_tokens: int) -> int:
+        """Returns: for how many tokens of prompts in a step there is memory, if not for all, as a layer of so many shows."""
+        while most_tokens > LONG_PROMPT:
+            try:
+                self._compute_rows(usual_rows(min(most_tokens, LONGEST_PREPARED)))
+                break
+            except RuntimeError as error:  # or cuDNN has no plan
+                torch.cuda.empty_cache()
+                most_tokens //= 2
+                _log.warning(
+                    "a prompt that is alone has at most %d tokens in a step: %s",
+                    most_tokens,
+                    str(error).splitlines()[0],
+                )
+        return most_tokens
 
     def prepare_more(self) -> bool:
         """See engine/context.py: graphs for more sequences, and what cuBLAS and cuDNN load and plan for each number of tokens."""
@@ -203,14 +224,27 @@ class DeviceRunner(ModelRunner):
             case "rows" if self._computes_rows:
                 try:
                     self._compute_rows(chore.count)
-                    self._layer_graphs.capture(chore.count)
                 except RuntimeError as error:  # memory lacks, or cuDNN has no plan: each rank for itself
                     self._do_without(str(error))
+            case "layers" if self._captures_layers:
+                self._capture_layers(chore.count)
 
     def _do_without(self, why: str) -> None:
         self._chores.clear()
         self._computes_rows = False
         _log.warning("what is not prepared yet comes when it is needed: %s", why.splitlines()[0])
+
+    def _capture_layers(self, num_rows: int) -> None:
+        """Each rank for itself: no graph has a sum of NCCL's in it."""
+        if self._free_bytes() < CAPTURE_BYTES:
+            torch.cuda.empty_cache()
+        try:
+            if self._free_bytes() < CAPTURE_BYTES:  # what steps need must not become graphs
+                raise torch.OutOfMemoryError(f"{self._free_bytes() >> 20} MiB of GPU memory are free")
+            self._layer_graphs.capture(num_rows)
+        except torch.OutOfMemoryError as error:
+            self._captures_layers = False
+            _log.warning("steps of few tokens take longer than with graphs: %s", str(error).splitlines()[0])
 
     def _compile(self, most_sequences: int) -> None:
         """Have the kernels of decode steps of up to so many, and of prompts, compiled."""
@@ -342,8 +376,7 @@ class DeviceRunner(ModelRunner):
                 marks[-1][0].record()
 
         if self._layer_graphs.has(len(prepared.token_ids)):
-            for x in self._layer_graphs.run(prepared, queued):  # noqa: B007  # the last one is wanted
-                yield
+            x = yield from self._layer_graphs.run(prepared, queued)
         else:
             x = self._ops.embedding(self.decoder.embedding, prepared)
             for index, cache in enumerate(self.caches):

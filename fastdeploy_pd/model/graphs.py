@@ -43,12 +43,14 @@ class _Stage:
 
 
 class Captures:
-    """Takes graphs that run one after the other, whatever the order: each may compute where another has what nobody needs any more."""
+    """Takes graphs of which no two ever run at once: each may compute where others, taken before, have what nobody needs any more."""
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream()  # of all of them: what one has freed, another stream's could not use
-        self._num_taken = 0
+        self._first: torch.cuda.CUDAGraph | None = (
+            None  # keeps the pool: it would be gone with the last graph that uses it
+        )
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -66,7 +68,7 @@ class Captures:
         It waits for no step in flight. torch.cuda.graph would, and give cached memory back, which waits again.
         """
         graph, is_whole = torch.cuda.CUDAGraph(), False
-        if not self._num_taken:  # a pool is gone when the only graph that used it is, such as one that failed
+        if self._first is None:  # such as one that failed may have used the pool alone
             self._memory = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self._side):
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
@@ -76,8 +78,15 @@ class Captures:
             finally:
                 with nullcontext() if is_whole else suppress(RuntimeError):
                     graph.capture_end()
-        self._num_taken += 1
+        self._first = self._first or graph
         return graph, result
+
+    def try_twice(self, compute: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """`take`, and once more if memory lacks: what is cached is not given back for a graph while that is captured, but before."""
+        with suppress(torch.OutOfMemoryError):
+            return self.take(compute)
+        torch.cuda.empty_cache()
+        return self.take(compute)
 
 
 class DecodeGraphs:
@@ -197,10 +206,7 @@ class DecodeGraphs:
             step = self._step(size)
             with self._captures.beside():
                 self._compute(step, size)
-            with suppress(torch.OutOfMemoryError):
-                return self._captures.take(partial(self._compute, step, size))
-            torch.cuda.empty_cache()  # which is not done for a graph while that is captured
-            return self._captures.take(partial(self._compute, step, size))
+            return self._captures.try_twice(partial(self._compute, step, size))
         finally:  # also where memory lacks: the tokens of steps in flight are still to be taken
             self._device.copy_(kept)
             self._ops.sampled.copy_(sampled)

@@ -2,6 +2,7 @@
 
 Queueing a layer kernel by kernel takes the CPU longer than so few rows take the device. Attention depends on the step's sequences
 and is queued as ever, so layers are handed over one by one as ever; what lies between two of them depends on the number of rows alone.
+Steps are queued one after the other, none between another's layers: they share all memory that they compute in.
 """
 
 # Torch has types in part.
@@ -9,7 +10,7 @@ and is queued as ever, so layers are handed over one by one as ever; what lies b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -20,8 +21,8 @@ from fastdeploy_pd.model.decoder import Decoder
 from fastdeploy_pd.model.graphs import Captures
 from fastdeploy_pd.model.ops.cuda import NOWHERE, CudaOps, CudaStep
 
-MOST_ROWS = 1024  # above, the device computes a layer for longer than the CPU takes to queue it
-FIELDS = ("token_ids", "positions", "slots", "sources")
+MOST_GRAPH_ROWS = 1024  # above, the device computes a layer for longer than the CPU takes to queue it
+INPUTS = ("token_ids", "positions", "slots", "sources")
 
 
 @dataclass(slots=True)
@@ -41,20 +42,21 @@ class LayerGraphs:
         self._decoder, self._ops, self._caches = decoder, decoder.ops, caches
         self._captures = Captures()
         self._pieces: dict[int, list[_Piece]] = {}  # by number of rows
-        self._inputs = {name: torch.zeros(MOST_ROWS, dtype=torch.int32, device=self._ops.device) for name in FIELDS}
+        self._inputs = {n: torch.zeros(MOST_GRAPH_ROWS, dtype=torch.int32, device=self._ops.device) for n in INPUTS}
         num_in = decoder.layers[0].output.shape[1]  # of what follows attention
-        self._attended = torch.zeros(MOST_ROWS, num_in, dtype=self._ops.dtype, device=self._ops.device)
+        self._attended = torch.zeros(MOST_GRAPH_ROWS, num_in, dtype=self._ops.dtype, device=self._ops.device)
 
     def has(self, num_rows: int) -> bool:
         """Returns: whether steps of so many rows can be run."""
         return num_rows in self._pieces
 
-    def run(self, step: CudaStep, on_layer: Callable[[int], None]) -> Iterator[torch.Tensor]:
-        """Queue a layer each time, and in the end what is behind the last one.
+    def run(self, step: CudaStep, on_layer: Callable[[int], None]) -> Generator[None, None, torch.Tensor]:
+        """Queue a layer each time.
 
         Args:
+            step: of a number of rows that it `has`.
             on_layer: called when what writes a layer's K and V is queued.
-        Yields: Q, K and V of each layer, then [n, hidden] hidden states; valid until any step's next layer is queued.
+        Returns: [n, hidden] hidden states; what reads them has to be queued before any other step's first layer.
         """
         num_rows = len(step.token_ids)
         for name, field in self._inputs.items():
@@ -68,24 +70,24 @@ class LayerGraphs:
             piece.graph.replay()
             on_layer(index)
             self._ops.attention(piece.out, cache, step, self._attended[:num_rows])
-            yield piece.out
+            yield
         last.graph.replay()
-        yield last.out
+        return last.out
 
     def capture(self, num_rows: int) -> None:
-        """Capture steps of so many rows, whose kernels are loaded, unless there are too many. Queues behind steps in flight and
-        waits for none. Raises: torch.OutOfMemoryError."""
-        if num_rows > MOST_ROWS or self.has(num_rows):
-            return
+        """Capture steps of so many rows, unless ranks' sums are NCCL's. Queues behind steps in flight and waits for none.
+
+        Raises: torch.OutOfMemoryError: memory lacks, though what was cached is given back; such steps are queued as ever.
+        """
         if not self._ops.adds_up_itself(num_rows * self._decoder.config.hidden_size):
-            return  # NCCL's sums stay out of graphs: a rank that fails to capture one would leave the others waiting
+            return  # a rank that fails to capture such a sum would leave the others waiting in it
         self._load(num_rows)
-        token_ids, positions, slots, sources = (self._inputs[name][:num_rows] for name in FIELDS)
+        token_ids, positions, slots, sources = (self._inputs[name][:num_rows] for name in INPUTS)
         step = CudaStep(token_ids, positions, slots, num_rows, sources=sources)
         pieces: list[_Piece] = []
         x: torch.Tensor | None = None
         for index in range(len(self._caches) + 1):
-            graph, (x, qkv) = self._captures.take(partial(self._compute, index, x, step))
+            graph, (x, qkv) = self._captures.try_twice(partial(self._compute, index, x, step))
             # What reads it is queued before the next piece, which may compute where it lies.
             pieces.append(_Piece(graph, _unowned(x if qkv is None else qkv)))
             del qkv

@@ -65,7 +65,9 @@ class Rank:
 class Chore(msgspec.Struct, array_like=True):
     """What makes later steps start without delay."""
 
-    what: str  #: compile: kernels for up to `count` sequences; capture: graphs for so many; rows: what steps of so many rows load
+    what: str
+    """compile: kernels for up to `count` sequences; capture: decode graphs for so many; rows: what steps of so many rows load;
+    layers: graphs of what such steps have between attentions."""
     count: int
 
 

@@ -186,14 +186,16 @@ class ModelRunner:
         """See engine/context.py."""
         return False
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> None:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
         """Compute for nobody, in blocks that are free.
 
         Args:
             can_decode: whether sequences will get more than their first token here at first; a role may change.
             most_tokens: of prompts in a step.
+        Returns: most_tokens, or how many there is memory for.
         """
         self._compute_for_nobody(pool, [1])
+        return most_tokens
 
     def prepare_more(self) -> bool:
         """See engine/context.py."""

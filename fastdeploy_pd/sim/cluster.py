@@ -44,6 +44,7 @@ class ClusterOptions:
     kv_bytes_per_token: int = 0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    max_lone_prompt_tokens: int = 0  #: see core.scheduler.SchedulerOptions
     enable_prefix_caching: bool = True
     prefill_policy: str = "fcfs"
     ttft_x: float | None = (
@@ -61,6 +62,8 @@ class ClusterOptions:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "link_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.max_lone_prompt_tokens < 0:
+            raise ConfigError(f"max_lone_prompt_tokens is {self.max_lone_prompt_tokens}; it must be 0 or more")
         if not self.link_latency_s >= 0:
             raise ConfigError(f"link_latency_s is {self.link_latency_s}; it must be 0 or more")
         if TRACE_BLOCK_TOKENS % self.block_size:
@@ -132,6 +135,7 @@ class Cluster:
             enable_prefix_caching=options.enable_prefix_caching,
             prefill_policy=options.prefill_policy,
             guards_tpot=options.is_predicted,
+            max_lone_prompt_tokens=options.max_lone_prompt_tokens,
         )
         self._latency = latency
         self.instances = [

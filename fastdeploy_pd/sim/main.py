@@ -76,6 +76,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-blocks", type=int, help=f"KV blocks of an instance {known}")
     add("--kv-bytes-per-token", type=int, help=f"KV bytes of a token in all layers {known}")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens of prompts in a step (default 8192)")
+    lone_help = "the same of a prompt while there is nothing else to compute, if that is more (default 0)"
+    add("--max-lone-prompt-tokens", type=int, default=0, help=lone_help)
     add_instance_flags(parser)
     fail_help = "at TIME (s) the instance of this number, from 0, dies; SECONDS later it is back, empty; repeatable"
     add("--fail", action="append", metavar="TIME:INSTANCE[:SECONDS][,...]", help=fail_help)
@@ -292,6 +294,7 @@ def _options(args: argparse.Namespace) -> ClusterOptions:
         num_blocks=num_blocks,
         kv_bytes_per_token=args.kv_bytes_per_token or (known[1] if known else 0),
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_lone_prompt_tokens=args.max_lone_prompt_tokens,
         prefill_policy=args.prefill_policy,
         is_predicted=predicts(args.placement, args.prefill_policy),
     )

@@ -350,3 +350,25 @@ def test_a_lone_stream_that_gives_up_its_blocks_is_computed_again_once() -> None
         received.advance(phase, 0)
     scheduler.add(received)
     assert [(s.start, s.stop) for s in scheduler.schedule(0).sequences] == [(4, 9)]
+
+
+def test_a_prompt_that_is_alone_is_not_cut() -> None:
+    """Beside another prompt, or a stream, it is."""
+    options = SchedulerOptions(4, 8, 64, enable_prefix_caching=False, max_lone_prompt_tokens=24)
+    for others, wanted in (([], [24, 6]), ([30], [8, 8]), ([1], [7, 8, 8, 7])):
+        scheduler = Scheduler(BlockPool(60, 4), options)
+        for number, length in enumerate([*others, 30]):
+            scheduler.add(new_request(str(number), list(range(length)), 20))
+        found = []
+        while len(found) < len(wanted):
+            batch = scheduler.schedule(0)
+            found.append(sum(s.num_tokens for s in batch.sequences if s.num_tokens > 1))
+            compute(scheduler, batch)
+        assert found == wanted
+
+
+def test_a_prompt_that_is_alone_is_not_cut_by_less_than_others() -> None:
+    options = SchedulerOptions(4, 16, 64, enable_prefix_caching=False, max_lone_prompt_tokens=8)
+    scheduler = Scheduler(BlockPool(60, 4), options)
+    scheduler.add(new_request("r", list(range(30))))
+    assert scheduler.schedule(0).sequences[0].num_tokens == 16

@@ -391,13 +391,53 @@ def test_graphs_compute_what_kernels_one_by_one_do(dtype: str, cache_dtype: str)
     prepare(graphs)
     prepared = sorted(graphs._layer_graphs._pieces)
     assert prepared == [*range(16, 513, 16), 640, 768, 896, 1024] and not plain._layer_graphs._pieces
-    num_graphs, has = [0], graphs._layer_graphs.has
-    graphs._layer_graphs.has = lambda count: (num_graphs.__setitem__(0, num_graphs[0] + has(count)), has(count))[1]
+    counts, run = list[int](), graphs._layer_graphs.run
+    graphs._layer_graphs.run = lambda step, *others: (counts.append(len(step.token_ids)), run(step, *others))[1]
     steps = random_steps(4, 60)
     (wanted, wanted_pool), (got, pool) = (run_steps(runner, steps) for runner in (plain, graphs))
-    assert num_graphs[0] >= len(steps)
+    assert len(counts) == len(steps) and len(set(counts)) > 10
     assert got == wanted and len({t for step in got for t in step}) > 5
     assert torch.equal(pool.view(torch.uint8), wanted_pool.view(torch.uint8))
+
+
+def test_graphs_take_tokens_that_are_on_the_device_alone() -> None:
+    """A prompt beside a stream whose last token is pending, then two prompts, whose tokens are all known."""
+    found = []
+    for is_prepared in (False, True):
+        runner = new_runner(8)
+        if is_prepared:
+            prepare(runner)
+        stream, prompts = new_request([1, 2, 3, 4]), [new_request([n, n + 1, n + 2]) for n in (10, 20, 30)]
+        for request in (stream, *prompts):
+            request.local.samples_on_device = True
+        parts = [ScheduledSequence(r, 0, len(PROMPT)) for r in (stream, *prompts)]
+        first = runner.launch(Batch(parts[:1], 64))
+        stream.local.num_computed_tokens, stream.local.num_pending_tokens = len(PROMPT), 1
+        beside = ScheduledSequence(stream, stream.num_tokens - 1, stream.num_tokens)
+        assert beside.num_pending
+        steps = [first, runner.launch(Batch([beside, parts[1]], 64)), runner.launch(Batch(parts[2:], 64))]
+        found.append([[output.token_id for output in step.outputs()] for step in steps])
+    assert found[0] == found[1]
+    assert found[0][1][1] == found[0][2][0] == found[0][2][1] == found[0][0][0]
+
+
+def test_a_step_has_no_more_tokens_than_memory_for_them(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    compute = runner._compute_rows
+
+    def fail(num_rows: int) -> None:
+        if num_rows > 2100:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        compute(num_rows)
+
+    monkeypatch.setattr(runner, "_compute_rows", fail)
+    assert runner.warm_up(BlockPool(64, 64), True, 8192) == 2048
+    assert "a prompt that is alone has at most 2048 tokens in a step: Tried to allocate 9 GiB" in caplog.messages
+    monkeypatch.undo()
+    assert runner.warm_up(BlockPool(64, 64), True, 8192) == 8192
 
 
 def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(
@@ -410,7 +450,7 @@ def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(
     def fail(*arguments: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
             calls[0] += 1
-            if calls[0] == 20:  # in the middle of some number of rows
+            if calls[0] in (20, 21):  # in the middle of some number of rows, and once more
                 raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
         return run_rest(*arguments)
 
@@ -419,11 +459,56 @@ def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(
     monkeypatch.setattr(runner.decoder, "run_rest", fail)
     from fastdeploy_pd.model.parallel import Chore
 
-    for num_rows in (1024, 896, 768, 640, 512, 256, 160):
-        runner._do(Chore("rows", num_rows))
+    for num_rows in (512, 256, 160, 128):
+        runner._do(Chore("layers", num_rows))
     assert [r.message for r in caplog.records] == [
-        "what is not prepared yet comes when it is needed: Tried to allocate 9 GiB"
+        "steps of few tokens take longer than with graphs: Tried to allocate 9 GiB"
     ]
-    assert runner._layer_graphs.has(1024) and not runner._layer_graphs.has(160)
+    assert [n for n in (512, 256, 160, 128) if runner._layer_graphs.has(n)] == [512, 256]
     request = new_request([5, 6, 7, 8])
     assert [taken(request, launch(runner, request)) for _ in range(3)] == tokens
+    monkeypatch.undo()
+    other = Request("long", (PROMPT * 2)[:250])  # by what was captured before
+    other.local.block_table, other.local.samples_on_device = [10, 11, 12, 13], True
+    batch = Batch([ScheduledSequence(other, 0, 250)], 64)
+    (by_graphs,) = runner.launch(batch).outputs()
+    runner._layer_graphs._pieces.clear()
+    (one_by_one,) = runner.launch(batch).outputs()
+    assert by_graphs.token_id == one_by_one.token_id
+
+
+def test_no_layers_are_captured_where_steps_need_the_memory(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fastdeploy_pd.model.parallel import Chore
+
+    monkeypatch.setattr(runner, "_free_bytes", lambda: 100 << 20)
+    for num_rows in (512, 256):
+        runner._do(Chore("layers", num_rows))
+    assert [r.message for r in caplog.records] == [
+        "steps of few tokens take longer than with graphs: 100 MiB of GPU memory are free"
+    ]
+    assert not runner._layer_graphs._pieces
+
+
+def test_attention_that_lacks_memory_between_two_graphs_ends_the_step_alone(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    prepare(runner)
+    wanted = taken(new_request([1, 2, 3]), launch(runner, new_request([1, 2, 3])))
+    attention, calls = runner._ops.attention, [0]
+
+    def fail(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return attention(*arguments)
+
+    monkeypatch.setattr(runner._ops, "attention", fail)
+    step = launch(runner, new_request([1, 2, 3]))
+    with pytest.raises(FastDeployPDError, match="Tried to allocate 9 GiB"):
+        step.outputs()
+    monkeypatch.undo()
+    assert calls == [3] and taken(new_request([1, 2, 3]), launch(runner, new_request([1, 2, 3]))) == wanted

@@ -88,6 +88,9 @@ class CudaOps(TorchOps):
             _log.warning("small sums of ranks are NCCL's too, which takes longer: %s", error)
         num_able = super().all_reduce(torch.full((1,), float(small_sums is not None), device=self.device)).item()
         self._small_sums = small_sums if num_able == num_ranks else None
+        self.all_reduce(
+            torch.zeros(ALIGNMENT, dtype=self.dtype, device=self.device)
+        )  # its kernel is loaded outside of graphs
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See base."""
@@ -260,12 +263,12 @@ class CudaOps(TorchOps):
         return qkv
 
     def attention(
-        self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep, given: torch.Tensor | None = None
+        self, q: torch.Tensor, cache: torch.Tensor, step: CudaStep, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See base. Whole prompts want `running`. With `given` the result is there."""
+        """See base. Whole prompts want `running`. With `into` the result is there."""
         head_dim, num_kv_heads = self._layout.head_dim, self._layout.num_kv_heads
         num_heads = q.shape[1] // head_dim - 2 * num_kv_heads
-        out = given
+        out = into
         if out is None:
             out = torch.empty((len(q), num_heads * head_dim), dtype=q.dtype, device=self.device)
         if step.tables is not None and step.single_rows is not None and step.lengths is not None:
@@ -274,7 +277,7 @@ class CudaOps(TorchOps):
             attention.prompt(q, step.tiles, cache, step.tile_tables, out)
         for first, num_prompts, num_tokens in step.whole:
             attended = self._attend_whole(q, first, num_prompts, num_tokens)
-            if given is None and len(q) == num_prompts * num_tokens:
+            if into is None and len(q) == num_prompts * num_tokens:
                 return attended.reshape(out.shape)  # as it lies
             out[first : first + num_prompts * num_tokens].view(attended.shape).copy_(attended)
         if len(q) > step.num_rows:
