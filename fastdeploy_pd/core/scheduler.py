@@ -256,7 +256,9 @@ class Scheduler:
         if not prompts:
             return []
         budget = self.options.max_num_batched_tokens
-        if len(prompts) == 1 and not streams.num:
+        if (
+            len(prompts) == 1 and not streams.num and prompts[0].sampling.prompt_logprobs is None
+        ):  # of logits it has many
             budget = max(budget, self.options.max_lone_prompt_tokens)
         start_s = now_s + busy_s
         slack_s, stretch = self._leave_to_prompts(streams, start_s)

@@ -246,8 +246,9 @@ def build_engine(config: InstanceConfig, observer: HandOverObserver, secret: byt
         num_layers=layout.num_layers,
     )
     engine = Engine(Role(config.cluster.splitwise_role), context, runner, WallClock())
-    most_tokens = runner.warm_up(scheduler.pool, engine.role.can_decode, config.scheduling.max_lone_prompt_tokens)
-    scheduler.options = replace(scheduler.options, max_lone_prompt_tokens=most_tokens)
+    most = config.scheduling.max_num_batched_tokens, config.scheduling.max_lone_prompt_tokens
+    most_alone = runner.warm_up(scheduler.pool, engine.role.can_decode, *most)
+    scheduler.options = replace(scheduler.options, max_lone_prompt_tokens=most_alone)
     return BuiltEngine(engine, instance_id, pool, model_fingerprint, whole(layout), max_model_len)
 
 

@@ -1,7 +1,8 @@
 """`fastdeploy-pd profile`: times steps of the real runner, fits the predictor to them and stores both.
 
 Steps are timed as an engine's are: as many in flight as the runner takes, from one's end to the next one's. A prompt longer than
---max-num-batched-tokens is never computed in one step, so its later parts are timed as steps behind a prefix of the same length.
+--max-num-batched-tokens is computed in one step only if nothing is beside it, so its later parts are timed as steps behind a prefix of
+the same length.
 """
 
 from __future__ import annotations

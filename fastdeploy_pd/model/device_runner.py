@@ -42,7 +42,7 @@ LAYERS_HANDED_OVER = 8
 LAST_LAYERS = 4  # of a step that is no graph: while the device computes them, the next step is prepared
 LONG_PROMPT = 600  # tokens, of those that cuDNN attends to
 EAGER_SIZES = 64  # graphs of up to so many sequences are captured at start, 30 ms each
-# More than a graph takes, of what is free on rank 0, whose logits need most: a rank that fails in the middle of it ends them all.
+# More than a decode graph takes, of what is free on rank 0, whose logits need most: a rank that fails in the middle of it ends them all.
 CAPTURE_BYTES = 1 << 29
 LONGEST_PREPARED = 8192  # tokens of prompts in a step; what is first met with more costs 10 to 200 ms then
 
@@ -141,6 +141,8 @@ class DeviceRunner(ModelRunner):
         self._chores: deque[Chore] = deque()
         #: ahead of time, until it fails; other ranks go on, and tell of more
         self._computes_rows = self._captures_layers = True
+        self._has_room = True
+        self._least_free = CAPTURE_BYTES
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -151,14 +153,14 @@ class DeviceRunner(ModelRunner):
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
         self._layer_graphs = LayerGraphs(self.decoder, self.caches)
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int, most_alone: int) -> int:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences. Raises: FastDeployPDError: memory lacks."""
         try:
-            return self._warm_up(pool, can_decode, most_tokens)
+            return self._warm_up(pool, can_decode, most_tokens, most_alone)
         except torch.OutOfMemoryError as error:
             raise self._lacks_memory(error, "while the first steps were prepared") from error
 
-    def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
+    def _warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int, most_alone: int) -> int:
         longest = min(LONG_PROMPT, pool.num_free * pool.block_size // 2, self._max_model_len)
         most = min(len(self._ops.sampled), pool.num_free)  # sequences
         self._see_to(Chore("compile", EAGER_SIZES))
@@ -167,37 +169,54 @@ class DeviceRunner(ModelRunner):
         if can_decode:
             self._see_to(Chore("capture", EAGER_SIZES))
             self._chores += [Chore("capture", n) for n in graph_sizes(len(self._ops.sampled)) if n > EAGER_SIZES]
-        most_tokens = self._with_room(most_tokens)
-        most_rows = min(most_tokens, LONGEST_PREPARED) + len(self._ops.sampled)
+        most_alone = self._with_room(most_tokens, most_alone)
+        most_rows = min(
+            max(most_alone, most_tokens + len(self._ops.sampled)), LONGEST_PREPARED + len(self._ops.sampled)
+        )
         # The most rows first: what the others need fits where they lay.
         counts = row_counts(most_rows)
         self._chores += [Chore("rows", n) for n in counts]
         self._chores += [Chore("layers", n) for n in counts if n <= MOST_GRAPH_ROWS]
-        return most_tokens
+        return most_alone
 
-    def _with_room(self, most_tokens: int) -> int:
-        """Returns: for how many tokens of prompts in a step there is memory, if not for all, as a layer of so many shows."""
-        while most_tokens > LONG_PROMPT:
-            try:
-                self._compute_rows(usual_rows(min(most_tokens, LONGEST_PREPARED)))
+    def _with_room(self, most_tokens: int, most_alone: int) -> int:
+        """Returns: most_alone, or for how many tokens more than most_tokens all ranks have memory, as a layer of so many shows."""
+        most_alone = max(most_tokens, min(most_alone, self._max_model_len))
+        while most_alone > most_tokens:
+            self._see_to(Chore("room", usual_rows(most_alone)))
+            if self._has_room:
                 break
-            except RuntimeError as error:  # or cuDNN has no plan
-                torch.cuda.empty_cache()
-                most_tokens //= 2
-                _log.warning(
-                    "a prompt that is alone has at most %d tokens in a step: %s",
-                    most_tokens,
-                    str(error).splitlines()[0],
-                )
-        return most_tokens
+            most_alone = max(most_tokens, most_alone // 2)
+            _log.warning("a prompt that is alone has at most %d tokens in a step: memory lacks for more", most_alone)
+        return most_alone
+
+    def _find_room(self, num_rows: int) -> None:
+        """Compute a layer of so many rows; what that takes is left to steps from now on."""
+        used = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        has_room = 1.0
+        try:
+            self._compute_rows(num_rows)
+        except RuntimeError as error:  # memory lacks, or cuDNN has no plan
+            torch.cuda.empty_cache()
+            has_room = 0.0
+            _log.info("%d tokens in a step: %s", num_rows, str(error).splitlines()[0])
+        else:
+            self._least_free = max(self._least_free, torch.cuda.max_memory_allocated() - used)
+        flag = torch.full((1,), has_room, device=self._ops.device)
+        self._has_room = self._ops.all_reduce(flag).item() == self.rank.count
 
     def prepare_more(self) -> bool:
         """See engine/context.py: graphs for more sequences, and what cuBLAS and cuDNN load and plan for each number of tokens."""
         if not self._chores:
             return False
         chore = self._chores.popleft()
-        if self.rank.count > 1 and chore.what == "capture" and self._free_bytes() < CAPTURE_BYTES:
-            self._do_without(f"{self._free_bytes() >> 20} MiB of GPU memory are free")
+        if chore.what == "capture" and not self._can_spare():
+            self._chores = deque(c for c in self._chores if c.what != "capture")
+            _log.warning(
+                "larger decode graphs come when they are needed: %d MiB of GPU memory are free",
+                self._free_bytes() >> 20,
+            )
             return True
         try:
             self._see_to(chore)
@@ -208,6 +227,12 @@ class DeviceRunner(ModelRunner):
 
     def _free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._ops.device)[0]
+
+    def _can_spare(self) -> bool:
+        """Returns: whether a graph may take memory: what steps need must not become graphs'."""
+        if self._free_bytes() < self._least_free:
+            torch.cuda.empty_cache()
+        return self._free_bytes() >= self._least_free
 
     def _see_to(self, chore: Chore) -> None:
         """Do a chore on all ranks."""
@@ -221,6 +246,8 @@ class DeviceRunner(ModelRunner):
                 self._compile(chore.count)
             case "capture":
                 self._graphs.capture(chore.count)
+            case "room":
+                self._find_room(chore.count)
             case "rows" if self._computes_rows:
                 try:
                     self._compute_rows(chore.count)
@@ -236,13 +263,11 @@ class DeviceRunner(ModelRunner):
 
     def _capture_layers(self, num_rows: int) -> None:
         """Each rank for itself: no graph has a sum of NCCL's in it."""
-        if self._free_bytes() < CAPTURE_BYTES:
-            torch.cuda.empty_cache()
         try:
-            if self._free_bytes() < CAPTURE_BYTES:  # what steps need must not become graphs
+            if not self._can_spare():
                 raise torch.OutOfMemoryError(f"{self._free_bytes() >> 20} MiB of GPU memory are free")
             self._layer_graphs.capture(num_rows)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # drivers and libraries have their own for a lack of memory
             self._captures_layers = False
             _log.warning("steps of few tokens take longer than with graphs: %s", str(error).splitlines()[0])
 
@@ -440,7 +465,7 @@ class DeviceRunner(ModelRunner):
         torch.cuda.empty_cache()
         return FastDeployPDError(
             f"out of GPU memory ({free >> 20} of {total >> 20} MiB are free) {when}: lower --gpu-memory-utilization or "
-            f"--max-num-batched-tokens ({str(error).splitlines()[0]})",
+            f"--max-num-batched-tokens and --max-lone-prompt-tokens ({str(error).splitlines()[0]})",
             code="out_of_memory",
         )
 

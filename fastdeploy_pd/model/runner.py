@@ -186,16 +186,17 @@ class ModelRunner:
         """See engine/context.py."""
         return False
 
-    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int) -> int:
+    def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int, most_alone: int) -> int:
         """Compute for nobody, in blocks that are free.
 
         Args:
             can_decode: whether sequences will get more than their first token here at first; a role may change.
-            most_tokens: of prompts in a step.
-        Returns: most_tokens, or how many there is memory for.
+            most_tokens: of prompts in a step, streams' aside.
+            most_alone: the same of a prompt with nothing beside it.
+        Returns: most_alone, or how many there is memory for, if that is more than most_tokens.
         """
         self._compute_for_nobody(pool, [1])
-        return most_tokens
+        return most_alone
 
     def prepare_more(self) -> bool:
         """See engine/context.py."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -367,8 +368,20 @@ def test_a_prompt_that_is_alone_is_not_cut() -> None:
         assert found == wanted
 
 
-def test_a_prompt_that_is_alone_is_not_cut_by_less_than_others() -> None:
-    options = SchedulerOptions(4, 16, 64, enable_prefix_caching=False, max_lone_prompt_tokens=8)
-    scheduler = Scheduler(BlockPool(60, 4), options)
-    scheduler.add(new_request("r", list(range(30))))
-    assert scheduler.schedule(0).sequences[0].num_tokens == 16
+@pytest.mark.parametrize(
+    ("options", "sampling", "wanted"),
+    [
+        ({"max_lone_prompt_tokens": 8}, {}, 16),  # less than others get
+        ({"max_lone_prompt_tokens": 24}, {}, 24),
+        ({"max_lone_prompt_tokens": 24}, {"prompt_logprobs": 0}, 16),  # each token would be a row of logits
+        ({"max_lone_prompt_tokens": 24, "enable_chunked_prefill": False}, {}, 24),
+    ],
+)
+def test_how_many_tokens_a_prompt_that_is_alone_has(
+    options: dict[str, Any], sampling: dict[str, Any], wanted: int
+) -> None:
+    scheduler = Scheduler(BlockPool(60, 4), SchedulerOptions(4, 16, 64, enable_prefix_caching=False, **options))
+    request = new_request("r", list(range(30)))
+    request.sampling = SamplingParams(max_tokens=4, **sampling)
+    scheduler.add(request)
+    assert scheduler.schedule(0).sequences[0].num_tokens == wanted

@@ -73,7 +73,7 @@ def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: f
 
 def prepare(runner: ModelRunner) -> None:
     """As an idle instance does."""
-    runner.warm_up(BlockPool(64, 64), True, 1024)
+    runner.warm_up(BlockPool(64, 64), True, 1024, 1024)
     while runner.prepare_more():
         pass
 
@@ -167,7 +167,7 @@ def test_out_of_memory_before_a_step_is_queued_leaves_nothing(
 @pytest.mark.parametrize(("max_num_seqs", "num_blocks"), [(1, 64), (4, 1)])
 def test_warm_up_keeps_to_what_there_is(max_num_seqs: int, num_blocks: int) -> None:
     runner, pool = new_runner(max_num_seqs), BlockPool(num_blocks, 64)
-    runner.warm_up(pool, True, 512)
+    runner.warm_up(pool, True, 512, 512)
     assert pool.num_free == num_blocks
     request = new_request([1, 2, 3])
     assert taken(request, launch(runner, request)) >= 0
@@ -182,7 +182,7 @@ def test_what_is_prepared_while_idle_waits_for_nothing_and_changes_nothing(monke
 
     runner, pool, wanted = new_runner(max_num_seqs=80), BlockPool(64, 64), new_request([1, 2, 3, 4])
     tokens = [taken(wanted, launch(runner, wanted)) for _ in range(3)]
-    runner.warm_up(pool, True, 1024)
+    runner.warm_up(pool, True, 1024, 1024)
     held = runner._ops._layers.clone()
     assert max(runner._graphs._graphs) <= 64
     monkeypatch.setattr(torch.cuda, "synchronize", waits)  # which the mode below does not see
@@ -240,7 +240,7 @@ def test_memory_that_lacks_at_the_start_is_a_sentence(runner: ModelRunner, monke
 
     monkeypatch.setattr(runner._graphs, "capture", fail)
     with pytest.raises(FastDeployPDError, match=r"--gpu-memory-utilization.*Tried to allocate 9 GiB"):
-        runner.warm_up(BlockPool(64, 64), True, 512)
+        runner.warm_up(BlockPool(64, 64), True, 512, 512)
 
 
 def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_products_have_numbers_of_rows_that_were_prepared_for(monkeypatch: pytes
     monkeypatch.setattr(torch, "addmm", lambda c, a, *b, **k: (counts.add(len(a)), addmm(c, a, *b, **k))[1])
     monkeypatch.setattr(torch.nn.functional, "linear", lambda a, *b: (counts.add(len(a)), linear(a, *b))[1])
     runner, pool = new_runner(max_num_seqs=40), BlockPool(64, 64)
-    runner.warm_up(pool, True, 2600)
+    runner.warm_up(pool, True, 2600, 2600)
     while runner.prepare_more():
         pass
     prepared, rng = set(counts), np.random.default_rng(1)
@@ -429,15 +429,17 @@ def test_a_step_has_no_more_tokens_than_memory_for_them(
     compute = runner._compute_rows
 
     def fail(num_rows: int) -> None:
-        if num_rows > 2100:
+        if num_rows > 700:
             raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
         compute(num_rows)
 
     monkeypatch.setattr(runner, "_compute_rows", fail)
-    assert runner.warm_up(BlockPool(64, 64), True, 8192) == 2048
-    assert "a prompt that is alone has at most 2048 tokens in a step: Tried to allocate 9 GiB" in caplog.messages
+    assert runner.warm_up(BlockPool(64, 64), True, 128, 8192) == 512  # the model takes 1,024
+    assert caplog.messages == ["a prompt that is alone has at most 512 tokens in a step: memory lacks for more"]
+    assert runner.warm_up(BlockPool(64, 64), True, 2048, 8192) == 2048
     monkeypatch.undo()
-    assert runner.warm_up(BlockPool(64, 64), True, 8192) == 8192
+    assert runner.warm_up(BlockPool(64, 64), True, 128, 8192) == 1024
+    assert runner._least_free >= 1 << 29
 
 
 def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(

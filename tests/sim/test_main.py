@@ -264,3 +264,24 @@ def test_percentiles_are_numpys() -> None:
     for percent in (50, 90, 99):
         assert found[f"p{percent}"] == pytest.approx(np.percentile(values, percent))
     assert summary([]) == {"mean": None, "p50": None, "p90": None, "p99": None}
+
+
+def test_a_prompt_that_is_alone_may_have_more_tokens_in_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        *FLAGS,
+        "--trace",
+        str(TRACE),
+        "--max-requests",
+        "60",
+        "--layout",
+        "8M",
+        "--rate",
+        "0.2",
+        "--max-num-batched-tokens",
+        "512",
+    ]
+    said = []
+    for more in ([], ["--max-lone-prompt-tokens", "512"], ["--max-lone-prompt-tokens", "16384"]):
+        assert main([*flags, *more]) == 0
+        said.append([line for line in capsys.readouterr().out.splitlines() if "TTFT" in line or "ttft" in line])
+    assert said[0] == said[1] != said[2]
