@@ -390,10 +390,10 @@ def test_graphs_compute_what_kernels_one_by_one_do(dtype: str, cache_dtype: str)
     plain, graphs = (new_runner(8, dtype, cache_dtype) for _ in range(2))
     prepare(graphs)
     prepared = sorted(graphs._layer_graphs._pieces)
-    assert prepared == [*range(16, 513, 16), 640, 768, 896, 1024] and not plain._layer_graphs._pieces
+    assert prepared == [1, *range(16, 513, 16), 640, 768, 896, 1024] and not plain._layer_graphs._pieces
     counts, run = list[int](), graphs._layer_graphs.run
     graphs._layer_graphs.run = lambda step, *others: (counts.append(len(step.token_ids)), run(step, *others))[1]
-    steps = random_steps(4, 60)
+    steps = [*random_steps(4, 60), [(0, 0, 1)]]
     (wanted, wanted_pool), (got, pool) = (run_steps(runner, steps) for runner in (plain, graphs))
     assert len(counts) == len(steps) and len(set(counts)) > 10
     assert got == wanted and len({t for step in got for t in step}) > 5

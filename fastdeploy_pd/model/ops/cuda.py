@@ -311,14 +311,16 @@ def _padded_length(num_tokens: int) -> int:
 
 def usual_rows(num_rows: int) -> int:
     """Returns: the next number that is prepared for, of a step or of its logits: of others cuBLAS may take a kernel that is not
-    loaded, which waits for the device."""
+    loaded, which waits for the device. One stays one: a prompt of one token is rounded as a stream is, whose graph has one row."""
+    if num_rows == 1:
+        return 1
     return _padded_length(num_rows) if num_rows > MANY_ROW_STEPS else -(-num_rows // ROW_STEP) * ROW_STEP
 
 
 def row_counts(most: int) -> list[int]:
     """Returns: falling numbers of rows that steps of up to `most` rows have."""
     many = range(_padded_length(most), MANY_ROW_STEPS, -PADDING)
-    return [*many, *range(min(usual_rows(most), MANY_ROW_STEPS), 0, -ROW_STEP)]
+    return [*many, *range(min(usual_rows(max(most, 2)), MANY_ROW_STEPS), 0, -ROW_STEP), 1]
 
 
 def _padded(array: np.ndarray, count: int, value: int) -> np.ndarray:
