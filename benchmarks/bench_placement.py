@@ -39,6 +39,7 @@ def measure(setting: Setting, requests: Sequence[TraceRequest], rate: float) -> 
         "layout": setting.layout,
         "placement": setting.placement,
         "step tokens": setting.max_num_batched_tokens,
+        "alone": setting.max_lone_prompt_tokens,
         "req/s": rate,
         "in time %": round(100 * float(in_time.mean()), 1),
         f"late below {SHORT_TOKENS}": int(is_late[num_input < SHORT_TOKENS].sum()),

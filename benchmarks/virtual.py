@@ -57,9 +57,14 @@ class Setting:
     layout: str
     placement: str = "slo"
     max_num_batched_tokens: int = 2048
-    max_lone_prompt_tokens: int | None = None  #: None: as an instance on a GPU has it
+    given_lone_tokens: int | None = None  #: --max-lone-prompt-tokens; None: as an instance on a GPU has it
     slo_ttft_x: float = 5.0
     slo_tpot_s: float = 0.1
+
+    @property
+    def max_lone_prompt_tokens(self) -> int:
+        """Returns: most tokens of a step for a prompt that is alone."""
+        return self.given_lone_tokens or lone_prompt_tokens(self.max_num_batched_tokens)
 
 
 @dataclass(slots=True)
@@ -185,7 +190,6 @@ class Traffic:
     def _node(self, name: str, role: Role) -> Node:
         setting, numbers = self.setting, itertools.count()
         device, held = VirtualDevice(self.clock), HeldBlocks()
-        lone = setting.max_lone_prompt_tokens
         policy = "slack" if setting.placement == "slo" else "fcfs"
         options = SchedulerOptions(
             MAX_NUM_SEQS,
@@ -193,7 +197,7 @@ class Traffic:
             MAX_MODEL_LEN,
             prefill_policy=policy,
             guards_tpot=True,
-            max_lone_prompt_tokens=lone_prompt_tokens(setting.max_num_batched_tokens) if lone is None else lone,
+            max_lone_prompt_tokens=setting.max_lone_prompt_tokens,
         )
         pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
         pool.listener = held

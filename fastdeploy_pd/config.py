@@ -378,7 +378,7 @@ def _add_step_flags(add: Callable[..., Any]) -> None:
         "--max-lone-prompt-tokens",
         type=integer(1),
         help="the same of a prompt while there is nothing else to compute (default: as --max-num-batched-tokens; "
-        f"on a GPU four times that, up to {LONE_PROMPT_TOKENS})",
+        f"on a GPU four times that, up to {LONE_PROMPT_TOKENS} or that, if it is more)",
     )
     add(
         "--enable-chunked-prefill",

@@ -62,7 +62,7 @@ class Runner(Protocol):
         ...
 
     def prepare_more(self) -> bool:
-        """Do a bit, some 40 ms, of what would make a later step begin late. Called while there is nothing to compute.
+        """Do a bit, of up to 90 ms, of what would make a later step begin late. Called while there is nothing to compute.
 
         Returns: whether there was any.
         """

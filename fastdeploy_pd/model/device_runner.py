@@ -139,10 +139,9 @@ class DeviceRunner(ModelRunner):
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         self._num_kernels_ahead = 0  # the sum of these
         self._chores: deque[Chore] = deque()
-        #: ahead of time, until it fails; other ranks go on, and tell of more
-        self._computes_rows = self._captures_layers = True
-        self._has_room = True
-        self._least_free = CAPTURE_BYTES
+        self._computes_rows = self._captures_layers = True  # ahead of time, until it fails here; other ranks go on
+        self._has_room = True  # all ranks have, for the rows of the last chore that asked
+        self._step_bytes = 0  # that a layer of the most rows takes, as far as all ranks have had them
 
     def attach(self, pool: Any, layout: KVLayout, max_num_seqs: int = 8, max_model_len: int | None = None) -> None:
         """See ModelRunner."""
@@ -181,33 +180,43 @@ class DeviceRunner(ModelRunner):
 
     def _with_room(self, most_tokens: int, most_alone: int) -> int:
         """Returns: most_alone, or for how many tokens more than most_tokens all ranks have memory, as a layer of so many shows."""
-        most_alone = max(most_tokens, min(most_alone, self._max_model_len))
+        self._see_to(Chore("room", usual_rows(min(most_tokens, LONGEST_PREPARED) + len(self._ops.sampled))))
+        if not self._has_room:
+            message = (
+                "a step of %d tokens may lack GPU memory: lower --gpu-memory-utilization or --max-num-batched-tokens"
+            )
+            _log.warning(message, most_tokens)
+        most_alone = wanted = max(most_tokens, min(most_alone, self._max_model_len))
         while most_alone > most_tokens:
             self._see_to(Chore("room", usual_rows(most_alone)))
             if self._has_room:
                 break
             most_alone = max(most_tokens, most_alone // 2)
+        if most_alone < wanted:
             _log.warning("a prompt that is alone has at most %d tokens in a step: memory lacks for more", most_alone)
         return most_alone
 
     def _find_room(self, num_rows: int) -> None:
-        """Compute a layer of so many rows; what that takes is left to steps from now on."""
+        """Compute a layer of so many rows; if all ranks can, what that takes is left to steps from now on."""
         used = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        has_room = 1.0
+        has_room = True
         try:
             self._compute_rows(num_rows)
         except RuntimeError as error:  # memory lacks, or cuDNN has no plan
+            has_room = False
+            _log.info("%d rows in a step: %s", num_rows, str(error).splitlines()[0])
+        peak = torch.cuda.max_memory_allocated() - used
+        if not has_room:
             torch.cuda.empty_cache()
-            has_room = 0.0
-            _log.info("%d tokens in a step: %s", num_rows, str(error).splitlines()[0])
-        else:
-            self._least_free = max(self._least_free, torch.cuda.max_memory_allocated() - used)
-        flag = torch.full((1,), has_room, device=self._ops.device)
+        flag = torch.full((1,), float(has_room), device=self._ops.device)
         self._has_room = self._ops.all_reduce(flag).item() == self.rank.count
+        if self._has_room:
+            self._step_bytes = max(self._step_bytes, peak)
 
     def prepare_more(self) -> bool:
-        """See engine/context.py: graphs for more sequences, and what cuBLAS and cuDNN load and plan for each number of tokens."""
+        """See engine/context.py: graphs for more sequences, what cuBLAS and cuDNN load and plan for each number of tokens, and graphs
+        of small steps."""
         if not self._chores:
             return False
         chore = self._chores.popleft()
@@ -230,9 +239,10 @@ class DeviceRunner(ModelRunner):
 
     def _can_spare(self) -> bool:
         """Returns: whether a graph may take memory: what steps need must not become graphs'."""
-        if self._free_bytes() < self._least_free:
+        least = self._step_bytes + CAPTURE_BYTES
+        if self._free_bytes() < least:
             torch.cuda.empty_cache()
-        return self._free_bytes() >= self._least_free
+        return self._free_bytes() >= least
 
     def _see_to(self, chore: Chore) -> None:
         """Do a chore on all ranks."""
@@ -257,7 +267,7 @@ class DeviceRunner(ModelRunner):
                 self._capture_layers(chore.count)
 
     def _do_without(self, why: str) -> None:
-        self._chores.clear()
+        self._chores = deque(c for c in self._chores if c.what == "layers")  # which look at what is free themselves
         self._computes_rows = False
         _log.warning("what is not prepared yet comes when it is needed: %s", why.splitlines()[0])
 

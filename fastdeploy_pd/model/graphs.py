@@ -46,11 +46,10 @@ class Captures:
     """Takes graphs of which no two ever run at once: each may compute where others, taken before, have what nobody needs any more."""
 
     def __init__(self) -> None:
-        self._memory = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream()  # of all of them: what one has freed, another stream's could not use
-        self._first: torch.cuda.CUDAGraph | None = (
-            None  # keeps the pool: it would be gone with the last graph that uses it
-        )
+        # The pool that they share, which would be gone with the last graph that uses it, and a graph that keeps it.
+        self._memory: Any = None
+        self._first: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -68,7 +67,7 @@ class Captures:
         It waits for no step in flight. torch.cuda.graph would, and give cached memory back, which waits again.
         """
         graph, is_whole = torch.cuda.CUDAGraph(), False
-        if self._first is None:  # such as one that failed may have used the pool alone
+        if self._first is None:  # a capture that failed may have been the pool's only user
             self._memory = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self._side):
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")

@@ -67,7 +67,7 @@ class Chore(msgspec.Struct, array_like=True):
 
     what: str
     """compile: kernels for up to `count` sequences; capture: decode graphs for so many; rows: what steps of so many rows load;
-    room: find out whether all ranks have memory for so many; layers: graphs of what such steps have between attentions."""
+    room: find out whether all ranks have memory for a layer of so many rows; layers: graphs of what such steps have between attentions."""
     count: int
 
 

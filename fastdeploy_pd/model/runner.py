@@ -193,7 +193,7 @@ class ModelRunner:
             can_decode: whether sequences will get more than their first token here at first; a role may change.
             most_tokens: of prompts in a step, streams' aside.
             most_alone: the same of a prompt with nothing beside it.
-        Returns: most_alone, or how many there is memory for, if that is more than most_tokens.
+        Returns: how many a prompt with nothing beside it may have: most_alone, or fewer where memory lacks, but at least most_tokens.
         """
         self._compute_for_nobody(pool, [1])
         return most_alone

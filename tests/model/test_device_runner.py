@@ -73,6 +73,7 @@ def test_a_step_ahead_yields_the_same_tokens(runner: ModelRunner, temperature: f
 
 def prepare(runner: ModelRunner) -> None:
     """As an idle instance does."""
+    runner._free_bytes = lambda: 1 << 40  # whatever else is on this GPU
     runner.warm_up(BlockPool(64, 64), True, 1024, 1024)
     while runner.prepare_more():
         pass
@@ -228,8 +229,8 @@ def test_ranks_prepare_no_graph_that_may_lack_memory(runner: ModelRunner, monkey
     runner.rank = Rank(0, 2)
     monkeypatch.setattr(runner, "announce", announce)
     monkeypatch.setattr(runner, "_free_bytes", lambda: 0)
-    runner._chores.append(Chore("capture", 80))
-    assert runner.prepare_more() and not runner.prepare_more()
+    runner._chores += [Chore("capture", 80), Chore("capture", 96), Chore("rows", 16)]
+    assert runner.prepare_more() and [c.what for c in runner._chores] == ["rows"]
 
 
 def test_memory_that_lacks_at_the_start_is_a_sentence(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,12 +435,26 @@ def test_a_step_has_no_more_tokens_than_memory_for_them(
         compute(num_rows)
 
     monkeypatch.setattr(runner, "_compute_rows", fail)
-    assert runner.warm_up(BlockPool(64, 64), True, 128, 8192) == 512  # the model takes 1,024
-    assert caplog.messages == ["a prompt that is alone has at most 512 tokens in a step: memory lacks for more"]
-    assert runner.warm_up(BlockPool(64, 64), True, 2048, 8192) == 2048
+    assert runner._with_room(128, 8192) == 512  # the model takes 1,024
+    small = runner._step_bytes
+    assert runner._with_room(2048, 8192) == 2048
+    assert caplog.messages == [
+        "a prompt that is alone has at most 512 tokens in a step: memory lacks for more",
+        "a step of 2048 tokens may lack GPU memory: lower --gpu-memory-utilization or --max-num-batched-tokens",
+    ]
     monkeypatch.undo()
     assert runner.warm_up(BlockPool(64, 64), True, 128, 8192) == 1024
-    assert runner._least_free >= 1 << 29
+    assert runner._step_bytes > small > 0
+
+
+def test_a_rank_that_lacks_memory_is_the_one_that_counts(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[bytes]()
+    runner.rank = Rank(0, 2)
+    monkeypatch.setattr(runner, "announce", lambda data, on_layer: told.append(data))
+    monkeypatch.setattr(runner._ops, "all_reduce", lambda x: x)  # the other has none
+    assert runner._with_room(128, 1024) == 128
+    assert [runner._listener.hear(data)[0].chore.count for data in told] == [144, 1024, 512, 256]
+    assert runner._step_bytes == 0
 
 
 def test_layers_whose_graphs_lack_memory_are_queued_one_by_one(

@@ -29,7 +29,7 @@ from rdma_comm.cuda.driver import release_gil
 from rdma_comm.errors import RdmaError
 
 PADDING = 128  # cuDNN sees prompts in multiples of it: it builds a plan for each length it meets, 30 ms each
-ROW_STEP = 16  # rows of a step, and of logits, come in multiples of it ...
+ROW_STEP = 16  # rows of a step, and of logits, come in multiples of it, but for one, ...
 MANY_ROW_STEPS = 512  # ... or, above this, of PADDING: products take as long for fewer
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
