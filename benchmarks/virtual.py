@@ -64,7 +64,8 @@ class Setting:
     @property
     def max_lone_prompt_tokens(self) -> int:
         """Returns: most tokens of a step for a prompt that is alone."""
-        return self.given_lone_tokens or lone_prompt_tokens(self.max_num_batched_tokens)
+        lone = self.given_lone_tokens or lone_prompt_tokens(self.max_num_batched_tokens)
+        return max(lone, self.max_num_batched_tokens)
 
 
 @dataclass(slots=True)

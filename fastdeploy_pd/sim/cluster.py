@@ -62,8 +62,11 @@ class ClusterOptions:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "link_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.max_lone_prompt_tokens < 0:
-            raise ConfigError(f"max_lone_prompt_tokens is {self.max_lone_prompt_tokens}; it must be 0 or more")
+        if self.max_lone_prompt_tokens and self.max_lone_prompt_tokens < self.max_num_batched_tokens:
+            raise ConfigError(
+                f"--max-lone-prompt-tokens is {self.max_lone_prompt_tokens}; it must be 0 or at least --max-num-batched-tokens "
+                f"({self.max_num_batched_tokens})"
+            )
         if not self.link_latency_s >= 0:
             raise ConfigError(f"link_latency_s is {self.link_latency_s}; it must be 0 or more")
         if TRACE_BLOCK_TOKENS % self.block_size:

@@ -76,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-blocks", type=int, help=f"KV blocks of an instance {known}")
     add("--kv-bytes-per-token", type=int, help=f"KV bytes of a token in all layers {known}")
     add("--max-num-batched-tokens", type=int, default=8192, help="most tokens of prompts in a step (default 8192)")
-    lone_help = "the same of a prompt while there is nothing else to compute, if that is more (default 0)"
+    lone_help = "the same of a prompt while there is nothing else to compute; 0: no more (default); an instance on a GPU takes 8192"
     add("--max-lone-prompt-tokens", type=int, default=0, help=lone_help)
     add_instance_flags(parser)
     fail_help = "at TIME (s) the instance of this number, from 0, dies; SECONDS later it is back, empty; repeatable"

@@ -104,6 +104,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be above 0"),
         ({"link_latency_s": -1e-3}, "link_latency_s is -0.001; it must be 0 or more"),
         ({"kv_bytes_per_token": 0}, "--kv-bytes-per-token must be given"),
+        (
+            {"max_num_batched_tokens": 512, "max_lone_prompt_tokens": 100},
+            r"--max-lone-prompt-tokens is 100; it must be 0 or at least --max-num-batched-tokens \(512\)",
+        ),
     ],
 )
 def test_wrong_options_are_named(change: dict[str, Any], text: str) -> None:
