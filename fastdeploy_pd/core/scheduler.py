@@ -3,7 +3,7 @@
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
 requests come first, so a stream never waits for a new prompt's turn. The token budget goes to prompts, in order; streams' tokens, one
 each, come on top, so that prompts which fill the budget are not cut for a few streams beside them. A prompt that is alone, with no
-stream and no other prompt, may have more: nobody waits for the step, and it is over sooner in one piece. When blocks run out, the youngest
+stream and no other prompt, may have more: nobody waits when its step begins, and it is over sooner in one piece. When blocks run out, the youngest
 running request gives up its own and is computed again later (preemption by recompute); so do prompts whose first token is late in any
 case, where one that can be on time lacks blocks.
 
