@@ -3,9 +3,9 @@
 There is no prefill phase and no decode phase in here: each request only has `num_computed_tokens` chasing `num_tokens`. Running
 requests come first, so a stream never waits for a new prompt's turn. The token budget goes to prompts, in order; streams' tokens, one
 each, come on top, so that prompts which fill the budget are not cut for a few streams beside them. A prompt that is alone, with no
-stream and no other prompt, may have more: nobody waits when its step begins, and it is over sooner in one piece. When blocks run out, the youngest
-running request gives up its own and is computed again later (preemption by recompute); so do prompts whose first token is late in any
-case, where one that can be on time lacks blocks.
+stream and no other prompt, may have more: nobody waits when its step begins, and it is over sooner in one piece. When blocks run out,
+the youngest running request gives up its own and is computed again later (preemption by recompute); so do prompts whose first token is
+late in any case, where one that can be on time lacks blocks.
 
 Steps run while the next ones are scheduled: `launched` says that a step has begun, `computed` that the oldest one has ended. Between
 the two a request's newest token may be pending: it counts, and its id is not known. Blocks that are given up while a launched step
@@ -256,9 +256,10 @@ class Scheduler:
         if not prompts:
             return []
         budget = self.options.max_num_batched_tokens
+        is_lone = len(prompts) == 1 and not streams.num
         if (
-            len(prompts) == 1 and not streams.num and prompts[0].sampling.prompt_logprobs is None
-        ):  # of logits it has many
+            is_lone and prompts[0].sampling.prompt_logprobs is None
+        ):  # where they are asked for, each token has its logits
             budget = max(budget, self.options.max_lone_prompt_tokens)
         start_s = now_s + busy_s
         slack_s, stretch = self._leave_to_prompts(streams, start_s)

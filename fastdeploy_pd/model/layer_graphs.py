@@ -115,7 +115,6 @@ class LayerGraphs:
 
 def _unowned(x: torch.Tensor) -> torch.Tensor:
     """Returns: x, of which the memory may be reused: it stays where it is for as long as a graph needs it."""
-
     size = x.numel() * x.element_size()
     memory = {"shape": (size,), "typestr": "|u1", "data": (x.data_ptr(), False), "version": 3}
     bytes_of_it = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=x.device)
