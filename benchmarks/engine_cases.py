@@ -3,7 +3,8 @@
     python -m benchmarks.engine_cases ours.json vllm.json        (a table of two runs and their ratio)
 
 A case is a number of prompts of random token ids, all given at once. It is timed with one output token, which is the prefill, and with
-`output_len`, which is the prefill and output_len - 1 steps of decode; medians of the repeats after a run that is not counted.
+`output_len`, which is the prefill and output_len - 1 steps of decode; medians of the repeats after a run that is not counted. `--alone`
+times prompts one at a time until their first token, as who sends one to an idle engine waits for it; medians of ALONE_REPEATS.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ CASES = {
         Case("long", 2, 7936, 128),
     )
 }
+ALONE_REPEATS, ALONE_WARM_UP = 9, 3
 MOST_MODEL_LEN = 8192  # where --max-model-len is not given
 FIGURES = ("prefill_tok_s", "decode_tok_s", "step_ms")  # that are compared
 MAX_NUM_SEQS = max(case.requests for case in CASES.values())
@@ -71,9 +73,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--max-num-batched-tokens", type=integer(1), help="of a step (default: the engine's own)")
     flags.add_argument("--cases", type=names_of(CASES), default=list(CASES), help=",".join(CASES))
     flags.add_argument("--repeats", type=integer(1), default=3)
+    flags.add_argument(
+        "--alone", type=lengths, default=[], metavar="N,...", help="tokens of prompts that are timed one at a time"
+    )
     flags.add_argument("--scale", type=SCALE, default=1.0, help="of prompts, their lengths and their answers'")
     flags.add_argument("--json", type=Path, help="where to write the figures")
     return flags
+
+
+def lengths(text: str) -> list[int]:
+    """Returns: "64,512" as numbers. Raises: argparse.ArgumentTypeError: one is none above 0; says what is allowed."""
+    try:
+        return [integer(1)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} (several: 64,512)") from error
 
 
 def complete(args: argparse.Namespace, device: str = "cuda") -> None:
@@ -86,6 +99,10 @@ def complete(args: argparse.Namespace, device: str = "cuda") -> None:
     args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     args.max_model_len = args.max_model_len or min(MOST_MODEL_LEN, most)
     cases_of(args)
+    if args.alone and max(args.alone) >= args.max_model_len:
+        raise ConfigError(
+            f"--alone: {max(args.alone)} is not allowed; it must be below --max-model-len, {args.max_model_len}"
+        )
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -130,6 +147,17 @@ def measure(case: Case, repeats: int, vocab_size: int, generate: Generate) -> di
     return figures(case, *medians)
 
 
+def measure_alone(num_tokens: int, vocab_size: int, generate: Generate) -> float:
+    """Returns: milliseconds that a prompt of so many tokens takes to its first one."""
+    rng, seconds = random.Random(num_tokens), []
+    for _ in range(ALONE_WARM_UP + ALONE_REPEATS):
+        prompt = [rng.randrange(vocab_size) for _ in range(num_tokens)]
+        began_s = time.perf_counter()
+        generate([prompt], 1)
+        seconds.append(time.perf_counter() - began_s)
+    return 1e3 * statistics.median(seconds[ALONE_WARM_UP:])
+
+
 def since_start_s() -> float:
     """Returns: seconds since this process was started, imports included. Source: proc(5), field 22."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -159,6 +187,11 @@ def run(args: argparse.Namespace, facts: dict[str, Any], generate: Generate) -> 
         results["cases"][case.name] = row
         sys.stdout.write(f"{case.name}: {', '.join(f'{k} {v:.4g}' for k, v in row.items())}\n")
         sys.stdout.flush()
+    results["alone_ms"] = {}
+    for num_tokens in args.alone:
+        results["alone_ms"][str(num_tokens)] = ms = measure_alone(num_tokens, vocab_size, generate)
+        sys.stdout.write(f"{num_tokens} tokens alone: {ms:.4g} ms\n")
+        sys.stdout.flush()
     results["gpu_memory_mib"] = gpu_memory_mib()  # engines keep what they once had: at the end it is the peak
     if args.json:
         write_json(args.json, results)
@@ -175,6 +208,8 @@ def table(ours: dict[str, Any], other: dict[str, Any]) -> str:
         if case in other["cases"]
         for name in FIGURES
     ]
+    alone, others = ours.get("alone_ms", {}), other.get("alone_ms", {})
+    rows += [(f"{n} tokens alone", "ms", alone[n], others[n]) for n in alone if n in others]
     rows += [("", name, ours.get(name), other.get(name)) for name in ("ready_s", "gpu_memory_mib")]
     for case, name, a, b in rows:
         if a and b:

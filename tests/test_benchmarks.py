@@ -65,22 +65,30 @@ def test_rates_of_an_engine() -> None:
     rates = figures(Case("", 4, 100, 11), 0.5, 1.5)
     assert (rates["prefill_tok_s"], rates["decode_tok_s"], rates["step_ms"]) == (800, 40, 100)
     fast, slow = (
-        {"engine": name, "version": "1", "ready_s": s, "cases": {"b1": figures(CASES["b1"], s, 3 * s)}}
+        {
+            "engine": name,
+            "version": "1",
+            "ready_s": s,
+            "cases": {"b1": figures(CASES["b1"], s, 3 * s)},
+            "alone_ms": {"9": s},
+        }
         for name, s in (("fast", 1.0), ("slow", 2.0))
     )
     ratios = [line.split("|")[-2].strip() for line in table(fast, slow).splitlines()[2:]]
-    assert ratios == ["2.00"] * 4
+    assert ratios == ["2.00"] * 5
 
 
 def test_the_engine_is_timed(tmp_path: Path) -> None:
     command = ["-m", "benchmarks.bench_engine", "--model", str(write_model(tmp_path / "tiny")), "--device", "cpu"]
     command += ["--ops", "torch", "--dtype", "float32", "--max-model-len", "600", "--scale", "0.06", "--repeats", "1"]
-    done = python(*command, "--json", str(tmp_path / "out.json"), "--", "--num-gpu-blocks-override", "200")
+    command += ["--alone", "5,90", "--json", str(tmp_path / "out.json"), "--", "--num-gpu-blocks-override", "200"]
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["cases"]) == list(CASES) and result["ready_s"] > 0
     assert all(row["prefill_tok_s"] > 0 for row in result["cases"].values())
-    refused = python(*command, "--scale", "1", "--cases", "long")
+    assert list(result["alone_ms"]) == ["5", "90"] and min(result["alone_ms"].values()) > 0
+    refused = python(*command[:-3], "--scale", "1", "--cases", "long")
     assert refused.returncode == 2 and "long needs 8064 tokens; --max-model-len is 600" in refused.stderr
 
 
