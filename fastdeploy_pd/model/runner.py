@@ -294,42 +294,41 @@ class ModelRunner:
 
 def attention_plan(sequences: Sequence[ScheduledSequence], block_size: int) -> AttentionPlan:
     """Where a step's K and V go, and which sequences are attended to one by one or together."""
-    block_ids: list[np.ndarray] = []
-    offsets: list[np.ndarray] = []
+    num_rows = sum(s.stop - s.start for s in sequences)
+    block_ids, offsets = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
     fresh_blocks: list[int] = []
     spans: list[PromptSpan] = []
-    singles: list[tuple[int, np.ndarray, int]] = []
+    singles: list[tuple[int, list[int], int]] = []
     row = 0
     for sequence in sequences:
         start, stop = sequence.start, sequence.stop
-        table = np.array(sequence.request.local.block_table[: -(-stop // block_size)], dtype=np.int64)
-        places = np.arange(start, stop, dtype=np.int64)
-        block_ids.append(table[places // block_size])
-        offsets.append(places % block_size)
-        last_begin = stop // block_size * block_size
-        if start <= last_begin < stop:
-            fresh_blocks.append(int(table[-1]))
+        blocks = sequence.request.local.block_table[: -(-stop // block_size)]
+        if start <= stop // block_size * block_size < stop:
+            fresh_blocks.append(blocks[-1])
         if stop - start == 1:
-            singles.append((row, table, stop))
+            singles.append((row, blocks, stop))
         else:
+            table, places = np.array(blocks, dtype=np.int64), np.arange(start, stop, dtype=np.int64)
+            own = slice(row, row + stop - start)
+            block_ids[own], offsets[own] = table[places // block_size], places % block_size
             spans.append(PromptSpan(row, stop - start, start, table))
         row += stop - start
+    if singles:  # at once: there may be hundreds
+        rows = [row for row, _, _ in singles]
+        block_ids[rows] = [blocks[-1] for _, blocks, _ in singles]
+        offsets[rows] = [(stop - 1) % block_size for _, _, stop in singles]
     return AttentionPlan(
-        np.concatenate(block_ids),
-        np.concatenate(offsets),
-        np.array(fresh_blocks, dtype=np.int64),
-        spans,
-        decode_groups(singles, block_size),
+        block_ids, offsets, np.array(fresh_blocks, dtype=np.int64), spans, decode_groups(singles, block_size)
     )
 
 
-def decode_groups(singles: list[tuple[int, np.ndarray, int]], block_size: int) -> list[DecodeGroup]:
+def decode_groups(singles: Sequence[tuple[int, Sequence[int], int]], block_size: int) -> list[DecodeGroup]:
     """Group one-token sequences by length, so that a long one doesn't pad all the others to its own.
 
     Args:
         singles: (row, [ceil(length / block_size)] block ids, length) each, in rising order of row.
     """
-    by_width: dict[int, list[tuple[int, np.ndarray, int]]] = {}
+    by_width: dict[int, list[tuple[int, Sequence[int], int]]] = {}
     for single in singles:
         width = max(MIN_GROUP_BLOCKS, 1 << (len(single[1]) - 1).bit_length())
         by_width.setdefault(width, []).append(single)
@@ -341,13 +340,11 @@ def decode_groups(singles: list[tuple[int, np.ndarray, int]], block_size: int) -
     return groups
 
 
-def _decode_group(members: list[tuple[int, np.ndarray, int]]) -> DecodeGroup:
-    tables = np.empty((len(members), max(len(table) for _, table, _ in members)), np.int64)
-    for index, (_, table, _) in enumerate(members):
-        tables[index, : len(table)] = table
-        tables[index, len(table) :] = table[0]
+def _decode_group(members: list[tuple[int, Sequence[int], int]]) -> DecodeGroup:
+    width = max(len(table) for _, table, _ in members)
+    tables = [[*table, *[table[0]] * (width - len(table))] for _, table, _ in members]
     rows, lengths = ([m[field] for m in members] for field in (0, 2))
-    return DecodeGroup(np.array(rows, np.int64), tables, np.array(lengths, np.int64))
+    return DecodeGroup(np.array(rows, np.int64), np.array(tables, np.int64), np.array(lengths, np.int64))
 
 
 def _scored_positions(sequence: ScheduledSequence) -> range:
