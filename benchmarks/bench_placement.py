@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.checks import ended, names_of, rates
+from benchmarks.checks import ended, integers, names_of, rates
 from benchmarks.trace import NUM_REQUESTS, TraceRequest, load
 from benchmarks.virtual import LAYOUTS, MAX_MODEL_LEN, Setting, Traffic, prefill_s
 from fastdeploy_pd.core.multiplexing import PLACEMENTS
@@ -47,14 +47,6 @@ def measure(setting: Setting, requests: Sequence[TraceRequest], rate: float) -> 
         "TTFT ms p50 / p90 / p99": " / ".join(f"{1e3 * t:.0f}" for t in np.percentile(ttft_s, (50, 90, 99))),
         "TPOT ms p50 / p90": " / ".join(f"{1e3 * t:.1f}" for t in np.percentile(tpot_s, (50, 90))),
     }
-
-
-def integers(text: str) -> list[int]:
-    """Returns: "2048,8192" as numbers. Raises: argparse.ArgumentTypeError: they are not such; says what is allowed."""
-    try:
-        return [integer(1)(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error} (several: 2048,8192)") from error
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeploy_pd.errors import ConfigError, FastDeployPDError
-from fastdeploy_pd.flags import directory, number
+from fastdeploy_pd.flags import directory, integer, number
 from fastdeploy_pd.sim.fields import json_object, reason, whole
 
 SCALE = number(float, 1e-6, 1e3, "a number above 0, from 1e-6 to 1000")
@@ -39,6 +39,14 @@ def rates(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not allowed; it must be numbers above 0, from 1e-6 to 1e6, joined by commas, as in 1,2.5"
         ) from None
+
+
+def integers(text: str) -> list[int]:
+    """Returns: "64,512" as numbers. Raises: ArgumentTypeError: one is none above 0; says what is allowed."""
+    try:
+        return [integer(1)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} (several: 64,512)") from error
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:

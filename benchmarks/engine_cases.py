@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checks import SCALE, ended, model_directory, model_facts, names_of, need_fields, read_object
+from benchmarks.checks import SCALE, ended, integers, model_directory, model_facts, names_of, need_fields, read_object
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.flags import Parser, integer
 from fastdeploy_pd.machine import check_output, write_json
@@ -74,19 +74,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--cases", type=names_of(CASES), default=list(CASES), help=",".join(CASES))
     flags.add_argument("--repeats", type=integer(1), default=3)
     flags.add_argument(
-        "--alone", type=lengths, default=[], metavar="N,...", help="tokens of prompts that are timed one at a time"
+        "--alone",
+        type=integers,
+        default=[],
+        metavar="N,...",
+        help="tokens of prompts that are timed one at a time, whatever --scale",
     )
     flags.add_argument("--scale", type=SCALE, default=1.0, help="of prompts, their lengths and their answers'")
     flags.add_argument("--json", type=Path, help="where to write the figures")
     return flags
-
-
-def lengths(text: str) -> list[int]:
-    """Returns: "64,512" as numbers. Raises: argparse.ArgumentTypeError: one is none above 0; says what is allowed."""
-    try:
-        return [integer(1)(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error} (several: 64,512)") from error
 
 
 def complete(args: argparse.Namespace, device: str = "cuda") -> None:
@@ -208,7 +204,7 @@ def table(ours: dict[str, Any], other: dict[str, Any]) -> str:
         if case in other["cases"]
         for name in FIGURES
     ]
-    alone, others = ours.get("alone_ms", {}), other.get("alone_ms", {})
+    alone, others = ours["alone_ms"], other["alone_ms"]
     rows += [(f"{n} tokens alone", "ms", alone[n], others[n]) for n in alone if n in others]
     rows += [("", name, ours.get(name), other.get(name)) for name in ("ready_s", "gpu_memory_mib")]
     for case, name, a, b in rows:
@@ -230,6 +226,11 @@ def read_report(path: Path, name: str) -> dict[str, Any]:
                 raise ValueError(f"has no figures of case {case}")
             for figure in FIGURES:
                 number(row, figure)
+        alone = report.setdefault("alone_ms", {})  # older reports have none
+        if not isinstance(alone, dict):
+            raise ValueError("has an alone_ms that is no object")
+        for length in alone:
+            number(alone, length)
         for figure in ("ready_s", "gpu_memory_mib"):
             if report.get(figure) is not None:
                 number(report, figure)

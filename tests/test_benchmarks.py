@@ -155,6 +155,8 @@ def test_what_the_benchmark_of_pairs_refuses(flags: list[str], text: str, refuse
         (["--scale", "-1"], "--scale: '-1' is not allowed"),
         (["--scale", "nan"], "--scale: 'nan' is not allowed"),
         (["--repeats", "0"], "--repeats: '0' is not allowed; it must be an integer from 1 to "),
+        (["--alone", "9,0"], "--alone: '0' is not allowed; it must be an integer from 1 to "),
+        (["--alone", "9,4096"], "--alone: 4096 is not allowed; it must be below --max-model-len, 4096"),
         (["--cases", "b1,b2"], "--cases: 'b2' is not allowed; it must be names joined by commas, of b1, b8, "),
         (["--json", "/nope/out.json"], "--json /nope/out.json cannot be written: /nope is not there; "),
         (["--model", "/nope"], "--model: '/nope' is not a directory; "),
@@ -191,8 +193,9 @@ def test_broken_models_and_reports_are_named(tmp_path: Path, refused: Callable[.
         said = refused(engine_cases.main, str(broken), str(broken))
         assert said.startswith(f"OURS: {broken} {why or 'has no engine; it must be what bench_engine or '}")
     report = {"engine": "a", "version": "1", "model": "m", "dtype": "d", "scale": 1, "cases": {"b1": {"step_ms": 1}}}
-    broken.write_text(json.dumps(report))
-    assert f"OURS: {broken} has no prefill_tok_s; " in refused(engine_cases.main, str(broken), str(broken))
+    for more, why in (({}, "no prefill_tok_s"), ({"cases": {}, "alone_ms": []}, "an alone_ms that is no object")):
+        broken.write_text(json.dumps({**report, **more}))
+        assert f"OURS: {broken} has {why}; " in refused(engine_cases.main, str(broken), str(broken))
 
 
 def test_runs_are_joined(tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
