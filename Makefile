@@ -12,7 +12,7 @@ test: ## install what tests need and run all of them
 	scripts/test.sh
 test-gpu: ## what needs a GPU (some of it two): kernels, transfers, the acceptance suite on GPUs; without one it is skipped by name, but most of tests/transfer runs on the CPU too (5 minutes)
 	$(call needs,pytest)
-	.venv/bin/python -m pytest -q tests/acceptance/test_gpu.py tests/rdma/test_cuda.py tests/transfer tests/model/test_kernels.py tests/model/test_device_runner.py tests/model/test_precision.py tests/model/test_sums.py
+	.venv/bin/python -m pytest -q tests/acceptance/test_gpu.py tests/rdma/test_cuda.py tests/transfer tests/model/test_kernels.py tests/model/test_device_runner.py tests/model/test_device_sampler.py tests/model/test_precision.py tests/model/test_sums.py
 	.venv/bin/python -m pytest -q --device cuda $(filter-out tests/acceptance/test_gpu.py tests/acceptance/test_two_hosts.py tests/acceptance/test_up.py,$(wildcard tests/acceptance/test_*.py))
 bench: ## measure what needs no GPU; writes bench-results/*.json (docs/benchmarks.md)
 	$(call needs,httpx)
