@@ -82,6 +82,7 @@ class DecodeSide:
         self._over: deque[Served] = deque()
         self._generated: OrderedDict[tuple[str, str], int] = OrderedDict()  # tokens by prefill instance and tenant
         self._aborted: OrderedDict[str, int] = OrderedDict()  # request_id -> highest attempt that was aborted
+        self._num_outstanding: int | None = None  # tokens, of all that is here; None: to be counted
 
     @property
     def num_ordered(self) -> int:
@@ -99,6 +100,10 @@ class DecodeSide:
             s.request.num_tokens - s.request.local.num_computed_tokens if s.state is ServedState.FETCHING else 1
             for s in self._away.values()
         )
+
+    def count_again(self) -> None:
+        """Steps change what is outstanding. Of a burst of requests between two of them each is not to count all."""
+        self._num_outstanding = None
 
     def active(self) -> Iterable[Served]:
         """Returns: attempts that are not over."""
@@ -127,6 +132,8 @@ class DecodeSide:
             outbox.send(sender_id, Refused(request_id, attempt, "the queue is full", "overloaded", retry_after_s=1.0))
             return
         self._supersede(request_id, attempt, now_s)
+        if self._num_outstanding is not None:
+            self._num_outstanding += request.num_tokens
         request.advance(Phase.PLACED, now_s)
         served = Served(request, request.front_end_id or sender_id, message.prefill, now_s)
         if self.context.options.min_fetch_tokens:
@@ -243,7 +250,9 @@ class DecodeSide:
     def _is_full(self, request: Request) -> bool:
         options, scheduler = self.context.options, self.context.scheduler
         num_requests = len(self.queued) + len(self._away) + len(scheduler.waiting)
-        num_tokens = self.outstanding_tokens() + scheduler.outstanding_tokens() + request.num_tokens
+        if self._num_outstanding is None:
+            self._num_outstanding = self.outstanding_tokens() + scheduler.outstanding_tokens()
+        num_tokens = self._num_outstanding + request.num_tokens
         return num_requests >= options.max_queued_requests or num_tokens > options.max_queued_tokens
 
     def _supersede(self, request_id: str, attempt: int, now_s: float) -> None:
@@ -369,6 +378,7 @@ class DecodeSide:
             request.advance(phase, now_s)
         served.state, served.over_s = ServedState.OVER, now_s
         self._over.append(served)
+        self._num_outstanding = None
 
     def _answer_again(self, served: Served) -> None:
         if served.answer is not None:

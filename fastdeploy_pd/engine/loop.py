@@ -235,6 +235,7 @@ class Engine:
     def step(self) -> StepReport:
         """Do what there is to do now and don't wait: transfers, timers, the outputs of the oldest step in flight, one launch."""
         now_s = self.clock.now_s()
+        self.decode.count_again()
         for transfer in self.context.transfers.values():
             for event in transfer.poll():
                 self.prefill.on_transfer(event, now_s)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy_pd.clock import VirtualClock
-from fastdeploy_pd.cluster.messages import Abort, Beat, Peer, Reserve, Tokens
+from fastdeploy_pd.cluster.messages import Abort, Beat, Peer, Refused, Reserve, Tokens
 from fastdeploy_pd.core.batch import Batch
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.core.scheduler import Scheduler, SchedulerOptions
-from fastdeploy_pd.engine.context import EngineContext
+from fastdeploy_pd.engine.context import EngineContext, EngineOptions
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Send
 from fastdeploy_pd.engine.roles import Role
@@ -167,6 +167,29 @@ def test_two_steps_are_in_flight_and_none_is_waited_for() -> None:
     one = OneEngine(2, random.Random(1))
     one.run(some(4))
     assert one.runner.most_in_flight == 2
+
+
+def test_what_is_too_much_is_refused_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a burst of requests each is not to count all that is there."""
+    one = OneEngine(1, None)
+    one.engine.context.options = EngineOptions(max_queued_tokens=30)
+    counted, count = [0], one.scheduler.outstanding_tokens
+    monkeypatch.setattr(
+        one.scheduler, "outstanding_tokens", lambda: (counted.__setitem__(0, counted[0] + 1), count())[1]
+    )
+
+    def refused(first: int, *names: str) -> list[str]:
+        for number, name in enumerate(names):
+            one.submit(name, Submission([first + number] * 9, 2, False, 0, None))
+        sent = [a.message for a in one.engine.take_actions() if isinstance(a, Send)]
+        return [m.request_id for m in sent if isinstance(m, Refused) and m.code == "overloaded"]
+
+    assert refused(100, "a", "b", "c", "d", "e") == ["d", "e"] and counted[0] == 1
+    one.engine.receive("front", Abort("b", 1))
+    assert refused(200, "f", "g") == ["g"] and counted[0] == 2
+    one.turn()
+    one.turn()
+    assert refused(300, "h") == []
 
 
 @dataclass
