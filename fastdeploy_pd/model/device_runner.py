@@ -23,7 +23,7 @@ from fastdeploy_pd.model.device_sampler import Draw, can_draw
 from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
 from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
-from fastdeploy_pd.model.layer_graphs import MOST_GRAPH_ROWS, LayerGraphs
+from fastdeploy_pd.model.layer_graphs import LayerGraphs
 from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_rows
 from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
@@ -150,7 +150,7 @@ class DeviceRunner(ModelRunner):
         max_blocks = -(-self._max_model_len // layout.block_size)
         self._ops.sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._ops.device)
         self._graphs = DecodeGraphs(self.decoder, self.caches, max_num_seqs, max_blocks, layout.block_size)
-        self._layer_graphs = LayerGraphs(self.decoder, self.caches)
+        self._layer_graphs = LayerGraphs(self.decoder, self.caches, usual_rows(LONGEST_PREPARED + max_num_seqs))
 
     def warm_up(self, pool: BlockPool, can_decode: bool, most_tokens: int, most_alone: int) -> int:
         """See ModelRunner. Compiles kernels; captures graphs for up to EAGER_SIZES sequences. Raises: FastDeployPDError: memory lacks."""
@@ -175,7 +175,7 @@ class DeviceRunner(ModelRunner):
         # The most rows first: what the others need fits where they lay.
         counts = row_counts(most_rows)
         self._chores += [Chore("rows", n) for n in counts]
-        self._chores += [Chore("layers", n) for n in counts if n <= MOST_GRAPH_ROWS]
+        self._chores += [Chore("layers", n) for n in counts if n <= self._layer_graphs.most_rows]
         return most_alone
 
     def _with_room(self, most_tokens: int, most_alone: int) -> int:
@@ -291,6 +291,9 @@ class DeviceRunner(ModelRunner):
             self.decoder.run_layer(0, self._ops.embedding(self.decoder.embedding, prepared), prepared, self.caches[0])
             self._graphs.compile(most_sequences)
             self._compute_rows(FEWEST_FOR_CUDNN)
+            if self.rank.is_first:
+                logits = torch.empty(1, self.config.vocab_size, dtype=self._ops.dtype, device=self._ops.device)
+                Draw([prompt], self.config.vocab_size, logits.device).apply(logits, self._ops.sampled, np.zeros(1, int))
 
     def _compute_rows(self, num_rows: int) -> None:
         """Queue a layer of so many rows and, if so many tokens can be chosen, their logits: the first of each size takes long."""

@@ -384,11 +384,19 @@ def run_steps(runner: ModelRunner, steps: list[list[tuple[int, int, int]]]) -> t
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [("float32", ""), ("bfloat16", ""), ("bfloat16", "float8_e4m3")])
-def test_graphs_compute_what_kernels_one_by_one_do(dtype: str, cache_dtype: str) -> None:
+def test_graphs_compute_what_kernels_one_by_one_do(
+    dtype: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit by bit: they are the same kernels."""
     import torch
 
-    plain, graphs = (new_runner(8, dtype, cache_dtype) for _ in range(2))
+    from fastdeploy_pd.model import layer_graphs
+
+    plain = new_runner(8, dtype, cache_dtype)
+    layer = plain.decoder.layers[0]
+    num_weights = sum(matrix.numel() for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    monkeypatch.setattr(layer_graphs, "MOST_PRODUCTS", 1030 * num_weights)
+    graphs = new_runner(8, dtype, cache_dtype)
     prepare(graphs)
     prepared = sorted(graphs._layer_graphs._pieces)
     assert prepared == [1, *range(16, 513, 16), 640, 768, 896, 1024] and not plain._layer_graphs._pieces
