@@ -21,6 +21,13 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
+def keep() -> None:
+    """What is in use by now is kept and never looked through again. Called again and again: tokens that are kept for repeats are many, and
+    to look through them all stops streams for 0.1 s and more."""
+    gc.collect(1)
+    gc.freeze()
+
+
 def share_lock() -> None:
     """Have threads that want the interpreter's lock get it within SWITCH_S."""
     sys.setswitchinterval(SWITCH_S)

@@ -7,7 +7,6 @@ writes `engine.json` there, and `engine.draining` when it has begun to drain: no
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.core.elastic import ElasticOptions
 from fastdeploy_pd.engine.build import BuiltEngine, build_engine, redis_options
 from fastdeploy_pd.engine.elastic import ElasticThread
-from fastdeploy_pd.engine.interpreter import share_lock, uncollected
+from fastdeploy_pd.engine.interpreter import keep, share_lock, uncollected
 from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent
 from fastdeploy_pd.engine.outbox import Connect
 from fastdeploy_pd.engine.process_log import configure_process_log
@@ -121,9 +120,7 @@ class EngineShell:
         if now_s - self._record_s > RECORD_S:
             self._refresh_record()
             self._observe_state()
-            # Tokens that are kept for repeats are many; to look through them all again and again stops streams for 0.1 s and more.
-            gc.collect(1)
-            gc.freeze()
+            keep()
         if report.num_tokens:
             self.metrics.observe_step(report.num_tokens, report.step_s, self.engine.context.scheduler)
         if report.observation is not None:

@@ -33,7 +33,8 @@ ROW_STEP = 16  # rows of a step, and of logits, come in multiples of it, but for
 MANY_ROW_STEPS = 512  # ... or, above this, of PADDING: products take as long for fewer
 FEWEST_FOR_CUDNN = 512  # tokens of a whole prompt; below, one launch for all prompts beats one each
 NOWHERE = -1
-MANY_ROWS = 4096  # above, cuBLAS adds long products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else 1.39 ms)
+# Above both, cuBLAS adds products more slowly to the very matrix that it writes (Llama-3-8B's down: 1.55, else, with a copy, 1.39 ms).
+MANY_ROWS, LONG_PRODUCT = 4096, 8192
 MOST_KEY_BYTES = 65536  # of a block's K of one head: attention has two such and two of V in a processor's shared memory
 ALIGNMENT = 32  # of lists and of tables' rows, in entries: kernels are compiled for aligned ones, and again for others
 LARGEST_BATCH = 8  # of equal prompts, in powers of two: plans again
@@ -251,7 +252,7 @@ class CudaOps(TorchOps):
             return functional.linear(x, weight, bias)
         if bias is not None:
             residual += bias
-        if len(x) > MANY_ROWS and weight.shape[1] > weight.shape[0]:
+        if len(x) > MANY_ROWS and weight.shape[1] > LONG_PRODUCT:
             return torch.addmm(residual, x, weight.t())
         return torch.addmm(residual, x, weight.t(), out=residual)
 
