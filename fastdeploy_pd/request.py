@@ -72,7 +72,7 @@ class SamplingParams:
     max_tokens: int = 16  #: most output tokens, >= 1
     min_tokens: int = 0  #: no end of sequence before so many output tokens
     temperature: float = 1.0  #: 0 is greedy
-    top_p: float = 1.0  #: (0, 1]
+    top_p: float = 1.0  #: [0, 1]; of 0 too the likeliest token is left
     top_k: int = 0  #: 0 keeps all tokens
     min_p: float = 0.0  #: [0, 1], relative to the likeliest token
     seed: int = 0  #: random numbers are a function of (seed, position)
@@ -94,7 +94,7 @@ class SamplingParams:
         )
         self._check("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2")
         self._check("top_p", 0.0 <= self.top_p <= 1.0, "between 0 and 1")
-        self._check("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
+        self._check("top_k", 0 <= self.top_k < 2**31, "from 0, which keeps all, to below 2**31")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
         self._check("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer")
         self._check("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0 and at most 10")

@@ -27,6 +27,7 @@ from fastdeploy_pd.cluster.messages import (
     Tokens,
     Unknown,
 )
+from fastdeploy_pd.core.order import num_left
 from fastdeploy_pd.engine.context import EngineContext
 from fastdeploy_pd.engine.fetches import Fetches, Held
 from fastdeploy_pd.engine.grants import Failure, Grant, Grants
@@ -69,6 +70,11 @@ class Served:
         return self.request.request_id, self.request.attempt
 
 
+def num_outstanding(served: Served) -> int:
+    """Returns: tokens of an attempt that are to be computed here, as far as is known, and 1 at least, for the stream that it becomes."""
+    return 1 if served.state is ServedState.ORDERED else max(1, num_left(served.request))
+
+
 class DecodeSide:
     """All attempts served by one engine."""
 
@@ -96,10 +102,7 @@ class DecodeSide:
 
     def outstanding_tokens(self) -> int:
         """Returns: tokens of attempts that are not in the scheduler yet: what is to be computed, and one for each ordered stream."""
-        return sum(s.request.num_tokens for s in self.queued) + sum(
-            s.request.num_tokens - s.request.local.num_computed_tokens if s.state is ServedState.FETCHING else 1
-            for s in self._away.values()
-        )
+        return sum(num_outstanding(s) for s in (*self.queued, *self._away.values()))
 
     def count_again(self) -> None:
         """Steps change what is outstanding. Of a burst of requests between two of them each is not to count all."""
@@ -132,8 +135,6 @@ class DecodeSide:
             outbox.send(sender_id, Refused(request_id, attempt, "the queue is full", "overloaded", retry_after_s=1.0))
             return
         self._supersede(request_id, attempt, now_s)
-        if self._num_outstanding is not None:
-            self._num_outstanding += request.num_tokens
         request.advance(Phase.PLACED, now_s)
         served = Served(request, request.front_end_id or sender_id, message.prefill, now_s)
         if self.context.options.min_fetch_tokens:
@@ -146,6 +147,8 @@ class DecodeSide:
         else:
             self.queued.append(served)
             self.admit_queued(now_s)
+        if self._num_outstanding is not None:
+            self._num_outstanding += num_outstanding(served)
 
     def on_abort(self, message: Abort, now_s: float) -> None:
         """End this attempt and all earlier ones; an attempt that comes late is not begun."""

@@ -19,7 +19,7 @@ from fastdeploy_pd.core.batch import Batch, ScheduledSequence
 from fastdeploy_pd.core.blocks import BlockPool
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.model.device_sampler import Draw, can_draw
+from fastdeploy_pd.model.device_sampler import Draw
 from fastdeploy_pd.model.graphs import DecodeGraphs, graph_sizes
 from fastdeploy_pd.model.kernels.chain import compiling
 from fastdeploy_pd.model.kernels.choice import NO_TOKEN, likeliest
@@ -28,7 +28,8 @@ from fastdeploy_pd.model.ops.base import StepInputs
 from fastdeploy_pd.model.ops.cuda import FEWEST_FOR_CUDNN, NOWHERE, CudaOps, CudaStep, row_counts, usual_rows
 from fastdeploy_pd.model.parallel import Chore, Rank, chore_step, integers
 from fastdeploy_pd.model.runner import ModelRunner, OnLayer, StepOutput, attention_plan, step_output
-from fastdeploy_pd.request import Request
+from fastdeploy_pd.model.sampler import can_draw
+from fastdeploy_pd.request import Request, SamplingParams
 
 # Of a step that is no graph; to queue all takes 10 ms or more, and messages and transfers wait meanwhile.
 LAYERS_AT_ONCE = 4
@@ -283,7 +284,7 @@ class DeviceRunner(ModelRunner):
 
     def _compile(self, most_sequences: int) -> None:
         """Have the kernels of decode steps of up to so many, and of prompts, compiled."""
-        prompt = Request("", [0] * 2)
+        prompt = Request("", [0] * 2, SamplingParams(temperature=1.0))
         prompt.local.block_table = [0]
         batch = Batch([ScheduledSequence(prompt, 0, 2)], self.layout.block_size)
         with compiling():  # what takes longest first

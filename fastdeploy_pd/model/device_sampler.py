@@ -12,18 +12,7 @@ import torch
 
 from fastdeploy_pd.model.kernels import draw
 from fastdeploy_pd.model.ops.torch import sent
-from fastdeploy_pd.request import Request, SamplingParams
-
-
-def can_draw(sampling: SamplingParams) -> bool:
-    """Whether the next token depends on the logits and the parameters alone, and nothing else is asked for."""
-    return (
-        sampling.logprobs is None
-        and sampling.prompt_logprobs is None
-        and sampling.repetition_penalty == 1.0
-        and not (sampling.presence_penalty or sampling.frequency_penalty)
-        and not (sampling.logit_bias or sampling.min_tokens)
-    )
+from fastdeploy_pd.request import Request
 
 
 class Draw:
@@ -32,7 +21,7 @@ class Draw:
     def __init__(self, requests: Sequence[Request], vocab_size: int, device: torch.device) -> None:
         """
         Args:
-            requests: a row of logits each; those with a temperature have can_draw. Pending tokens count as output.
+            requests: a row of logits each. Pending tokens count as output. What is drawn for one without `can_draw` is no token of its.
         """
         self._places = [place for place, request in enumerate(requests) if request.sampling.temperature > 0.0]
         if not self._places:
@@ -43,7 +32,7 @@ class Draw:
         numbers[:, draw.PLACE] = self._places
         numbers[:, draw.SEED] = [s.seed for s in samplings]
         numbers[:, draw.POSITION] = [r.num_tokens - len(r.prompt_token_ids) for r in drawing]
-        numbers[:, draw.TOP_K] = [s.top_k if s.top_k > 0 else vocab_size for s in samplings]
+        numbers[:, draw.TOP_K] = [min(s.top_k, vocab_size) or vocab_size for s in samplings]
         numbers.view(np.float64)[:, draw.TEMPERATURE : draw.MIN_P + 1] = [
             (s.temperature, s.top_p, s.min_p) for s in samplings
         ]

@@ -25,6 +25,17 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Philox(key=key, counter=[position, 0, 0, 0]).random_raw() >> 11) * 2.0**-53
 
 
+def can_draw(sampling: SamplingParams) -> bool:
+    """Whether the next token depends on the logits, the parameters and its position alone, and nothing else is asked for."""
+    return (
+        sampling.logprobs is None
+        and sampling.prompt_logprobs is None
+        and sampling.repetition_penalty == 1.0
+        and not (sampling.presence_penalty or sampling.frequency_penalty)
+        and not (sampling.logit_bias or sampling.min_tokens)
+    )
+
+
 def sample(logits: np.ndarray, request: Request) -> int:
     """The next token of a request.
 

@@ -169,27 +169,51 @@ def test_two_steps_are_in_flight_and_none_is_waited_for() -> None:
     assert one.runner.most_in_flight == 2
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
+    """Returns: a list that gets an entry for each call."""
+    calls, called = list[None](), getattr(owner, name)
+
+    def counting() -> object:
+        calls.append(None)
+        return called()
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def refused(one: OneEngine, first: int, names: str, prefill: Peer | None = None) -> str:
+    """Give the engine a burst of requests of 9 tokens. Returns: who is refused for now."""
+    for number, name in enumerate(names):
+        request = Request(name, [first + number] * 9, SamplingParams(max_tokens=2), ENDING, front_end_id="front")
+        one.engine.receive("front", Reserve(request.to_wire(), prefill))
+    sent = [action.message for action in one.engine.take_actions() if isinstance(action, Send)]
+    return "".join(m.request_id for m in sent if isinstance(m, Refused) and m.code == "overloaded")
+
+
 def test_what_is_too_much_is_refused_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of a burst of requests each is not to count all that is there."""
     one = OneEngine(1, None)
     one.engine.context.options = EngineOptions(max_queued_tokens=30)
-    counted, count = [0], one.scheduler.outstanding_tokens
-    monkeypatch.setattr(
-        one.scheduler, "outstanding_tokens", lambda: (counted.__setitem__(0, counted[0] + 1), count())[1]
-    )
-
-    def refused(first: int, *names: str) -> list[str]:
-        for number, name in enumerate(names):
-            one.submit(name, Submission([first + number] * 9, 2, False, 0, None))
-        sent = [a.message for a in one.engine.take_actions() if isinstance(a, Send)]
-        return [m.request_id for m in sent if isinstance(m, Refused) and m.code == "overloaded"]
-
-    assert refused(100, "a", "b", "c", "d", "e") == ["d", "e"] and counted[0] == 1
+    calls = count_calls(monkeypatch, one.scheduler, "outstanding_tokens")
+    one.answers = {name: [] for name in "abcdefgh"}
+    assert refused(one, 100, "abcde") == "de" and len(calls) == 1
     one.engine.receive("front", Abort("b", 1))
-    assert refused(200, "f", "g") == ["g"] and counted[0] == 2
+    assert refused(one, 200, "fg") == "g" and len(calls) == 2
     one.turn()
     one.turn()
-    assert refused(300, "h") == []
+    assert refused(one, 300, "h") == ""
+
+
+def test_what_a_peer_computes_is_one_token_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until there are no more blocks, of which each takes three, and what waits for them counts as a whole."""
+    one = OneEngine(1, None)
+    one.engine.context.options = EngineOptions(max_queued_tokens=30)
+    calls = count_calls(monkeypatch, one.scheduler, "outstanding_tokens")
+    peer = Peer("prefill", "tcp://127.0.0.1:1")
+    assert refused(one, 100, "abcdefghijklm", peer) == "" and len(calls) == 1
+    assert one.engine.decode.outstanding_tokens() == 13
+    assert refused(one, 200, "nop", peer) == "op"
+    assert len(calls) == 1 and one.engine.decode.outstanding_tokens() == 13 + 9
 
 
 @dataclass

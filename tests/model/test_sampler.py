@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdeploy_pd.errors import FastDeployPDError
-from fastdeploy_pd.model.sampler import adjust, draw, likeliest, sample, token_logprobs, uniform
+from fastdeploy_pd.model.sampler import adjust, can_draw, draw, likeliest, sample, token_logprobs, uniform
 from fastdeploy_pd.request import Request, SamplingParams
 
 LOGITS = np.log(np.array([0.4, 0.1, 0.3, 0.05, 0.15], np.float32))
@@ -164,3 +164,19 @@ def test_greedy_is_cheap_on_a_large_vocabulary() -> None:
         sample(logits, request)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3e-3
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(logprobs=0),
+        SamplingParams(prompt_logprobs=1),
+        SamplingParams(repetition_penalty=1.1),
+        SamplingParams(presence_penalty=0.1),
+        SamplingParams(frequency_penalty=0.1),
+        SamplingParams(logit_bias={1: 2.0}),
+        SamplingParams(min_tokens=1),
+    ],
+)
+def test_what_a_device_cannot_draw(sampling: SamplingParams) -> None:
+    assert not can_draw(sampling)

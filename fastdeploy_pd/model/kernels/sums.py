@@ -1,6 +1,8 @@
 """The sum of all ranks' tensors by one launch: each rank writes its own into the others' inboxes, says so, and adds up what came into its.
 
 For small tensors alone: each crosses every pair of GPUs once, where NCCL's rings share them out but take 16 us or more.
+A program waits for its like on the other ranks. Of large sums not all have a place at once: GPUs begin programs by rising number, so that
+the first one that has not ended is there on every rank.
 """
 
 # Triton has no types.

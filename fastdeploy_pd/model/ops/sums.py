@@ -9,9 +9,9 @@ import torch
 from fastdeploy_pd.model.kernels import sums
 from rdma_comm.cuda.driver import Gpu
 
-# Of which the largest sum is a part: 16 MiB of two ranks (63 us, NCCL's 144), and 4 and 1 MiB of four and eight, where, by what the links
-# take, NCCL becomes the faster one.
-INBOX_BYTES = 128 << 20
+# All ranks' inboxes together. Each sum of up to 16 MiB of two ranks fits (63 us, NCCL's 144), and of 4 and 1 MiB of four and eight, where,
+# as computed from what links carry, NCCL becomes the faster one.
+INBOXES_BYTES = 128 << 20
 
 
 class SmallSums:
@@ -24,7 +24,7 @@ class SmallSums:
         Raises: RdmaError: the GPUs do not reach each other; says why.
         """
         self._rank, self._dtype = rank, dtype
-        pieces = INBOX_BYTES // (
+        pieces = INBOXES_BYTES // (
             2 * num_ranks**2 * sums.PIECE * dtype.itemsize
         )  # less for more: each crosses every pair
         self._capacity = pieces * sums.PIECE
