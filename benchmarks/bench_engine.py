@@ -27,6 +27,7 @@ from fastdeploy_pd.engine.context import NoObserver
 from fastdeploy_pd.engine.interpreter import keep, uncollected
 from fastdeploy_pd.engine.loop import Engine
 from fastdeploy_pd.engine.outbox import Send
+from fastdeploy_pd.errors import FastDeployPDError
 from fastdeploy_pd.request import FinishReason, Request, SamplingParams
 
 FRONT_END = "bench"
@@ -42,7 +43,7 @@ class Client:
         self._next_beat_s = 0.0
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[int]:
-        """Returns: how many tokens each prompt was answered with. Raises: RuntimeError: one was refused or failed; says why."""
+        """Returns: how many tokens each prompt was answered with. Raises: FastDeployPDError: one was refused or failed; says why."""
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         counts: dict[str, int] = {}
         for prompt in prompts:
@@ -62,11 +63,11 @@ class Client:
     def _take(self, message: Tokens | Refused, counts: dict[str, int]) -> int:
         """Count tokens. Returns: how many answers have ended."""
         if isinstance(message, Refused):
-            raise RuntimeError(f"{message.request_id} was refused: {message.reason}")
+            raise FastDeployPDError(f"{message.request_id} was refused: {message.reason}")
         num_ended = 0
         for chunk in message.chunks:
             if chunk.finish_reason is FinishReason.ERROR:
-                raise RuntimeError(f"{chunk.request_id} failed: {chunk.error}")
+                raise FastDeployPDError(f"{chunk.request_id} failed: {chunk.error}")
             counts[chunk.request_id] += len(chunk.token_ids)
             num_ended += chunk.finish_reason is not None
         return num_ended

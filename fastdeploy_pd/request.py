@@ -76,7 +76,7 @@ class SamplingParams:
     top_k: int = 0  #: 0 keeps all tokens
     min_p: float = 0.0  #: [0, 1], relative to the likeliest token
     seed: int = 0  #: random numbers are a function of (seed, position)
-    repetition_penalty: float = 1.0  #: > 0, over prompt and output
+    repetition_penalty: float = 1.0  #: [0.01, 10], over prompt and output
     presence_penalty: float = 0.0  #: [-2, 2], over output
     frequency_penalty: float = 0.0  #: [-2, 2], over output
     logit_bias: dict[int, float] = field(default_factory=dict)  #: token id -> added to its logit
@@ -97,7 +97,7 @@ class SamplingParams:
         self._check("top_k", 0 <= self.top_k < 2**31, "from 0, which keeps all, to below 2**31")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
         self._check("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer")
-        self._check("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0 and at most 10")
+        self._check("repetition_penalty", 0.01 <= self.repetition_penalty <= 10.0, "between 0.01 and 10")
         self._check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2")
         self._check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2")
         self._check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")

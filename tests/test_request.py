@@ -69,8 +69,8 @@ def test_wire() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_tokens", 0), ("min_tokens", 99), ("temperature", 2.1), ("top_p", -0.1), ("top_k", -1), ("min_p", 2.0), ("seed", 2**63),
-     ("repetition_penalty", 0.0), ("presence_penalty", 3.0), ("frequency_penalty", -3.0), ("logprobs", 21)],
+    [("max_tokens", 0), ("min_tokens", 99), ("temperature", 2.1), ("top_p", -0.1), ("top_k", -1), ("top_k", 2**31), ("min_p", 2.0), ("seed", 2**63),
+     ("repetition_penalty", 0.0), ("repetition_penalty", 1e-38), ("presence_penalty", 3.0), ("frequency_penalty", -3.0), ("logprobs", 21)],
 )  # fmt: skip
 def test_bounds_name_the_field_and_the_value(name: str, value: float) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is {value}") as caught:

@@ -89,6 +89,7 @@ class DecodeSide:
         self._generated: OrderedDict[tuple[str, str], int] = OrderedDict()  # tokens by prefill instance and tenant
         self._aborted: OrderedDict[str, int] = OrderedDict()  # request_id -> highest attempt that was aborted
         self._num_outstanding: int | None = None  # tokens, of all that is here; None: to be counted
+        self._is_over_count = False  # what has ended since is counted there too
 
     @property
     def num_ordered(self) -> int:
@@ -253,10 +254,13 @@ class DecodeSide:
     def _is_full(self, request: Request) -> bool:
         options, scheduler = self.context.options, self.context.scheduler
         num_requests = len(self.queued) + len(self._away) + len(scheduler.waiting)
-        if self._num_outstanding is None:
+        if num_requests >= options.max_queued_requests:
+            return True
+        most = options.max_queued_tokens - request.num_tokens
+        if self._num_outstanding is None or (self._is_over_count and self._num_outstanding > most):
             self._num_outstanding = self.outstanding_tokens() + scheduler.outstanding_tokens()
-        num_tokens = self._num_outstanding + request.num_tokens
-        return num_requests >= options.max_queued_requests or num_tokens > options.max_queued_tokens
+            self._is_over_count = False
+        return self._num_outstanding > most
 
     def _supersede(self, request_id: str, attempt: int, now_s: float) -> None:
         """End every earlier attempt at a request."""
@@ -381,7 +385,7 @@ class DecodeSide:
             request.advance(phase, now_s)
         served.state, served.over_s = ServedState.OVER, now_s
         self._over.append(served)
-        self._num_outstanding = None
+        self._is_over_count = True
 
     def _answer_again(self, served: Served) -> None:
         if served.answer is not None:

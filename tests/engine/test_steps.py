@@ -195,13 +195,17 @@ def test_what_is_too_much_is_refused_until_there_is_room(monkeypatch: pytest.Mon
     one = OneEngine(1, None)
     one.engine.context.options = EngineOptions(max_queued_tokens=30)
     calls = count_calls(monkeypatch, one.scheduler, "outstanding_tokens")
-    one.answers = {name: [] for name in "abcdefgh"}
-    assert refused(one, 100, "abcde") == "de" and len(calls) == 1
+    one.answers = {name: [] for name in "abcdefghi"}
+    assert refused(one, 100, "ab") == "" and len(calls) == 1
+    one.engine.receive("front", Abort("a", 1))
+    assert refused(one, 200, "c") == "" and len(calls) == 1
+    assert refused(one, 300, "def") == "ef" and len(calls) == 2  # b, c, d: what has ended is left out where it matters
+    assert refused(one, 400, "g") == "g" and len(calls) == 2
     one.engine.receive("front", Abort("b", 1))
-    assert refused(one, 200, "fg") == "g" and len(calls) == 2
+    assert refused(one, 500, "gh") == "h" and len(calls) == 3
     one.turn()
     one.turn()
-    assert refused(one, 300, "h") == ""
+    assert refused(one, 600, "i") == ""
 
 
 def test_what_a_peer_computes_is_one_token_here(monkeypatch: pytest.MonkeyPatch) -> None:
