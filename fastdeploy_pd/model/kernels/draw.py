@@ -27,11 +27,8 @@ LOG2_E = 1.4426950408889634
 STEEPEST = 1e30  # an infinite slope times no difference would be no number; whatever is not likeliest has no weight long before
 LEAST_TOP_P = 1e-300  # of 0 too the likeliest token is left
 MOST_NUMBER = 1 - 1e-6  # sums' rounding must not lead past the last token that is kept
-KEY_BITS = {
-    torch.float32: 32,
-    torch.float16: 20,
-    torch.bfloat16: 16,
-}  # leading bits, as float32, that all of its numbers differ in
+# Leading bits, as float32, in which all numbers of a type differ.
+KEY_BITS = {torch.float32: 32, torch.float16: 20, torch.bfloat16: 16}
 
 _LOG2_E, _STEEPEST = tl.constexpr(LOG2_E), tl.constexpr(STEEPEST)
 _LEAST_TOP_P, _MOST_NUMBER = tl.constexpr(LEAST_TOP_P), tl.constexpr(MOST_NUMBER)
