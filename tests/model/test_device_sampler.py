@@ -6,6 +6,7 @@ On a GPU; elsewhere by Triton's interpreter where Triton is installed (TRITON_IN
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytest.importorskip("triton")
 from fastdeploy_pd.model.device_sampler import Draw  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"top_k": 1},
     {"top_k": 20},
@@ -71,7 +72,7 @@ def test_tokens_are_those_of_the_cpu(dtype: torch.dtype, temperature: float, kin
     logits[:, 7::9] = -torch.inf
     requests = []
     for row in range(len(logits)):
-        sampling = SamplingParams(temperature=temperature, seed=row, **SETTINGS[row % len(SETTINGS)])  # type: ignore[arg-type]
+        sampling = SamplingParams(temperature=temperature, seed=row, **SETTINGS[row % len(SETTINGS)])
         request = Request(str(row), [1, 2, 3], sampling, output_token_ids=[7] * (row % 5))
         request.local.num_pending_tokens = row % 2
         assert can_draw(sampling)
@@ -102,7 +103,7 @@ def test_programs_that_share_a_row(num_rows: int, dtype: torch.dtype) -> None:
         requests = []
         for row in range(num_rows):
             settings = SETTINGS[(turn * num_rows + row) % len(SETTINGS)]
-            sampling = SamplingParams(temperature=0.9, seed=turn * 1000 + row, **settings)  # type: ignore[arg-type]
+            sampling = SamplingParams(temperature=0.9, seed=turn * 1000 + row, **settings)
             requests.append(Request(str(row), [1], sampling))
         likeliest = logits.float().argmax(-1).int()
         tokens = drawn(logits, requests, likeliest.clone(), np.arange(num_rows))
@@ -135,6 +136,6 @@ def test_draws_are_distributed_as_the_logits_say() -> None:
     requests = [Request("", [1], SamplingParams(seed=seed, top_p=0.85)) for seed in range(count)]
     chosen = torch.full((count,), 2400, dtype=torch.int32, device=DEVICE)
     Draw(requests, logits.shape[1], DEVICE).apply(logits.to(DEVICE), chosen, np.zeros(count, int))
-    drawn = chosen.cpu().numpy()
+    tokens = chosen.cpu().numpy()
     for token, share in zip((2400, 3, 1200, 77), (0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0.0), strict=True):
-        assert abs((drawn == token).mean() - share) <= 4 * (share * (1 - share) / count) ** 0.5
+        assert abs((tokens == token).mean() - share) <= 4 * (share * (1 - share) / count) ** 0.5
