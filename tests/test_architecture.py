@@ -22,7 +22,7 @@ ALLOWED = {
     "observe": {"errors", "clock", "config", "request", "core"},
     "sim": {"errors", "clock", "machine", "request", "core"},
 }
-BASE = {"errors", "clock", "config", "flags", "request", "interfaces", "machine"}
+BASE = {"errors", "clock", "config", "flags", "request", "interfaces", "machine", "scratch"}
 ALLOWED["engine"] = {*BASE, "core", "model", "transfer", "cluster", "observe"}
 ALLOWED["launch"] = {*ALLOWED["engine"], "engine", "launch", "entrypoints"}
 ALLOWED["doctor"] = {*ALLOWED["engine"], "engine", "launch"}

@@ -2,7 +2,7 @@
 
 An instance has two keys: a snapshot (8 bytes the number of the last increment in it, little-endian, then the keys of core/prefix_index.py), and a
 stream of increments; entry N-0 is increment N, with fields c (keys that came) and w (keys that went). The snapshot is written again when
-the increments since take more room than it does; older increments are trimmed then. Without Redis front ends go on with what they know.
+the increments since take more room than it does; older increments are deleted then. Without Redis front ends go on with what they know.
 """
 
 from __future__ import annotations
@@ -97,11 +97,12 @@ class PrefixPublisher:
     def _write(self, client: redis.Redis, came: bytes, went: bytes, is_snapshot_due: bool) -> bool:
         """Returns: whether Redis has all that was published."""
         with client.pipeline(transaction=True) as pipe:
+            if is_snapshot_due:
+                pipe.delete(self._stream_key)  # older increments, or what somebody else has put there
             pipe.xadd(self._stream_key, {"c": came, "w": went}, id=f"{self._sequence}-0")
             if is_snapshot_due:
                 snapshot = _NUMBER.pack(self._sequence) + self._held.snapshot()
                 pipe.set(self._snapshot_key, snapshot)
-                pipe.xtrim(self._stream_key, minid=f"{self._sequence}-0", approximate=False)
                 self._num_change_bytes, self._num_snapshot_bytes = 0, len(snapshot)
             pipe.pexpire(self._stream_key, TTL_MS)
             pipe.pexpire(self._snapshot_key, TTL_MS)

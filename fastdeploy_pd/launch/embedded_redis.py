@@ -12,14 +12,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.scratch import ScratchDirectory
 
 MIN_VERSION = (6, 2)
 START_TIMEOUT_S = 10.0
@@ -67,7 +66,7 @@ class EmbeddedRedis:
         Raises: ConfigError: no server binary, or it does not start.
         """
         self._binary = find_server()
-        self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-redis-"))
+        self._directory = ScratchDirectory("redis")
         self._extra, self._password = list(extra), password
         self._process: subprocess.Popen[bytes] | None = None
         self._chosen = port == 0
@@ -126,10 +125,10 @@ class EmbeddedRedis:
     def stop(self) -> None:
         """End it and remove its directory. Idempotent."""
         self.kill()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
 
     def _log(self) -> str:
-        path = self._directory / "log"
+        path = self._directory.path / "log"
         return " | ".join(path.read_text(errors="replace").splitlines()[-3:]) if path.exists() else "no log"
 
     def _start(self) -> bool:
@@ -145,9 +144,9 @@ class EmbeddedRedis:
             "--appendonly",
             "no",
             "--dir",
-            str(self._directory),
+            str(self._directory.path),
             "--logfile",
-            str(self._directory / "log"),
+            str(self._directory.path / "log"),
             "--maxmemory-policy",
             "noeviction",
             "--protected-mode",

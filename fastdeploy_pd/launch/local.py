@@ -20,6 +20,7 @@ from fastdeploy_pd.cluster.redis_connection import RedisOptions
 from fastdeploy_pd.engine.lifetime import die_with_parent
 from fastdeploy_pd.engine.process_log import no_log
 from fastdeploy_pd.errors import ConfigError
+from fastdeploy_pd.scratch import ScratchDirectory
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
@@ -110,7 +111,7 @@ class LocalCluster:
             self.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise no_log(self._given_log_dir, error) from error
-        self._directory = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-cluster-"))
+        self._directory = ScratchDirectory("cluster")
         self.instances: list[LocalInstance] = []
         self._clock = WallClock()
 
@@ -123,7 +124,7 @@ class LocalCluster:
     def launch(self, role: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> LocalInstance:
         """Start an instance; it is not ready yet."""
         name = f"{role}-{len(self.instances)}"
-        directory, log_dir = self._directory / name, self.log_dir / name
+        directory, log_dir = self._directory.path / name, self.log_dir / name
         directory.mkdir()
         log_dir.mkdir(exist_ok=True)
         old_bytes = {path: path.stat().st_size for path in log_dir.glob("*.log")}
@@ -205,7 +206,7 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 instance.process.kill()  # its engine dies with it
                 instance.process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.remove()
         if not self.keeps_logs:
             shutil.rmtree(self.log_dir, ignore_errors=True)
 

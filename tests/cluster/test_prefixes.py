@@ -107,6 +107,23 @@ def test_redis_loses_its_data(pair: Pair) -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("what", ["entry", "string"])
+def test_somebody_else_writes_there(pair: Pair, what: str) -> None:
+    pair.grow(50)
+    pair.publisher.publish()
+    pair.check()
+    if what == "entry":
+        pair.client.xadd(pair.stream, {"any": "thing"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    else:
+        pair.client.set(pair.stream, "anything")
+    pair.grow(3)
+    with pytest.raises(CoordinatorLost, match="Redis refuses a command"):
+        pair.publisher.publish()
+    pair.publisher.publish()
+    pair.follower.follow()
+    pair.check()
+
+
 def test_a_write_that_failed_is_made_up_for() -> None:
     with EmbeddedRedis() as server:
         pair = Pair(server.url)

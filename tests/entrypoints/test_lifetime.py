@@ -81,6 +81,9 @@ def test_killed_while_the_engine_starts(after_s: float, tmp_path: Path) -> None:
 def test_killed_while_its_api_processes_start(tmp_path: Path) -> None:
     _, pids = end(0.05, signal.SIGKILL, 3, tmp_path, "--workers", "2")
     assert has_ended(pids)
+    (left,) = tmp_path.glob("fastdeploy-pd-*")
+    assert end(0.0, signal.SIGTERM, 1, tmp_path)[0] == 0
+    assert not left.exists()
 
 
 def tell(process: subprocess.Popen[bytes], number: int | str) -> None:

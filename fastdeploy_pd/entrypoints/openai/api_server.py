@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.entrypoints.openai.signals import Signals
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
 from fastdeploy_pd.launch.ports import bind_tcp, check_free, check_own
+from fastdeploy_pd.scratch import ScratchDirectory
 from fastdeploy_pd.transfer.select import find as find_transfer
 
 log = logging.getLogger("fastdeploy_pd.api_server")
@@ -356,11 +355,11 @@ def main(argv: list[str] | None = None, program: str = "api_server") -> int:
         policies.check(config.scheduling.prefill_policy, config.scheduling.placement)
         for name in config.cache.cache_transfer_protocol:  # an instance alone would never look for them
             find_transfer(name)
-        run_dir = Path(tempfile.mkdtemp(prefix="fastdeploy-pd-"))
+        run_dir = ScratchDirectory("run")
         try:
-            return run_instance(config, argv, run_dir, signals)
+            return run_instance(config, argv, run_dir.path, signals)
         finally:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            run_dir.remove()
             signals.ignore()
     except FastDeployPDError as error:
         sys.stderr.write(f"error: {error.message}\n")
