@@ -156,7 +156,7 @@ class Local:
     block_table: list[int] = field(default_factory=list)  #: block ids in token order
     num_computed_tokens: int = 0  #: tokens whose KV is in the pool, or will be when the launched steps have run
     num_cached_tokens: int = 0  #: of these, how many came from the prefix cache at admission
-    num_matched_tokens: int = 0  #: tokens of it that the prefix cache had when it was queued
+    num_matched_tokens: int = 0  #: tokens of it that the prefix cache had when it was last looked up
     num_pending_tokens: int = 0  #: newest tokens, sampled by launched steps, whose ids are not known here yet
     last_step: int = 0  #: number of the newest launched step that computes it
     num_preemptions: int = 0

@@ -332,6 +332,7 @@ class Scheduler:
         Returns: whether there was room; if not, nothing has changed.
         """
         cached = self.match_prefix(request)
+        request.local.num_matched_tokens = len(cached) * self.pool.block_size  # since it was queued some came, or went
         if self._num_lacking(request, cached, num_spare_blocks) > 0:
             return False
         num_fresh = self.pool.num_blocks_for(request.num_tokens) - len(cached)

@@ -100,6 +100,22 @@ def test_a_waiting_prompt_is_as_much_work_as_the_prefix_cache_leaves_of_it() -> 
         compute(scheduler, scheduler.schedule(0))
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_waiting_prompt_is_more_work_when_its_cached_prefix_is_gone(has_room: bool) -> None:
+    scheduler = Scheduler(BlockPool(12, 4), SchedulerOptions(max_num_batched_tokens=16))
+    first, again = new_request("first", list(range(20)), 1), new_request("again", list(range(20)), 1)
+    scheduler.add(first)
+    while not first.is_done:
+        compute(scheduler, scheduler.schedule(0))
+    scheduler.add(again)
+    assert scheduler.outstanding_tokens() == 20 - 16
+    taken = scheduler.pool.allocate(12)
+    if has_room:
+        scheduler.pool.release(taken)
+    scheduler.schedule(0)
+    assert again.local.num_computed_tokens == 0 and scheduler.outstanding_tokens() == 20
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "slack"])
 def test_prompts_of_one_token_wait_for_their_turn(policy: str) -> None:
     """However many come, and whatever they are: a longer prompt that came before is begun before."""
