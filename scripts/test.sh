@@ -32,16 +32,18 @@ status=0
 # Two emulated machines need both cores. Then two rows at once: what computes all the time, and the rest, which often waits.
 acceptance=tests/acceptance
 answers="$acceptance/test_equality.py $acceptance/test_ranks.py $acceptance/test_prefix_cache.py"
+simulation=tests/engine/test_simulation.py
 run "$machines" -k two_machines || status=1
 # Beside another row, two of torch's threads wait for each other on two cores: acceptance tests get one.
 {
   computing=0
   run "$machines" -k 'not two_machines' || computing=1
+  run "$simulation" || computing=1
   # shellcheck disable=SC2086  # the list is meant to be split
   OMP_NUM_THREADS=1 run $answers || computing=1
   exit "$computing"
 } >"$output" 2>&1 &
-run tests --ignore "$machines" --ignore "$acceptance" || status=1
+run tests --ignore "$machines" --ignore "$simulation" --ignore "$acceptance" || status=1
 # shellcheck disable=SC2046,SC2086
 OMP_NUM_THREADS=1 run "$acceptance" $(printf -- '--ignore %s ' $answers) || status=1
 wait $! || status=1

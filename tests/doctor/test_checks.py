@@ -267,7 +267,7 @@ def test_redis_that_evicts_or_is_a_replica() -> None:
 def test_redis_that_cannot_save() -> None:
     with EmbeddedRedis(extra=("--save", "3600 1")) as server:
         assert "snapshots (3600 1)" in redis_findings(server)["redis persistence"].detail
-        shutil.rmtree(server._directory)
+        shutil.rmtree(server._directory.path)
         with RedisOptions.from_url(server.url).client() as client:
             client.bgsave()
             deadline_s = time.monotonic() + 10
