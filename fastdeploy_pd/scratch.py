@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fastdeploy_pd.errors import ConfigError
+
 TRIES = 100  # another process may take a directory that is not locked yet for a dead one's
 
 
@@ -21,17 +23,20 @@ class ScratchDirectory:
         """
         Args:
             kind: a word of its name; what killed processes of this user have left of this kind is removed.
-        Raises: OSError: there is no room for it.
+        Raises: ConfigError: there is no place for it.
         """
         prefix = f"fastdeploy-pd-{kind}-"
-        for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            _remove_if_left(path)
-        for _ in range(TRIES):
-            self.path = Path(tempfile.mkdtemp(prefix=prefix))
-            if (opened := _open(self.path)) is not None:
-                self._opened = opened[0]
-                return
-        raise OSError(f"{self.path} was removed by somebody at once, and so were {TRIES - 1} before it")
+        try:
+            for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+                _remove_if_left(path)
+            for _ in range(TRIES):
+                self.path = Path(tempfile.mkdtemp(prefix=prefix))
+                if (opened := _open(self.path)) is not None:
+                    self._opened = opened[0]
+                    return
+        except OSError as error:
+            raise ConfigError(f"no directory can be made in TMPDIR: {error}") from error
+        raise ConfigError(f"{self.path} was removed by somebody at once, and so were {TRIES - 1} before it")
 
     def remove(self) -> None:
         """Remove it with all that is in it. Idempotent."""

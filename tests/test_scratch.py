@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.scratch import ScratchDirectory
 
 HOLD = "from fastdeploy_pd.scratch import ScratchDirectory; d = ScratchDirectory('test'); print(d.path, flush=True); input()"
@@ -87,6 +88,12 @@ def test_somebody_takes_it_for_a_dead_ones_before_it_is_locked(tmp_path: Path, m
     directory = ScratchDirectory("test")
     assert num_removed == 2 and [directory.path] == list(tmp_path.iterdir())
     directory.remove()
+
+
+def test_a_place_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"TMPDIR.*none"):
+        ScratchDirectory("test")
 
 
 def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

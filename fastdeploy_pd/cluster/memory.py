@@ -158,6 +158,9 @@ class MemoryQueue:
         """See RequestQueue."""
         return self._cancelled & set(request_ids)
 
+    def leave(self, consumer: str = "") -> None:
+        """See RequestQueue. Only claims are known here."""
+
     def _give(self, entry: _Entry, consumer: str) -> Claimed:
         entry.owner, entry.renewed_s = consumer, self._clock.now_s()
         return entry.claimed

@@ -25,6 +25,9 @@ MAX_PAYLOAD_BYTES = 8 * 2**20
 MAX_ENTRIES = 1000  # of an output stream, that one read gives
 
 GROUP_TRIES = 3
+SILENT_S = (
+    3600.0  # a consumer that has been silent for so long is dead; one that is not is made again when it next claims
+)
 
 Result = TypeVar("Result")
 log = logging.getLogger("fastdeploy_pd.queue")
@@ -95,6 +98,10 @@ class RequestQueue(Protocol):
 
     def cancelled(self, request_ids: Sequence[str]) -> set[str]:
         """Returns: those that were asked to stop."""
+        ...
+
+    def leave(self, consumer: str = "") -> None:
+        """Forget a consumer that ends, and those that are dead, unless they have claims, which somebody else takes over first."""
         ...
 
 
@@ -202,6 +209,10 @@ class RedisQueue:
             return set()
         values = self._connection.run(lambda c: c.mget([self._keys.cancel(i) for i in request_ids]))
         return {i for i, value in zip(request_ids, values, strict=True) if value is not None}
+
+    def leave(self, consumer: str = "") -> None:
+        """See RequestQueue."""
+        self._connection.script("leave_group", [self._keys.requests], [GROUP, consumer, int(SILENT_S * 1000)])
 
     def close(self) -> None:
         """Close the connections."""

@@ -83,9 +83,13 @@ class QueueConsumer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(CoordinatorLost, ConfigError):
+            await asyncio.to_thread(self._queue.leave, self._consumer)
         self._queue.close()
 
     async def _claim(self) -> None:
+        with contextlib.suppress(CoordinatorLost, ConfigError):
+            await asyncio.to_thread(self._queue.leave)
         while not self._is_draining:
             room = MAX_CLAIMED - len(self._active)
             try:

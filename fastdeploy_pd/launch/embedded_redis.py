@@ -66,7 +66,7 @@ class EmbeddedRedis:
         Raises: ConfigError: no server binary, or it does not start.
         """
         self._binary = find_server()
-        self._directory = ScratchDirectory("redis")
+        self._directory = ScratchDirectory("embedded-redis")
         self._extra, self._password = list(extra), password
         self._process: subprocess.Popen[bytes] | None = None
         self._chosen = port == 0

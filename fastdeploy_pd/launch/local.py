@@ -111,7 +111,7 @@ class LocalCluster:
             self.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise no_log(self._given_log_dir, error) from error
-        self._directory = ScratchDirectory("cluster")
+        self._directory = ScratchDirectory("local-cluster")
         self.instances: list[LocalInstance] = []
         self._clock = WallClock()
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 TRANSFER_VERSION = 4
+CLOSED = "the epoch is closed"  #: by decode, whatever its reasons: no fault of the backend's
 
 
 @dataclass(frozen=True, slots=True)

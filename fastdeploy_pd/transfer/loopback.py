@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from fastdeploy_pd.core.layout import KVLayout
-from fastdeploy_pd.transfer.base import TRANSFER_VERSION, EpochArrived, EpochFailed, EpochSent, TransferEvent
+from fastdeploy_pd.transfer.base import CLOSED, TRANSFER_VERSION, EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.layout import KVPool
 
 
@@ -160,7 +160,7 @@ class LoopbackTransfer:
         peer = network.ends.get(outgoing.peer)
         incoming = peer._in.get(epoch) if peer is not None else None
         if peer is None or incoming is None or incoming.nonce != outgoing.nonce or network.rng.random() < network.drop:
-            self._fail(epoch, outgoing, "the connection ended" if incoming is not None else "the epoch is closed")
+            self._fail(epoch, outgoing, "the connection ended" if incoming is not None else CLOSED)
             return
         if outgoing.layout.block_bytes != incoming.layout.block_bytes:
             sizes = outgoing.layout.block_bytes, incoming.layout.block_bytes
@@ -183,7 +183,7 @@ class LoopbackTransfer:
         peer = self._network.ends.get(outgoing.peer)
         incoming = peer._in.get(epoch) if peer is not None else None
         if peer is None or incoming is None:
-            self._fail(epoch, outgoing, "the epoch is closed")
+            self._fail(epoch, outgoing, CLOSED)
             return
         outgoing.is_over = True
         local = [outgoing.local_of[remote] for remote in outgoing.remote]

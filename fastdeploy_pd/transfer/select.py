@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
-from fastdeploy_pd.transfer.base import Transfer
+from fastdeploy_pd.transfer.base import CLOSED, Transfer
 
 RETRY_S = 30.0  # a backend that failed for a peer is left out for that peer so long, where there is another
 MAX_FAILURES = 4096  # remembered
@@ -77,7 +77,9 @@ class Selection:
         return choose(self._own, descriptors, failed)
 
     def failed(self, peer_id: str, name: str, reason: str, now_s: float) -> None:
-        """A hand-over to this peer failed on this backend."""
+        """A hand-over to this peer failed on this backend, or was closed there, which says nothing of the backend."""
+        if reason == CLOSED:
+            return
         self._failures[(peer_id, name)] = (now_s, reason)
         while len(self._failures) > MAX_FAILURES:
             del self._failures[next(iter(self._failures))]

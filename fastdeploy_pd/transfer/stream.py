@@ -22,7 +22,7 @@ import msgspec
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.core.layout import KVLayout
 from fastdeploy_pd.errors import TransferError
-from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, TransferEvent
+from fastdeploy_pd.transfer.base import CLOSED, EpochArrived, EpochFailed, EpochSent, TransferEvent
 from fastdeploy_pd.transfer.epochs import EpochBook, Incoming
 from fastdeploy_pd.transfer.frames import EndFrame, Notice, RepeatFrame, WriteFrame
 from fastdeploy_pd.transfer.handshake import Handshake, decode, describe, difference, receive_frame, send_frame
@@ -486,7 +486,7 @@ class StreamTransfer:
 
     def _on_write(self, connection: socket.socket, frame: WriteFrame, state: Any) -> None:
         incoming = self._book.find(frame.epoch, frame.nonce)
-        refusal = "the epoch is closed" if incoming is None else ""
+        refusal = CLOSED if incoming is None else ""
         if incoming is not None:
             with incoming.lock:
                 try:
@@ -517,7 +517,7 @@ class StreamTransfer:
     def _on_end(self, connection: socket.socket, frame: EndFrame) -> None:
         incoming = self._book.find(frame.epoch, frame.nonce)
         if incoming is None or incoming.nonce != frame.nonce:
-            self._notify(connection, Notice(frame.epoch, 0, "the epoch is closed"))
+            self._notify(connection, Notice(frame.epoch, 0, CLOSED))
             return
         with incoming.lock:
             incoming.connections.add(id(connection))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.cluster.keys import Keys
@@ -133,6 +134,34 @@ def test_lapsed_claims_are_found_behind_many_live_ones(redis_server: EmbeddedRed
     queue.renew("front-1", live)
     found = [len(queue.reclaim("front-1", 16)) for _ in range(3)]
     assert found == [16, 14, 0]
+
+
+def test_consumers_that_have_ended_are_forgotten_but_for_their_claims(
+    redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = options(redis_server)
+    queue, client = RedisQueue(made), redis.Redis.from_url(redis_server.url)
+    queue.leave("front-1")  # there is no group yet
+    queue.submit("r-1", b"body")
+    (claimed,) = queue.claim("front-1", 1, 0.01)
+    assert not queue.claim("front-2", 1, 0.01)
+
+    def consumers() -> set[bytes]:
+        return {c["name"] for c in client.xinfo_consumers(f"{{fd:{made.topic}}}:requests", "front_ends")}
+
+    queue.leave("front-1")
+    assert consumers() == {b"front-1", b"front-2"}
+    assert queue.append("front-1", claimed, [(0, b"end")], is_end=True)
+    queue.leave()
+    assert consumers() == {b"front-1", b"front-2"}
+    queue.leave("front-1")
+    assert consumers() == {b"front-2"}
+    monkeypatch.setattr("fastdeploy_pd.cluster.queue.SILENT_S", 0.02)
+    time.sleep(0.05)
+    queue.leave()
+    assert not consumers()
+    queue.submit("r-2", b"body")
+    assert [c.request_id for c in queue.claim("front-2", 1, 0.01)] == ["r-2"], "it is made again when it claims"
 
 
 def test_a_dead_owner_loses_its_claim_and_can_write_no_more(queue: RequestQueue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,3 +291,21 @@ def test_the_last_layers_are_handed_over_by_fewer() -> None:
         ends = [-1, *(n for n in range(num_layers) if ends_group(n, num_layers))]
         sizes = np.diff(ends)
         assert ends[-1] == num_layers - 1 and sizes.max() <= 8 and sizes[-1] == 1
+
+
+@pytest.mark.parametrize("ops", ["paddle", "torch"])
+def test_steps_leave_nothing(directory: Path, ops: str) -> None:
+    """Paddle's to_tensor loses a list a call."""
+    engine = TinyEngine(directory, ops, block_size=16, num_blocks=40)
+
+    def num_lists_after(num_rounds: int) -> int:
+        for _ in range(num_rounds):
+            requests = [engine.request(prompt_of(n), 5) for n in (1, 16, 200)]
+            engine.generate(requests)
+            for request in requests:
+                engine.blocks.release(request.local.block_table)
+        gc.collect()
+        return sum(type(o) is list for o in gc.get_objects())
+
+    before = num_lists_after(3)
+    assert num_lists_after(40) - before < 40

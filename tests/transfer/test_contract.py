@@ -15,7 +15,7 @@ import pytest
 
 from fastdeploy_pd.core.layout import KVLayout, shard, share_heads
 from fastdeploy_pd.errors import ConfigError, IncompatiblePeer
-from fastdeploy_pd.transfer.base import EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
+from fastdeploy_pd.transfer.base import CLOSED, EpochArrived, EpochFailed, EpochSent, Transfer, TransferEvent
 from fastdeploy_pd.transfer.layout import KVPool
 from fastdeploy_pd.transfer.loopback import LoopbackNetwork, LoopbackTransfer
 from fastdeploy_pd.transfer.select import RETRY_S, Choice, Selection, build, choose
@@ -265,6 +265,8 @@ def test_a_backend_that_failed_for_a_peer_is_passed_over_until_it_is_tried_again
     offers = {"shm": shm.descriptor(), "tcp": tcp.descriptor()}
     selection = Selection({"rdma": "no NIC", "shm": shm, "tcp": tcp})
     assert selection.choose("a", offers, 0.0) == Choice("shm", shm, ("rdma: no NIC",))
+    selection.failed("a", "shm", CLOSED, 0.5)
+    assert selection.choose("a", offers, 1.0).name == "shm"
     selection.failed("a", "shm", "the connection ended", 1.0)
     choice = selection.choose("a", offers, 2.0)
     assert choice.name == "tcp" and "the connection ended" in choice.passed_over[1]

@@ -152,9 +152,8 @@ class Membership:
         """The engine may be restarted under a new id."""
         known = None
         while True:
-            path = self._run_dir / "engine.json"
-            if path.exists():
-                facts = json.loads(path.read_text())
+            with contextlib.suppress(FileNotFoundError):
+                facts = json.loads((self._run_dir / "engine.json").read_text())
                 if facts["instance_id"] != known:
                     known = facts["instance_id"]
                     peer = Peer(facts["instance_id"], facts["links_address"])

@@ -2,8 +2,9 @@
 
 What shapes this file, measured on Paddle 3.3.1: its fused attention is ten times slower on CPU than two products and a softmax;
 copying a transposed view costs as much as the products, so K and V are gathered in attention's order; broadcasting over a middle
-dimension is 25 times slower than multiplying equal shapes, so masks and rotations are expanded once a step. What must be set in
-the environment before Paddle is imported: `environment.py`.
+dimension is 25 times slower than multiplying equal shapes, so masks and rotations are expanded once a step; `to_tensor` takes 11 us and loses
+112 bytes a call for ever, a part of a tensor that is there 3 us and none (`_Arrays`). What must be set in the environment before Paddle is
+imported: `environment.py`.
 """
 
 # Paddle has few types.
@@ -11,6 +12,7 @@ the environment before Paddle is imported: `environment.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ from fastdeploy_pd.model.ops.reference import numpy_cache
 from fastdeploy_pd.model.weights import DummyTensor, RawTensor
 
 QUERY_ROWS = 128
+LEAST_ITEMS, ALIGNMENT = 4096, 16  # of `_Arrays`
 
 
 @dataclass(slots=True)
@@ -32,6 +35,32 @@ class _Cache:
 
     tensor: paddle.Tensor  #: [num_blocks * 2 * num_kv_heads, block_size * head_dim]; float16 as int16 words
     array: np.ndarray  #: [num_blocks, 2, num_kv_heads, block_size, head_dim]
+
+
+class _Arrays:
+    """Tensors from NumPy's arrays that are over soon, all of them at once: parts of memory that both know."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[np.dtype, tuple[np.ndarray, paddle.Tensor]] = {}
+        self._num_used: dict[np.dtype, int] = {}
+
+    def clear(self) -> None:
+        """Those that were put here before are over: their memory is for others."""
+        self._num_used.clear()
+
+    def put(self, values: np.ndarray, shape: tuple[int, ...] | None = None) -> paddle.Tensor:
+        """Returns: values, expanded to `shape` where one is given."""
+        shape, dtype = shape or values.shape, values.dtype
+        size, begin = math.prod(shape), self._num_used.get(dtype, 0)
+        room = self._rooms.get(dtype)
+        if room is None or begin + size > len(room[0]):  # who has a part of the old one keeps it
+            array = np.empty(max(LEAST_ITEMS, 2 * (begin + size)), dtype)
+            room = self._rooms[dtype] = array, paddle.utils.dlpack.from_dlpack(array.__dlpack__())
+            begin = 0
+        self._num_used[dtype] = begin + -(-size // ALIGNMENT) * ALIGNMENT
+        array, tensor = room
+        array[begin : begin + size].reshape(shape)[...] = values
+        return tensor[begin : begin + size].reshape(shape)
 
 
 @dataclass(slots=True)
@@ -64,6 +93,7 @@ class PaddleOps(ComposedOps):
         paddle.set_grad_enabled(False)
         paddle.core.set_num_threads(num_threads)
         self._num_heads = num_heads
+        self._of_step, self._of_call, self._of_tile = _Arrays(), _Arrays(), _Arrays()
 
     def weight(self, *parts: RawTensor | DummyTensor | np.ndarray) -> paddle.Tensor:
         """See base."""
@@ -81,13 +111,14 @@ class PaddleOps(ComposedOps):
         return caches
 
     def plan(self, plan: AttentionPlan) -> _Plan:
-        """See composed."""
+        """See composed. A step's plan is made first, and it is over when the next one is made."""
+        self._of_step.clear()
         spans = [(span, self._rows(span.block_ids)) for span in plan.spans]
         return _Plan(plan, spans, [self._group(plan, group) for group in plan.groups])
 
     def _rows(self, block_ids: np.ndarray) -> _Rows:
         keys, values = head_rows(block_ids, self._layout.num_kv_heads)
-        return _Rows(paddle.to_tensor(keys.reshape(-1)), paddle.to_tensor(values.reshape(-1)))
+        return _Rows(self._of_step.put(keys.reshape(-1)), self._of_step.put(values.reshape(-1)))
 
     def _group(self, plan: AttentionPlan, group: DecodeGroup) -> _Group:
         num_slots = group.tables.shape[1] * self._layout.block_size
@@ -97,8 +128,8 @@ class PaddleOps(ComposedOps):
         shape = (len(group.rows), num_kv_heads, self._num_heads // num_kv_heads, num_slots)
         is_all = len(group.rows) == len(plan.block_ids)
         return _Group(
-            None if is_all else paddle.to_tensor(group.rows),
-            paddle.to_tensor(np.ascontiguousarray(np.broadcast_to(mask, shape))),
+            None if is_all else self._of_step.put(group.rows),
+            self._of_step.put(mask, shape),
             self._rows(group.tables),
         )
 
@@ -128,7 +159,7 @@ class PaddleOps(ComposedOps):
         """See composed."""
         num_heads = self._num_heads + self._layout.num_kv_heads
         cos, sin = (np.repeat(t[:, None], num_heads, axis=1).astype(np.float32) for t in signed_tables(angles))
-        return paddle.to_tensor(cos), paddle.to_tensor(sin)
+        return self._of_step.put(cos), self._of_step.put(sin)
 
     def rotary(self, x: paddle.Tensor, rotation: tuple[paddle.Tensor, paddle.Tensor]) -> paddle.Tensor:
         """See composed."""
@@ -137,7 +168,8 @@ class PaddleOps(ComposedOps):
 
     def rows(self, table: paddle.Tensor, indices: np.ndarray) -> paddle.Tensor:
         """See composed."""
-        return paddle.gather(table, paddle.to_tensor(indices))
+        self._of_call.clear()
+        return paddle.gather(table, self._of_call.put(indices))
 
     def write_kv(self, cache: _Cache, plan: _Plan, k: paddle.Tensor, v: paddle.Tensor) -> None:
         """See composed."""
@@ -158,7 +190,8 @@ class PaddleOps(ComposedOps):
         for where, group in zip(plan.numpy.groups, plan.groups, strict=True):
             picked = q if group.q_rows is None else paddle.gather(q, group.q_rows)
             out[where.rows] = self._attend_group(picked, cache, group).numpy()
-        return paddle.to_tensor(out)
+        self._of_call.clear()
+        return self._of_call.put(out)
 
     def _keys_values(self, cache: _Cache, rows: _Rows, shape: list[int]) -> tuple[paddle.Tensor, paddle.Tensor]:
         keys, values = (paddle.gather(cache.tensor, index).reshape(shape) for index in (rows.keys, rows.values))
@@ -177,7 +210,8 @@ class PaddleOps(ComposedOps):
             tile = q[span.row + first : span.row + last].reshape([last - first, num_kv_heads, -1, head_dim])
             grouped = tile.transpose([1, 2, 0, 3]) * head_dim**-0.5
             is_future = np.arange(seen)[None, :] > np.arange(span.start + first, seen)[:, None]
-            mask = paddle.to_tensor(np.where(is_future, np.float32(-np.inf), np.float32(0)))
+            self._of_tile.clear()
+            mask = self._of_tile.put(np.where(is_future, np.float32(-np.inf), np.float32(0)))
             scores = paddle.matmul(grouped, keys[:, :, :seen], transpose_y=True) + mask
             attended = paddle.matmul(functional.softmax(scores, axis=-1), values[:, :, :seen])
             pieces.append(attended.transpose([2, 0, 1, 3]).reshape([last - first, -1]))
