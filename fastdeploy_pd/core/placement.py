@@ -152,6 +152,11 @@ class Placement:
     prefill_id: str | None  #: None: decode computes the prompt itself
     decode_id: str
 
+    @property
+    def instance_ids(self) -> set[str]:
+        """Both, or the only one."""
+        return {self.prefill_id or self.decode_id, self.decode_id}
+
 
 class PlacementPolicy(Protocol):
     """What a scheduling policy implements."""

@@ -46,6 +46,7 @@ from fastdeploy_pd.errors import (
 from fastdeploy_pd.request import MAX_SLO_S, FinishReason, Phase, Request, Slo, TokenChunk
 
 MAX_HASHED_BLOCKS = 256  # at a time; well under a millisecond
+UNHEARD_S = 1.0  # who has not answered by then may have died just before we came: it gets nothing until it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +199,13 @@ class FrontEnd:
     # membership
 
     def set_members(self, members: Iterable[Instance], now_s: float) -> None:
-        """Take the newest snapshot. Who left it is not used for new requests; what runs there goes on while its link lives."""
+        """Take the newest snapshot. Who left it is not used for new requests; what runs there goes on while its link lives, if there
+        ever was one: who has never been heard of had died before, and what was placed there is placed again.
+        """
         present = {m.instance_id: m for m in members}
-        for instance_id in [i for i in self._views if i not in present]:
-            if not any(t.decode_id == instance_id for t in self.requests.values()):
-                del self._views[instance_id]
-                self._liveness.forget(instance_id)
-            else:
-                self._views[instance_id].is_draining = True
+        left = {i: v for i, v in self._views.items() if i not in present}
+        for instance_id in left:
+            left[instance_id].is_draining = True
             self._list(instance_id)
         for instance_id, member in present.items():
             view = self._views.get(instance_id)
@@ -219,6 +219,13 @@ class FrontEnd:
             else:
                 view.instance, view.is_draining = member, member.is_draining
             self._list(instance_id)
+        unheard = {i for i, v in left.items() if v.counter < 0}
+        placed = [(t, t.placement.instance_ids) for t in self.requests.values() if t.placement]
+        for tracked in [t for t, instance_ids in placed if instance_ids & unheard]:
+            self._place_again(tracked, "instance_left", now_s)
+        for instance_id in left.keys() - {t.decode_id for t in self.requests.values()}:
+            del self._views[instance_id]
+            self._liveness.forget(instance_id)
         sizes = Counter(v.instance.block_size for v in self._views.values() if v.instance.block_size)
         self._block_size = max(sizes, key=lambda size: sizes[size], default=0)
 
@@ -360,7 +367,7 @@ class FrontEnd:
         now_s: float = 0.0,
         load_at: Callable[[Load, float, Sequence[Added]], Load] | None = None,
     ) -> list[Candidate]:
-        """Returns: of these instances those that can be chosen, with what they have to do where it is said how to tell."""
+        """Returns: of these instances those that can be chosen, who answer, with what they have to do where it is said how to tell."""
         return [
             Candidate(
                 instance_id,
@@ -372,6 +379,7 @@ class FrontEnd:
             )
             for instance_id in instance_ids
             if not (view := self._views[instance_id]).is_lost and not view.is_draining
+            if view.counter >= 0 or now_s - view.connected_s < UNHEARD_S
         ]
 
     def _looked_at(self, tracked: Tracked) -> list[str]:
@@ -394,7 +402,7 @@ class FrontEnd:
             return
         tracked.placement, tracked.decode_id, tracked.unplaced_since_s = placement, placement.decode_id, None
         request.advance(Phase.PLACED, now_s)
-        for instance_id in {placement.prefill_id or placement.decode_id, placement.decode_id}:
+        for instance_id in placement.instance_ids:
             view, num_cached = self._views[instance_id], cached.get(instance_id, 0)
             view.added_tokens += request.num_tokens - num_cached
             self._list(instance_id)
@@ -424,7 +432,7 @@ class FrontEnd:
     def _holder(self, tracked: Tracked, placement: Placement) -> Peer | None:
         """Returns: the instance whose prefix cache has most of a request, if decode's or prefill's has less."""
         cached = tracked.cached
-        least = min(cached.get(i, 0) for i in (placement.decode_id, placement.prefill_id or placement.decode_id))
+        least = min(cached.get(i, 0) for i in placement.instance_ids)
         # Of those with as much, one that takes part need not be asked.
         for instance_id in sorted(cached, key=lambda i: (-cached[i], i != placement.decode_id, i)):
             view = self._views.get(instance_id)
@@ -463,11 +471,9 @@ class FrontEnd:
         since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
         tracked.unplaced_since_s = since_s
         if now_s - since_s >= self.options.placement_timeout_s:
-            why = (
-                "the placement policy chose none"
-                if self.is_serving_possible()
-                else "no decode or mixed instance is there"
-            )
+            why = "the placement policy chose none"
+            if not any(c.can_decode for c in self._candidates(self._views, now_s=now_s)):
+                why = f"no decode or mixed instance {'answers' if self.is_serving_possible() else 'is there'}"
             why = "; ".join([why, *self._refused()])
             text = f"The request was placed nowhere for {self.options.placement_timeout_s:g} s: {why}."
             self._fail(tracked, NoCapacity(text), now_s)
