@@ -31,7 +31,12 @@ class ScratchDirectory:
                 _remove_if_left(path)
             for _ in range(TRIES):
                 self.path = Path(tempfile.mkdtemp(prefix=prefix))
-                if (opened := _open(self.path)) is not None:
+                try:
+                    opened = _open(self.path)
+                except OSError:
+                    self.path.rmdir()
+                    raise
+                if opened is not None:
                     self._opened = opened[0]
                     return
         except OSError as error:
@@ -47,10 +52,13 @@ class ScratchDirectory:
 
 
 def _open(path: Path) -> tuple[int, bool] | None:
-    """Returns: a file descriptor, and whether it holds the lock, as not every file system has locks; None: it is gone, or somebody's."""
+    """Returns: a file descriptor, and whether it holds the lock, as not every file system has locks; None: it is gone, or somebody's.
+
+    Raises: OSError: it cannot be opened.
+    """
     try:
         opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
+    except FileNotFoundError:
         return None
     is_locked = True
     try:
@@ -68,7 +76,11 @@ def _open(path: Path) -> tuple[int, bool] | None:
 
 def _remove_if_left(path: Path) -> None:
     """Remove a directory that nobody has locked."""
-    if (found := _open(path)) is None:
+    try:
+        found = _open(path)
+    except OSError:  # no directory, or another user's
+        return
+    if found is None:
         return
     opened, is_locked = found
     if is_locked:

@@ -35,6 +35,7 @@ from fastdeploy_pd.core.prefix_index import PrefixIndex
 from fastdeploy_pd.core.shortlist import Shortlist
 from fastdeploy_pd.engine.outbox import Outbox
 from fastdeploy_pd.engine.roles import Role
+from fastdeploy_pd.engine.tracked import Tracked
 from fastdeploy_pd.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -46,7 +47,7 @@ from fastdeploy_pd.errors import (
 from fastdeploy_pd.request import MAX_SLO_S, FinishReason, Phase, Request, Slo, TokenChunk
 
 MAX_HASHED_BLOCKS = 256  # at a time; well under a millisecond
-UNHEARD_S = 1.0  # who has not answered by then may have died just before we came: it gets nothing until it does
+UNHEARD_S = 1.0  # who has not answered by then may have died just before we came: others of its kind go before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +99,6 @@ class Failed:
 
     request_id: str
     error: FastDeployPDError
-
-
-@dataclass(slots=True, eq=False)
-class Tracked:
-    """One request and its current attempt."""
-
-    request: Request
-    unplaced_since_s: float | None
-    placement: Placement | None = None
-    cached: dict[str, int] = field(
-        default_factory=dict
-    )  # instance id -> tokens in its prefix cache, when it was placed
-    decode_id: str = ""
-    sent_s: float = 0.0
-    heard_s: float = 0.0
-    asked_s: float = 0.0
-    early: dict[int, TokenChunk] = field(default_factory=dict)  # chunks whose turn has not come, by index
-    avoid: dict[str, str] = field(default_factory=dict)  # instance id -> why not there again
-    num_lost: int = 0
 
 
 @dataclass(slots=True)
@@ -219,11 +201,10 @@ class FrontEnd:
             else:
                 view.instance, view.is_draining = member, member.is_draining
             self._list(instance_id)
-        unheard = {i for i, v in left.items() if v.counter < 0}
-        placed = [(t, t.placement.instance_ids) for t in self.requests.values() if t.placement]
-        for tracked in [t for t, instance_ids in placed if instance_ids & unheard]:
-            self._place_again(tracked, "instance_left", now_s)
-        for instance_id in left.keys() - {t.decode_id for t in self.requests.values()}:
+        if unheard := {i for i, v in left.items() if v.counter < 0}:
+            for tracked in [t for t in self.requests.values() if t.needs(unheard)]:
+                self._place_again(tracked, "instance_left", now_s)
+        for instance_id in left.keys() - {t.decode_id for t in self.requests.values()} if left else ():
             del self._views[instance_id]
             self._liveness.forget(instance_id)
         sizes = Counter(v.instance.block_size for v in self._views.values() if v.instance.block_size)
@@ -367,7 +348,7 @@ class FrontEnd:
         now_s: float = 0.0,
         load_at: Callable[[Load, float, Sequence[Added]], Load] | None = None,
     ) -> list[Candidate]:
-        """Returns: of these instances those that can be chosen, who answer, with what they have to do where it is said how to tell."""
+        """Returns: of these instances those that can be chosen, with what they have to do where it is said how to tell."""
         return [
             Candidate(
                 instance_id,
@@ -379,8 +360,19 @@ class FrontEnd:
             )
             for instance_id in instance_ids
             if not (view := self._views[instance_id]).is_lost and not view.is_draining
-            if view.counter >= 0 or now_s - view.connected_s < UNHEARD_S
         ]
+
+    def _answering(self, candidates: list[Candidate], now_s: float) -> list[Candidate]:
+        """Returns: these without those that have not answered yet, where others of their kind have; see UNHEARD_S."""
+        views = self._views
+        kinds = {(c.can_prefill, c.can_decode) for c in candidates if views[c.instance_id].counter >= 0}
+
+        def is_chosen(c: Candidate) -> bool:
+            view = views[c.instance_id]
+            is_known = view.counter >= 0 or now_s - view.connected_s < UNHEARD_S
+            return is_known or (c.can_prefill, c.can_decode) not in kinds
+
+        return [c for c in candidates if is_chosen(c)]
 
     def _looked_at(self, tracked: Tracked) -> list[str]:
         """Returns: the few instances that a placement looks at, or, once it has gone wrong somewhere, all others."""
@@ -395,7 +387,7 @@ class FrontEnd:
         cached = tracked.cached = self._cached_tokens(request)
         by_tokens = isinstance(self.policy, FewestTokens | RoundRobin)
         load_at = None if by_tokens else Load.forecast
-        candidates = self._candidates(self._looked_at(tracked), cached, now_s, load_at)
+        candidates = self._answering(self._candidates(self._looked_at(tracked), cached, now_s, load_at), now_s)
         placement = self.policy.place(request.num_tokens, candidates, self._rng, request.slo, now_s - request.arrival_s)
         if placement is None:
             self._on_no_candidate(tracked, now_s)
@@ -471,9 +463,11 @@ class FrontEnd:
         since_s = tracked.unplaced_since_s if tracked.unplaced_since_s is not None else now_s
         tracked.unplaced_since_s = since_s
         if now_s - since_s >= self.options.placement_timeout_s:
-            why = "the placement policy chose none"
-            if not any(c.can_decode for c in self._candidates(self._views, now_s=now_s)):
-                why = f"no decode or mixed instance {'answers' if self.is_serving_possible() else 'is there'}"
+            why = (
+                "the placement policy chose none"
+                if self.is_serving_possible()
+                else "no decode or mixed instance is there"
+            )
             why = "; ".join([why, *self._refused()])
             text = f"The request was placed nowhere for {self.options.placement_timeout_s:g} s: {why}."
             self._fail(tracked, NoCapacity(text), now_s)

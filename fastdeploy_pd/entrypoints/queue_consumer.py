@@ -83,8 +83,11 @@ class QueueConsumer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """After `stop`: leave the queue and close the connections. Takes a second where Redis hangs."""
         with contextlib.suppress(CoordinatorLost, ConfigError):
-            await asyncio.to_thread(self._queue.leave, self._consumer)
+            self._queue.leave(self._consumer)
         self._queue.close()
 
     async def _claim(self) -> None:

@@ -499,11 +499,13 @@ class StreamTransfer:
                 except TransferError as error:
                     refusal = error.message
         if refusal or incoming is None:
-            if incoming is not None and incoming.nonce == frame.nonce:
-                # Its own writer breaks the rules: it can't complete any more, and nobody should wait for it.
-                self._tell(incoming, EpochFailed(frame.epoch, refusal))
-            self.skip(connection, frame)
-            self._notify(connection, Notice(frame.epoch, 0, refusal))
+            try:  # before our own side closes the epoch, and that is what its sender hears first
+                self.skip(connection, frame)
+                self._notify(connection, Notice(frame.epoch, 0, refusal))
+            finally:
+                if incoming is not None and incoming.nonce == frame.nonce:
+                    # Its own writer breaks the rules: it can't complete any more, and nobody should wait for it.
+                    self._tell(incoming, EpochFailed(frame.epoch, refusal))
             return
         self.land(connection, incoming, frame, state)
         with incoming.lock:

@@ -47,7 +47,6 @@ def test_what_a_request_says_goes_before_the_defaults() -> None:
 @pytest.mark.parametrize("limit_s", [3.0, 20.0])
 def test_the_deadline_ends_a_request_everywhere(limit_s: float) -> None:
     front_end = front_end_of("one", deadline_s=10.0, instance_timeout_s=1e3)
-    front_end.receive("one", Beat(1), 5.0)
     submit(front_end, Slo(deadline_s=limit_s), now_s=5.0)
     ends_s = 5.0 + min(limit_s, 10.0)
     front_end.tick(ends_s - 0.01)

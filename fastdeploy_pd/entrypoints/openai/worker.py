@@ -251,6 +251,7 @@ async def serve_api(
     await _serve_http(app, sockets, client, consumer, signals, on_ready, on_drain)
     if consumer is not None:
         await consumer.stop()
+        await asyncio.to_thread(consumer.close)
     await membership.stop()
     await client.stop()
     links.close()
