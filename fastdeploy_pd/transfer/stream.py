@@ -499,7 +499,7 @@ class StreamTransfer:
                 except TransferError as error:
                     refusal = error.message
         if refusal or incoming is None:
-            try:  # before our own side closes the epoch, and that is what its sender hears first
+            try:  # first: once our own side is told it closes the epoch, and its sender would hear of that instead of why
                 self.skip(connection, frame)
                 self._notify(connection, Notice(frame.epoch, 0, refusal))
             finally:
