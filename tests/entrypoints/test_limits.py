@@ -132,6 +132,35 @@ def test_slow_heads_and_silent_connections(engine: StubEngine, monkeypatch: pyte
         assert time.monotonic() - start_s < 2
 
 
+@pytest.mark.parametrize("has_answered", [True, False])
+def test_an_idle_connection_is_not_closed_over_a_request(
+    engine: StubEngine, monkeypatch: pytest.MonkeyPatch, has_answered: bool
+) -> None:
+    """It came while the server was busy, and the time was over before the server looked."""
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 60.0 if has_answered else 0.4)
+    parse_data = http_protocol.BoundedHttpProtocol.data_received
+
+    def data_received(self: http_protocol.BoundedHttpProtocol, data: bytes) -> None:
+        time.sleep(0.4 if b"X-Slow" in data else 0.0)
+        parse_data(self, data)
+
+    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "data_received", data_received)
+    with serving(engine, loop="uvloop", timeout_keep_alive=0.4) as url:
+        address = "127.0.0.1", int(url.rsplit(":", 1)[1])
+        with socket.create_connection(address, timeout=5) as idle, socket.create_connection(address) as busy:
+            if has_answered:
+                idle.sendall(post())
+                assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.2)
+            busy.sendall(post(b"X-Slow: yes\r\n"))
+            time.sleep(0.1)
+            idle.sendall(post())
+            assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+            start_s = time.monotonic()
+            assert idle.recv(65536) == b""
+            assert 0.3 < time.monotonic() - start_s < 2
+
+
 def test_slow_bodies(engine: StubEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.2)
     with serving(engine) as url:

@@ -7,6 +7,9 @@ uvicorn's parser protocol waits for ever for a head that never ends and keeps al
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -14,6 +17,7 @@ from fastdeploy_pd.entrypoints.openai.limits import HEADER_TIMEOUT_S, MAX_FRAMIN
 from fastdeploy_pd.entrypoints.openai.stream import error_body
 from fastdeploy_pd.errors import InvalidRequest
 
+UNREAD_S = 0.01  #: that what waits in the kernel gets to be read before its connection may be closed
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
@@ -73,12 +77,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Answer what is no HTTP as OpenAI shapes errors, and close."""
         self._refuse(400, msg)
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing came for long: close."""
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        """Close, unless a request waits to be read: timers run before sockets are read, and after a close its client sees a reset."""
+        if not self.transport.is_closing() and self._num_unread_bytes():
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(UNREAD_S, self._close_idle)
+        else:
+            self.transport.close()
+
+    def _num_unread_bytes(self) -> int:
+        request = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, struct.pack("i", 0))
+        return int(struct.unpack("i", request)[0])
+
     def _head_is_late(self) -> None:
         self._deadline = None
         if self._num_head_bytes:
             self._refuse(408, f"the request's head did not arrive within {HEADER_TIMEOUT_S:g} s")
         else:
-            self.transport.close()
+            self._close_idle()
 
     def _end_deadline(self) -> None:
         if self._deadline is not None:

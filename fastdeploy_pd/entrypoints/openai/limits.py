@@ -12,6 +12,9 @@ MAX_HEAD_BYTES = (
 MAX_FRAMING_FACTOR = 8  #: bytes on the wire for a byte of a chunked body (one-byte chunks take 6), past MAX_HEAD_BYTES
 HEADER_TIMEOUT_S = 10.0  #: from the connection (or the head's first byte) to the head's end
 BODY_TIMEOUT_S = 30.0  #: from the head's end to the body's
+#: that a connection is kept after an answer. Longer than clients and load balancers keep theirs (60 to 90 as a rule): who closes
+#: first must be the one who sends, or a request crosses the close and is lost.
+KEEP_ALIVE_S = 120.0
 
 MAX_JSON_DEPTH = 64
 MAX_JSON_KEYS = 4096  #: of one object

@@ -29,6 +29,7 @@ from fastdeploy_pd.engine.policies import placement_policy
 from fastdeploy_pd.engine.roles import Role
 from fastdeploy_pd.entrypoints.openai.app import create_app
 from fastdeploy_pd.entrypoints.openai.http_protocol import BoundedHttpProtocol
+from fastdeploy_pd.entrypoints.openai.limits import KEEP_ALIVE_S
 from fastdeploy_pd.entrypoints.openai.signals import SIGNALS, Signals
 from fastdeploy_pd.entrypoints.queue_consumer import QueueConsumer
 from fastdeploy_pd.entrypoints.serving import Serving, serving_options_from_directory
@@ -178,6 +179,7 @@ def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
         http=BoundedHttpProtocol,
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=int(KEEP_ALIVE_S),
         timeout_graceful_shutdown=int(DRAIN_S),
         lifespan="off",
         log_config=None,
