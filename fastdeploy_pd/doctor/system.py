@@ -15,6 +15,7 @@ from fastdeploy_pd import __version__
 from fastdeploy_pd.cluster.messages import PROTOCOL_VERSION
 from fastdeploy_pd.doctor.finding import Finding, size
 from fastdeploy_pd.doctor.hardware import active_ports
+from fastdeploy_pd.engine.lifetime import allowed_files
 from fastdeploy_pd.errors import ConfigError
 from fastdeploy_pd.launch.embedded_redis import find_server, version_of
 from fastdeploy_pd.launch.ports import bind_tcp, check_free
@@ -50,8 +51,8 @@ def _has_capability(number: int) -> bool:
 
 
 def check_files() -> Iterator[Finding]:
-    """How many files a process may have open."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """How many files an instance may have open: it raises what a shell gives it up to the hard limit."""
+    limit = allowed_files()
     state = "ok" if limit >= ENOUGH_FILES else "warn" if limit >= MIN_FILES else "fail"
     detail = f"{limit}" if state == "ok" else f"{limit}; every peer and client takes some, {ENOUGH_FILES} are enough"
     yield Finding("file descriptors", state, detail, "" if state == "ok" else "ulimit -n 65536")

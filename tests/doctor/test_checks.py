@@ -142,14 +142,16 @@ def test_memlock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "state"), [(300, "fail"), (1024, "warn"), (8192, "ok")])
 def test_file_descriptors(limit: int, state: str) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if before[1] != resource.RLIM_INFINITY and before[1] < limit:
-        pytest.skip(f"the hard limit is {before[1]}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-    try:
-        assert one(system.check_files()).state == state
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < limit:
+        pytest.skip(f"the hard limit is {hard}")
+    code = (
+        "import resource\nfrom fastdeploy_pd.doctor import system\nfrom fastdeploy_pd.engine.lifetime import raise_file_limit\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (200, {limit}))\n"
+        "print(*(f.state for f in system.check_files()))\nraise_file_limit()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    assert run_limited(code).splitlines() == [state, f"({limit}, {limit})"]
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from fastdeploy_pd.clock import WallClock
 from fastdeploy_pd.config import InstanceConfig
 from fastdeploy_pd.engine import policies
 from fastdeploy_pd.engine.interpreter import uncollected
-from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent
+from fastdeploy_pd.engine.lifetime import PARENT_PID, die_with_parent, raise_file_limit
 from fastdeploy_pd.engine.process_log import configure_process_log
 from fastdeploy_pd.entrypoints.openai.signals import Signals
 from fastdeploy_pd.errors import ConfigError, CoordinatorLost, FastDeployPDError
@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None, program: str = "api_server") -> int:
     argv, signals = sys.argv[1:] if argv is None else argv, Signals()
     if is_worker := "FD_API_WORKER" in os.environ:
         die_with_parent(int(os.environ[PARENT_PID]))
+    raise_file_limit()
     try:
         config = InstanceConfig.from_args(argv, dict(os.environ), program)
         configure_logging(config)
